@@ -1,0 +1,55 @@
+# `make train` and `make test` do everything they need on a machine with Python 3.10+, pip and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+STAMP := $(VENV)/.installed
+# Exact, and named in every install: `2.13.0` accepts a CPU build (2.13.0+cpu) where the user's pip finds one and prefers it,
+# while a range would let a later release from the index replace it, gigabytes of GPU libraries included.
+TORCH := torch==2.13.0
+# Overrides for the command: make train ARGS="model=nano trainer.max_steps=200"
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test lint notebooks bench clean
+
+help:
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-17s %s\n", $$1, $$2 }'
+
+setup: $(STAMP) ## make .venv and install meshformer into it, editable
+
+train: $(STAMP) ## train the default recipe; ARGS="key=value ..." overrides
+	$(BIN)/meshformer train $(ARGS)
+
+test: lint ## lint, type check and run the whole suite; ARGS="..." goes to pytest
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP) ## ruff and basedpyright
+	$(BIN)/ruff check src tests
+	$(BIN)/basedpyright
+
+notebooks: $(VENV)/.notebooks ## run every notebook in notebooks/
+	@mkdir -p runs/notebooks
+	@set -e; for source in notebooks/*.py; do \
+		test -e "$$source" || { echo "notebooks/ holds no notebook yet."; exit 0; }; \
+		$(BIN)/jupytext --quiet --to ipynb --output "runs/notebooks/$$(basename "$$source" .py).ipynb" "$$source"; \
+		$(BIN)/python -m pytest --nbmake "runs/notebooks/$$(basename "$$source" .py).ipynb"; \
+	done
+
+bench: $(STAMP) ## speed as ratios: our Trainer against a bare loop, bf16 against fp32
+	$(BIN)/python -m meshformer.bench $(ARGS)
+
+clean: ## remove .venv, caches and builds; runs/ and data stay
+	rm -rf $(VENV) dist build .pytest_cache .ruff_cache
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("meshformer needs Python 3.10 or newer; set PYTHON=..." if sys.version_info < (3, 10) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet '$(TORCH)'
+	$(PIP) install --quiet '$(TORCH)' -e '.[dev]'
+	@touch $@
+
+$(VENV)/.notebooks: $(STAMP)
+	$(PIP) install --quiet '$(TORCH)' -e '.[notebooks]'
+	@touch $@

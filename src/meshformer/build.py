@@ -1,0 +1,138 @@
+"""From the resolved configuration, a plain dict, to objects. The only place that calls `hydra.utils.instantiate`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import hydra.utils
+import lightning.pytorch as pl
+
+from meshformer.callbacks import Checkpoint, ExactResume, ProgressBar, Rows, Samples
+from meshformer.checkpoint.lightning_io import FolderCheckpointIO
+from meshformer.config.allow import check_object, check_target
+from meshformer.data import TextData
+from meshformer.parallel.strategies import make_strategy
+
+Config = dict[str, Any]
+
+
+def instantiate(node: Config, config: Config, key: str, **values: Any) -> Any:
+    """The object that `node["_target_"]` names, with `values` added. ConfigError when any target inside is not on the allow-list."""
+    for where, target in _targets(node, key):
+        check_target(target, config.get("allow", ()), where)
+        check_object(hydra.utils.get_object(target), target, config.get("allow", ()), where)
+    return hydra.utils.instantiate(node, **values, _convert_="all")
+
+
+def _targets(node: Any, key: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(node, dict):
+        if "_target_" in node:
+            yield f"{key}._target_", node["_target_"]
+        for name, child in node.items():
+            yield from _targets(child, f"{key}.{name}")
+    elif isinstance(node, list):
+        for index, child in enumerate(node):
+            yield from _targets(child, f"{key}[{index}]")
+
+
+def build_data(config: Config, fixed_tokenizer: Any = None) -> TextData:
+    data = config["data"]
+    return TextData(
+        source=instantiate(data["source"], config, "data.source"),
+        batch_size=data["batch_size"],
+        context_length=data["context_length"],
+        tokenizer=data["tokenizer"],
+        vocab_size=data["vocab_size"],
+        cache=Path(config["paths"]["data"]).expanduser(),
+        seed=config["seed"],
+        eval_batch_size=data["eval_batch_size"],
+        workers=data["workers"],
+        accumulation=config["trainer"]["accumulate_grad_batches"],
+        fixed_tokenizer=fixed_tokenizer,
+        unknown="replace" if config["stage"]["name"] == "finetune" else "error",
+    )
+
+
+def build_model(config: Config) -> Any:
+    return instantiate(config["model"], config, "model", seed=config["seed"])
+
+
+def build_task(config: Config, max_steps: int) -> pl.LightningModule:
+    """The task with factories for its model, optimizer and schedule; the model itself is built when Lightning asks for it."""
+    optimizer = dict(config["optimizer"])
+    for key in optimizer:
+        if key == "lr" or key.endswith("_lr"):
+            optimizer[key] *= config["stage"].get("lr_scale", 1.0)
+    return instantiate(
+        config["task"],
+        config,
+        "task",
+        model=partial(build_model, config),
+        optimizer=instantiate(optimizer, config, "optimizer"),
+        schedule=instantiate(config["schedule"], config, "schedule"),
+        max_steps=max_steps,
+        seed=config["seed"],
+        tokens_per_step=config["data"]["batch_size"] * config["data"]["context_length"],
+    )
+
+
+def build_callbacks(config: Config, folder: Path, steps_per_epoch: int) -> list[pl.Callback]:
+    """The configured callbacks, then those every run has. Rows comes after what measures and before what saves."""
+    configured = [instantiate(node, config, f"callbacks.{name}") for name, node in config["callbacks"].items() if node]
+    for callback in configured:
+        if isinstance(callback, Checkpoint):
+            callback.folder = folder / "checkpoints"
+        if isinstance(callback, Samples):
+            callback.folder = folder / "samples"
+    saving = [c for c in configured if isinstance(c, Checkpoint)]
+    rows = Rows(folder, config["trainer"]["log_every_n_steps"], config["data"]["batch_size"])
+    progress = [ProgressBar(rows)] if config["trainer"]["progress"] else []
+    return [c for c in configured if c not in saving] + [rows, *progress, ExactResume(steps_per_epoch), *saving]
+
+
+def build_loggers(config: Config, folder: Path) -> list[Any]:
+    """The configured loggers, writing into the run folder; metrics.csv is always written, by the Rows callback."""
+    return [
+        instantiate(
+            node,
+            config,
+            f"logger.{name}",
+            **({"save_dir": str(folder), "name": "", "version": name} if "TensorBoard" in node["_target_"] else {}),
+        )
+        for name, node in (config.get("logger") or {}).items()
+        if node
+    ]
+
+
+def build_trainer(config: Config, folder: Path, max_steps: int, callbacks: list[pl.Callback], loggers: list[Any]) -> pl.Trainer:
+    trainer = config["trainer"]
+    accumulation = trainer["accumulate_grad_batches"]
+    return pl.Trainer(
+        accelerator=trainer["accelerator"],
+        devices=trainer["devices"],
+        num_nodes=trainer["num_nodes"],
+        strategy=make_strategy(config["strategy"]),
+        precision=trainer["precision"],
+        max_steps=max_steps,
+        max_epochs=-1,
+        accumulate_grad_batches=accumulation,
+        gradient_clip_val=trainer["gradient_clip_val"],
+        # The config counts optimizer steps, Lightning micro-batches over all epochs; None: not tied to epochs.
+        val_check_interval=min(trainer["val_check_interval"], max_steps) * accumulation,
+        check_val_every_n_epoch=None,
+        limit_val_batches=trainer["limit_val_batches"],
+        deterministic=trainer["deterministic"],
+        callbacks=callbacks,
+        logger=loggers,
+        plugins=[FolderCheckpointIO()],
+        log_every_n_steps=trainer["log_every_n_steps"],
+        default_root_dir=folder,
+        num_sanity_val_steps=0,
+        enable_checkpointing=False,  # callbacks.Checkpoint saves
+        enable_progress_bar=False,  # callbacks.ProgressBar shows
+        enable_model_summary=False,
+        use_distributed_sampler=False,  # the data room slices one global order itself
+    )

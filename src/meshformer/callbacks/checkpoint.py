@@ -1,0 +1,96 @@
+"""When checkpoints are saved and which are kept; and how a run finds its place again from two numbers."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+
+from meshformer.checkpoint.find import checkpoint_name, checkpoints
+
+
+class Checkpoint(Callback):
+    """Saves RUN/checkpoints/step-… every `every_n_steps` optimizer steps and at the end; keeps the `keep_last` newest.
+
+    Where a step is also validated, the save comes after the validation, so that a resumed run neither repeats nor misses it. State: none.
+    """
+
+    def __init__(self, every_n_steps: int = 500, keep_last: int = 3):
+        self.every_n_steps, self.keep_last = every_n_steps, keep_last
+        self.folder: Path | None = None  # set by train.py: RUN/checkpoints
+        self.saved_step = -1
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self.saved_step = trainer.global_step  # what we start from is on disk already, or is the untrained model
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        step = trainer.global_step
+        if step % self.every_n_steps == 0 and step != self.saved_step and not self._validates_now(trainer):
+            self._save(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        step = trainer.global_step
+        if trainer.state.fn == "fit" and step and step % self.every_n_steps == 0 and step != self.saved_step:
+            self._save(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if trainer.global_step != self.saved_step:
+            self._save(trainer)
+
+    def _validates_now(self, trainer: pl.Trainer) -> bool:
+        every = trainer.val_check_batch
+        batches = trainer.fit_loop.epoch_loop.total_batch_idx + 1
+        return bool(trainer.enable_validation and every and batches % every == 0)
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        assert self.folder is not None, "train.py sets Checkpoint.folder"
+        self.saved_step = trainer.global_step
+        trainer.save_checkpoint(self.folder / checkpoint_name(self.saved_step))
+        if trainer.is_global_zero and self.keep_last > 0:
+            for old in checkpoints(self.folder.parent)[: -self.keep_last]:
+                shutil.rmtree(old)
+
+
+class ExactResume(Callback):
+    """Puts Lightning's loops where `step` optimizer steps of `batch_size` samples leave them, whatever layout or accumulation saved the run.
+
+    Lightning's own counters in a checkpoint count micro-batches of the layout that wrote it; the step is the only number that means the
+    same everywhere. State: {"step"}; the samples consumed follow from it, since every step takes `data.batch_size` of them.
+    """
+
+    def __init__(self, steps_per_epoch: int):
+        self.steps_per_epoch = steps_per_epoch
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        checkpoint["step"] = trainer.global_step
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        data.samples = trainer.global_step * data.batch_size  # the position in the data, which it saves
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        step, accumulation = checkpoint["step"], trainer.accumulate_grad_batches
+        epoch, steps_inside = divmod(step, self.steps_per_epoch)
+        checkpoint["epoch"] = epoch
+        fit = trainer.fit_loop.state_dict()
+        running = int(steps_inside > 0)
+        fit["epoch_progress"]["total"] = fit["epoch_progress"]["current"] = {
+            "ready": epoch + running,
+            "started": epoch + running,
+            "processed": epoch,
+            "completed": epoch,
+        }
+        batches = fit["epoch_loop.batch_progress"]
+        batches["total"] = dict.fromkeys(batches["total"], step * accumulation)
+        batches["current"] = dict.fromkeys(batches["current"], steps_inside * accumulation)
+        optimizer = fit["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]
+        for part in optimizer.values():
+            part["total"] = dict.fromkeys(part["total"], step)
+            part["current"] = dict.fromkeys(part["current"], steps_inside)
+        scheduler = fit["epoch_loop.scheduler_progress"]
+        scheduler["total"] = dict.fromkeys(scheduler["total"], step)
+        scheduler["current"] = dict.fromkeys(scheduler["current"], steps_inside)
+        checkpoint["loops"]["fit_loop"] = fit

@@ -1,0 +1,73 @@
+"""Writes metrics.csv and feeds the loggers: one wide row a logged step, with the step numbers that the whole project uses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from meshformer.record.metrics_csv import MetricsCsv
+
+
+class Rows(Callback):
+    """A row every `every_n_steps` optimizer steps and at the last one; validation fills the row of its step.
+
+    `step` counts completed optimizer steps from 1. Other callbacks add columns by a method `measure(trainer, task) -> dict[str, float]`,
+    called on every rank at the same steps; whatever the task logs with `self.log` becomes a column too. State: none, the file is the state.
+    """
+
+    def __init__(self, folder: Path, every_n_steps: int, batch_size: int):
+        self.folder, self.every_n_steps, self.batch_size = Path(folder), every_n_steps, batch_size
+        self.csv: MetricsCsv | None = None  # rank 0 alone
+        self.latest: dict[str, float] = {}
+        self._seen_step = -1
+
+    def on_train_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule
+    ) -> None:  # the step is restored by now, at fit start it is not
+        self._seen_step = trainer.global_step
+        if trainer.is_global_zero:
+            self.csv = MetricsCsv(self.folder / "metrics.csv")
+            self.csv.truncate_after(trainer.global_step)  # rows that a killed run wrote after the checkpoint it resumes from
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        step = trainer.global_step
+        if step == self._seen_step:  # a micro-batch that did not end an optimizer step
+            return
+        self._seen_step = step
+        if step % self.every_n_steps and step != trainer.max_steps:
+            return
+        running = pl_module.running_metrics()
+        values = dict(zip(running, torch.stack([v.double() for v in running.values()]).tolist(), strict=True))  # the one host sync
+        values["train/lr"] = trainer.optimizers[0].param_groups[0]["lr"]
+        for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
+            if hasattr(callback, "measure"):
+                values.update(callback.measure(trainer, pl_module))
+        values.update({k: float(v) for k, v in trainer.callback_metrics.items() if not k.startswith(("val/", "test/"))})
+        self._write(trainer, step, values)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if not trainer.sanity_checking:
+            self._write(trainer, trainer.global_step, {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")})
+
+    def _write(self, trainer: pl.Trainer, step: int, values: dict[str, float]) -> None:
+        self.latest.update(values)
+        if self.csv is None:
+            return
+        samples = step * self.batch_size
+        steps_per_epoch = trainer.datamodule.steps_per_epoch  # pyright: ignore[reportAttributeAccessIssue]
+        self.csv.row(step, epoch=(step - 1) // steps_per_epoch if step else 0, samples=samples, **values)
+        self.csv.flush()
+        for logger in trainer.loggers:
+            logger.log_metrics({**values, "samples": samples}, step)
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        if self.csv is not None:
+            self.csv.flush()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+        if self.csv is not None:
+            self.csv.flush()

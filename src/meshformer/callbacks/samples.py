@@ -1,0 +1,46 @@
+"""A look at what the model writes, after validation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from meshformer.model import generate
+
+
+class Samples(Callback):
+    """RUN/samples/step-….txt: a continuation of `prompt` after every `every_n_validations`th validation. State: none."""
+
+    def __init__(
+        self, prompt: str = "\n", every_n_validations: int = 1, max_tokens: int = 200, temperature: float = 0.8, top_p: float = 0.95
+    ):
+        self.prompt, self.every_n_validations, self.max_tokens = prompt, every_n_validations, max_tokens
+        self.temperature, self.top_p = temperature, top_p
+        self.folder: Any = None  # set by train.py: RUN/samples
+        self._validations = 0
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        self._validations += 1
+        if self._validations % self.every_n_validations:
+            return
+        text = continuation(
+            pl_module, trainer.datamodule.tokenizer, self.prompt, self.max_tokens, temperature=self.temperature, top_p=self.top_p
+        )  # every rank draws, so that layouts which need all ranks for a forward pass work too
+        if trainer.is_global_zero and self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / f"step-{trainer.global_step:08d}.txt").write_text(text, encoding="utf-8")
+
+
+def continuation(task: Any, tokenizer: Any, prompt: str, max_tokens: int, **options: Any) -> str:
+    """`prompt` and what the task's model makes of it. An empty prompt starts from token 0."""
+    ids = tokenizer.encode(prompt) if prompt else [0]
+    prompt_BT = torch.as_tensor([list(map(int, ids))], device=task.device)
+    # the precision plugin's context (bf16 autocast, say) is what the model was trained under
+    with task.trainer.precision_plugin.forward_context() if task._trainer is not None else torch.no_grad():
+        out_BT = generate(task.model, prompt_BT, max_tokens, **options)
+    return tokenizer.decode(out_BT[0].tolist())

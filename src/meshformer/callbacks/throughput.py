@@ -1,0 +1,80 @@
+"""How fast training goes: tokens a second, and the share of the device's own matrix rate that it reaches."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from meshformer.model import training_flops_per_token
+
+
+class Throughput(Callback):
+    """Columns train/tokens_per_second (all ranks together, validation and checkpoints not counted) and train/mfu.
+
+    MFU (Chowdhery et al. 2022, appendix B) = FLOPs of the model's matrix products a second / the rate at which this device multiplies large
+    matrices of this type, measured for `measure_seconds` when training starts: no table of peak numbers is involved. State: none.
+    """
+
+    def __init__(self, measure_seconds: float = 0.2):
+        self.measure_seconds = measure_seconds
+        self.matrix_rate: float | None = None  # FLOP/s of one device
+        self._since, self._since_step, self._paused_at = 0.0, 0, 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        dtype = torch.bfloat16 if "bf16" in str(trainer.precision) else torch.float16 if "16" in str(trainer.precision) else torch.float32
+        self.matrix_rate = measure_matrix_rate(pl_module.device, dtype, self.measure_seconds)
+        self._since, self._since_step = time.perf_counter(), trainer.global_step
+
+    def measure(self, trainer: pl.Trainer, pl_module: Any) -> dict[str, float]:
+        now, step = time.perf_counter(), trainer.global_step
+        tokens = (step - self._since_step) * pl_module.tokens_per_step
+        rate = tokens / max(now - self._since, 1e-9)
+        self._since, self._since_step = now, step
+        assert self.matrix_rate is not None
+        context_length = trainer.datamodule.context_length  # pyright: ignore[reportAttributeAccessIssue]
+        flops = rate * training_flops_per_token(pl_module.model, context_length)
+        return {"train/tokens_per_second": rate, "train/mfu": flops / (self.matrix_rate * trainer.world_size)}
+
+    # Time that is not training moves the start of the interval forward.
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._paused_at = time.perf_counter()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._since += time.perf_counter() - self._paused_at
+
+
+def measure_matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> float:
+    """FLOP/s of square matrix products of `dtype` on `device`: the fastest of repeated products over about `seconds`.
+
+    The size grows until one product takes a twentieth of the time, so that neither a GPU's launch cost nor a CPU that emulates
+    the type decides the result.
+    """
+
+    def once(n: int, times: int) -> float:
+        a, b = torch.ones(n, n, device=device, dtype=dtype), torch.ones(n, n, device=device, dtype=dtype)
+        out = a @ b
+        best = float("inf")
+        for _ in range(times):
+            _wait(device)
+            start = time.perf_counter()
+            torch.mm(a, b, out=out)
+            _wait(device)
+            best = min(best, time.perf_counter() - start)
+        return best
+
+    n = 128
+    while n < 8192 and once(n, 1) < seconds / 40:
+        n *= 2
+    n = max(128, n // 2)
+    best = once(n, max(2, int(seconds / max(once(n, 1), 1e-6))))
+    return 2 * n**3 / best
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

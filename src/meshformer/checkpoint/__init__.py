@@ -1,0 +1,1 @@
+"""Save, find and read checkpoints by tensor name."""

@@ -1,0 +1,45 @@
+"""Which checkpoints a run has. Names only: no torch."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from meshformer.config.errors import ConfigError
+
+_NAME = re.compile(r"step-(\d+)")
+
+
+def checkpoint_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The run's complete checkpoints, oldest first."""
+    folder = Path(run) / "checkpoints"
+    found = [p for p in folder.glob("step-*") if _NAME.fullmatch(p.name) and (p / ".metadata").is_file()]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    match = _NAME.fullmatch(Path(checkpoint).name)
+    if match is None:
+        raise ConfigError(f"{checkpoint} is not named like a checkpoint", fix="checkpoints are named step-00000500")
+    return int(match[1])
+
+
+def latest_checkpoint(run: Path, key: str = "run") -> Path:
+    """The newest complete checkpoint of a run folder, or the folder itself when it is one."""
+    run = Path(run)
+    if (run / ".metadata").is_file():
+        return run
+    found = checkpoints(run)
+    if not found:
+        raise ConfigError(f"{run} holds no checkpoint", key=key, value=str(run), fix="name a run folder that has checkpoints/step-…")
+    return found[-1]
+
+
+def run_of(checkpoint_or_run: Path) -> Path:
+    """The run folder that a checkpoint lies in, or the run folder itself."""
+    path = Path(checkpoint_or_run)
+    return path.parent.parent if (path / ".metadata").is_file() else path

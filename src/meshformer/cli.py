@@ -1,0 +1,95 @@
+"""The command `meshformer`: train, evaluate, generate. Composes and checks before a folder is made or a process started; imports no torch.
+
+Exit codes: 0 done, 1 a job failed, 2 something to mend in the command or configuration, 75 preempted, 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+COMMANDS = ("train", "evaluate", "generate")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    from meshformer.config.errors import ConfigError
+
+    try:
+        return _dispatch(arguments)
+    except ConfigError as error:
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `meshformer --help | head`
+        sys.stderr.close()
+        return 1
+    except Exception as error:
+        # A job's failure is a defect or an accident, so its trace is worth reading; a worker's is its own, not that of the waiting parent.
+        details = getattr(error, "details", "")
+        print(details or traceback.format_exc(), file=sys.stderr, end="")
+        print(f"error: {error}" if details else f"error: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+
+
+def _dispatch(arguments: list[str]) -> int:
+    from meshformer.config.errors import ConfigError
+    from meshformer.config.suggest import did_you_mean
+
+    completing = bool({"-sc", "--shell-completion"} & set(arguments))
+    command = arguments[0] if arguments and arguments[0] in COMMANDS else None
+    if command is None and completing:
+        command = _command_being_completed(arguments)
+        if command is None:
+            return 0
+        arguments = [command, *arguments]
+    if command is None:
+        if not arguments or {"-h", "--help"} & set(arguments[:1]):
+            from meshformer.command.helptext import overview
+
+            print(overview())
+            return 0
+        if arguments[0] == "--version":
+            from importlib.metadata import version
+
+            print(version("meshformer"))
+            return 0
+        raise ConfigError(
+            f"there is no command {arguments[0]!r}", fix=f"{did_you_mean(arguments[0], COMMANDS)} `meshformer --help` lists them."
+        )
+    if {"-h", "--help"} & set(arguments):
+        from meshformer.command.helptext import overview
+
+        print(overview(command))
+        return 0
+    from meshformer.command.jobs import run_command
+
+    return run_command(command, arguments[1:])
+
+
+def _command_being_completed(arguments: list[str]) -> str | None:
+    """The subcommand in the line that the shell completes, taken out of COMP_LINE, where Hydra knows only overrides.
+
+    None once the subcommand's own completion has been printed.
+    """
+    line = os.environ.get("COMP_LINE")
+    if line is None:  # installing or removing completion: any configuration will do
+        return "train"
+    program, _, rest = line.lstrip().partition(" ")
+    word, space, tail = rest.lstrip().partition(" ")
+    if word in COMMANDS and space:
+        os.environ["COMP_LINE"] = f"{program} {tail}"
+        return word
+    print(" ".join(name for name in COMMANDS if name.startswith(word)))
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,276 @@
+"""What each command does between its command line and its job: compose, check, make the run folder, hand over a plain dict."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra._internal.callbacks import Callbacks
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
+from hydra.core.utils import run_job
+from hydra.types import HydraContext
+from omegaconf import DictConfig, OmegaConf, read_write
+
+from meshformer import compose
+from meshformer.command.folders import claim_folder, shared_folder
+from meshformer.config import ConfigError, Evaluate, Generate, validate
+from meshformer.config.resolve import outside
+from meshformer.explain import EXPLAINED, explain
+from meshformer.record import atomic_write_text
+
+Config = dict[str, Any]
+PREEMPTED = 75
+SHOWING = ("cfg", "info", "shell_completion", "hydra_help")
+
+
+def run_command(command: str, argv: Sequence[str]) -> int:
+    """Run `train`, `evaluate` or `generate` with Hydra's flags and overrides; return the exit code."""
+    args = _parse(argv)
+    config_name = args.config_name or command
+    overrides: list[str] = list(args.overrides)
+    run_of: dict[str, str] = {}
+    if command == "train":
+        run_of, overrides = compose.take(overrides, "resume", "fork")
+    if run_of:
+        return _train_from(args, run_of, overrides)
+    if command == "generate":
+        # A prompt is free text: commas, brackets and quotes in it are not Hydra's to read.
+        prompt, overrides = compose.take(overrides, "prompt")
+        overrides += [f"prompt={_quoted(text)}" for text in prompt.values()]
+    hydra = compose.make_hydra(args.config_dir)
+    with _explained(hydra, config_name, overrides):
+        if any(getattr(args, name) for name in SHOWING):
+            _show(hydra, args, config_name, overrides)
+            return 0
+        if command != "train":
+            return _use_run(command, hydra, config_name, overrides, args.multirun)
+        if args.multirun or compose.value_of(overrides, "hydra.mode") == "MULTIRUN":
+            return _sweep(hydra, args, config_name, overrides)
+        cfg = compose.compose_config(hydra, config_name, overrides)
+        if cfg.hydra.runtime.choices.get("sweep") is not None:
+            raise ConfigError("a sweep is several runs", "sweep", cfg.hydra.runtime.choices["sweep"], fix="Add -m.")
+        config = compose.settle(compose.plain(cfg))
+    return _train(hydra, cfg, config, compose.write_overrides(overrides, args.config_dir, args.config_name))
+
+
+def _train(hydra: Hydra, cfg: DictConfig, config: Config, overrides: str, run: Path | None = None) -> int:
+    """One run in one folder: `run` where it continues there, else the user's or a new one."""
+    around = outside()
+    wanted = str(cfg.hydra.run.dir)
+    if run is not None:
+        folder = run
+    elif wanted != "auto":
+        folder = Path(wanted).absolute()
+    else:
+        folder = shared_folder(config, around)
+    if around is None or around.rank == 0:
+        if run is None:
+            claim_folder(folder)
+        _write(folder, config, overrides)
+    with read_write(cfg.hydra.run):
+        cfg.hydra.run.dir = str(folder)
+    callbacks = Callbacks(cfg)
+    callbacks.on_run_start(config=cfg, config_name=cfg.hydra.job.config_name)
+    raised: list[Exception] = []
+
+    def job(_: DictConfig) -> Config | None:
+        try:
+            return _launch(config, folder)
+        except Exception as error:
+            raised.append(error)
+            raise
+
+    context = HydraContext(config_loader=hydra.config_loader, callbacks=callbacks)
+    done = run_job(task_function=job, config=cfg, job_dir_key="hydra.run.dir", job_subdir_key=None, hydra_context=context)
+    callbacks.on_run_end(config=cfg, config_name=cfg.hydra.job.config_name, job_return=done)
+    if raised:
+        raise raised[0]
+    return PREEMPTED if (done.return_value or {}).get("state") == "preempted" else 0
+
+
+def _train_from(args: argparse.Namespace, run_of: dict[str, str], overrides: list[str]) -> int:
+    """`resume=RUN`: RUN goes on in its own folder. `fork=RUN`: a new folder starts from RUN's state, with any changes."""
+    if len(run_of) > 1:
+        raise ConfigError("resume= and fork= exclude each other", fix="Use one of them.")
+    (key, spec), *_ = run_of.items()
+    if args.multirun:
+        raise ConfigError(f"{key} continues one run, not a sweep", "--multirun", fix="Leave -m out.")
+    run = compose.locate(spec, str(compose.value_of(overrides, "paths.runs", "runs")), key)
+    if not _holds_checkpoint(run):
+        raise ConfigError("there is no checkpoint in that run to continue from", key, spec)
+    before, config_dir, config_name = compose.read_overrides(run)
+    if key == "resume" and any(override.startswith("hydra.run.dir=") for override in overrides):
+        raise ConfigError("a resumed run stays in its folder", "hydra.run.dir", fix="Use fork= for a new one.")
+    config_dir, name = args.config_dir or config_dir, args.config_name or config_name or "train"
+    both = [*before, *overrides]
+    hydra = compose.make_hydra(config_dir)
+    with _explained(hydra, name, both):
+        if any(getattr(args, show) for show in SHOWING):
+            _show(hydra, args, name, both)
+            return 0
+        config = compose.recorded(run, overrides, compose.RESUMABLE, _refuse_resume) if key == "resume" else None
+        hydra = compose.make_hydra(config_dir)
+        cfg = compose.compose_config(hydra, name, both)
+        # As in `recorded`: what a run folder allows itself does not count.
+        config = config or {**compose.plain(cfg), "allow": compose.value_of(overrides, "allow", [])}
+        config = compose.settle({**config, "resume": None, "fork": None, key: str(run)})
+    return _train(hydra, cfg, config, compose.write_overrides(both, config_dir, name), run if key == "resume" else None)
+
+
+def _refuse_resume(key: str, recorded: Any) -> ConfigError:
+    shown = "null" if recorded is None else recorded
+    return ConfigError(
+        f"a resumed run keeps it, and the run has {shown}", key, fix="Leave it out, or use fork= to change it in a new folder."
+    )
+
+
+def _sweep(hydra: Hydra, args: argparse.Namespace, config_name: str, overrides: list[str]) -> int:
+    """Hydra's sweeper and launcher; each job goes to processes of its own through the same hand-over as a single run."""
+    if outside() is not None:
+        raise ConfigError("a sweep starts its own processes", "--multirun", fix="Start it without torchrun or srun.")
+    cfg = compose.compose_config(hydra, config_name, overrides, multirun=True)
+    task_overrides = [str(override) for override in cfg.hydra.overrides.task]
+    sweeper_target = str(cfg.hydra.sweeper.get("_target_", ""))
+    if sweeper_target.endswith("BasicSweeper"):
+        _check_grid(hydra, cfg, config_name, task_overrides, [o for o in overrides if o not in task_overrides])
+        HydraConfig.instance().set_config(cfg)
+
+    def job(task_cfg: DictConfig) -> float | None:
+        config = compose.settle(compose.plain(task_cfg))
+        folder = Path(HydraConfig.get().runtime.output_dir)
+        claim_folder(folder)
+        _write(folder, config, compose.write_overrides(list(HydraConfig.get().overrides.task), args.config_dir, args.config_name))
+        value = (_launch(config, folder, own_process=True) or {}).get("val/loss")
+        return None if value is None else float(value)  # what an optimising sweeper minimises
+
+    callbacks = Callbacks(cfg)
+    callbacks.on_multirun_start(config=cfg, config_name=config_name)
+    context = HydraContext(config_loader=hydra.config_loader, callbacks=callbacks)
+    sweeper = Plugins.instance().instantiate_sweeper(config=cfg, hydra_context=context, task_function=job)
+    sweeper.sweep(arguments=task_overrides)
+    callbacks.on_multirun_end(config=cfg, config_name=config_name)
+    return 0
+
+
+def _check_grid(hydra: Hydra, cfg: DictConfig, config_name: str, overrides: list[str], hydra_overrides: list[str]) -> None:
+    """Every point of a grid, before the first is trained: a typo in the last must not show after hours."""
+    params = OmegaConf.to_container(cfg.hydra.sweeper, resolve=True)
+    assert isinstance(params, dict)
+    given = [f"{key}={value}" for key, value in (params.get("params") or {}).items()] + overrides
+    parsed = OverridesParser.create(config_loader=hydra.config_loader).parse_overrides(given)
+    grid = [point for batch in BasicSweeper.split_arguments(parsed, None) for point in batch]
+    for point in grid:
+        with _explained(hydra, config_name, point):
+            compose.settle(compose.plain(compose.compose_config(hydra, config_name, [*hydra_overrides, *point])))
+
+
+def _use_run(command: str, hydra: Hydra, config_name: str, overrides: list[str], multirun: bool) -> int:
+    """`evaluate` and `generate`: options from their own small configuration, everything else from the run's config.yaml."""
+    if multirun:
+        raise ConfigError(f"meshformer {command} reads one run", "--multirun", fix="Leave -m out.")
+    changes: list[str] = []
+    if command == "evaluate":
+        changes = [o for o in overrides if o.lstrip("+~").partition("=")[0].partition(".")[0] in ("trainer", "data", "strategy")]
+        overrides = [o for o in overrides if o not in changes]
+    options = validate(
+        compose.plain(compose.compose_config(hydra, config_name, overrides)), Evaluate if command == "evaluate" else Generate
+    )
+    run = compose.locate(options["run"], options["paths"]["runs"], "run")
+    if not _holds_checkpoint(run):
+        raise ConfigError("there is no checkpoint in that run to read", "run", options["run"])
+    options["run"] = str(run)
+    if changes:
+        config = compose.recorded(run, changes, compose.EVALUABLE, lambda key, value: ConfigError("evaluate may not change it", key, value))
+    else:
+        config = compose.read_config(run)
+    config["allow"] = options["allow"]
+    # Resume lifts the checks of where finetuning started from: that run is not needed any more.
+    config = compose.settle({**config, "resume": str(run)})
+    if command == "evaluate":
+        from meshformer.evaluate import evaluate as use
+    else:
+        from meshformer.generate import generate as use
+    use({**config, "resume": None}, options)
+    return 0
+
+
+def _launch(config: Config, folder: Path, own_process: bool = False) -> Config | None:
+    from meshformer.launch import launch  # imports torch
+
+    return launch(config, folder, own_process=own_process)
+
+
+def _write(folder: Path, config: Config, overrides: str) -> None:
+    kept = {**config, "resume": None}  # which folder it continues in is no setting of the run
+    atomic_write_text(folder / "config.yaml", yaml.safe_dump(kept, sort_keys=False, allow_unicode=True))
+    atomic_write_text(folder / "overrides.txt", overrides)
+
+
+def _holds_checkpoint(run: Path) -> bool:
+    folder = run / "checkpoints"
+    return folder.is_dir() and any(not entry.name.startswith(".") for entry in folder.iterdir())
+
+
+def _show(hydra: Hydra, args: argparse.Namespace, config_name: str, overrides: list[str]) -> None:
+    if args.cfg:
+        hydra.show_cfg(config_name, overrides, args.cfg, args.package, args.resolve)
+    elif args.info:
+        hydra.show_info(args.info, config_name, overrides)
+    elif args.hydra_help:
+        hydra.hydra_help(config_name, get_args_parser(), args)
+    else:
+        hydra.shell_completion(config_name, overrides)
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = get_args_parser()
+
+    def refuse(message: str) -> Any:
+        raise ConfigError(message, fix="`meshformer --help` lists the flags.")
+
+    parser.error = refuse
+    args = parser.parse_intermixed_args(list(argv))
+    if args.experimental_rerun:
+        raise ConfigError("reading a pickle runs whatever is in it", "--experimental-rerun", fix="Use resume=RUN or fork=RUN.")
+    if args.config_path:
+        raise ConfigError(
+            "the package's own conf/ is always read", "--config-path", args.config_path, fix="Use --config-dir to add a folder."
+        )
+    if sum(bool(getattr(args, name)) for name in (*SHOWING, "multirun")) > 1:
+        raise ConfigError("--cfg, --info, --multirun and --shell-completion exclude each other", fix="Use one of them.")
+    if args.resolve and not args.cfg:
+        raise ConfigError("goes with --cfg", "--resolve")
+    return args
+
+
+def _quoted(text: str) -> str:
+    """The text as a quoted value in Hydra's grammar: a backslash before the quote, and before the backslashes that precede one."""
+    out, run = "", 0
+    for character in text:
+        if character == "\\":
+            run += 1
+            continue
+        out += "\\" * (2 * run + 1 if character == "'" else run) + character
+        run = 0
+    return f"'{out}{chr(92) * (2 * run)}'"
+
+
+class _explained:
+    """Turn what composition raises into a ConfigError; anything else passes."""
+
+    def __init__(self, hydra: Hydra, config_name: str, overrides: Sequence[str]) -> None:
+        self.arguments = hydra, config_name, overrides
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, EXPLAINED):
+            raise explain(error, *self.arguments) from error

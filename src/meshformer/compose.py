@@ -1,0 +1,208 @@
+"""From a command line to one resolved plain dict: Hydra's composition, our schema and checks, and what a recorded run adds. No torch.
+
+Built on Hydra's own `Hydra` object rather than on `hydra.main`: it prints traces and exits 1 by itself, and composes again for each process.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import secrets
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import version as hydra_version
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path
+from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from meshformer.config import ConfigError, check, resolve, validate
+from meshformer.config.paths import conf_dir
+from meshformer.record import RunNotFound, find_run
+
+Config = dict[str, Any]
+
+# What a resumed run may change (CONTRACTS 6); everything else would make it another run.
+RESUMABLE = (
+    "strategy", "trainer.devices", "trainer.num_nodes", "trainer.accelerator", "trainer.threads", "trainer.max_steps", "trainer.max_epochs",
+    "trainer.accumulate_grad_batches", "trainer.progress", "callbacks", "logger", "paths", "data.source.cache", "allow",
+)  # fmt: skip
+EVALUABLE = ("strategy", "trainer", "data", "paths", "allow")
+PER_MACHINE = (
+    "strategy",
+    "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.threads",
+)  # config.yaml holds them as settled on the old machine
+
+
+def make_hydra(config_dir: str | None = None) -> Hydra:
+    """Hydra over conf/ and, before it, the user's own folder."""
+    GlobalHydra.instance().clear()
+    hydra_version.setbase("1.3")
+    OmegaConf.register_new_resolver("meshformer.suffix", lambda: secrets.token_hex(2), use_cache=True, replace=True)
+    search_path = create_config_search_path(str(conf_dir()))
+    if config_dir is not None:
+        folder = Path(config_dir).absolute()
+        if not folder.is_dir():
+            raise ConfigError("there is no such folder", "--config-dir", config_dir)
+        search_path.prepend("command-line", f"file://{folder}", SearchPathQuery(provider="main", path=None))
+    return Hydra.create_main_hydra2("meshformer", search_path)
+
+
+def compose_config(hydra: Hydra, config_name: str, overrides: Sequence[str], multirun: bool = False) -> DictConfig:
+    mode = RunMode.MULTIRUN if multirun else RunMode.RUN
+    # Last, so that a hydra.mode among the overrides cannot say otherwise than the command.
+    cfg = hydra.compose_config(config_name, [*overrides, f"hydra.mode={mode.name}"], mode)
+    HydraConfig.instance().set_config(cfg)
+    return cfg
+
+
+def plain(cfg: DictConfig) -> Config:
+    """The job's part of a composed configuration, interpolations resolved. Needs HydraConfig to be set."""
+    job = copy.copy(cfg)
+    OmegaConf.set_struct(job, False)
+    job.pop("hydra", None)
+    config = OmegaConf.to_container(job, resolve=True)
+    assert isinstance(config, dict)
+    if config.get("experiment", "") is None:
+        config["experiment"] = "unnamed"
+    return {str(key): value for key, value in config.items()}
+
+
+def settle(config: Config) -> Config:
+    """Validate, resolve and check a plain train configuration. Raises ConfigError; changes nothing on disk."""
+    if config.get("allow") and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # a user's own module lies beside where the command is typed; last, so that it hides nothing
+    config = validate(config)
+    if config["stage"]["init_from"] is not None and config["resume"] is None and config["stage"]["name"] == "finetune":
+        source = locate(config["stage"]["init_from"], config["paths"]["runs"], "stage.init_from")
+        config = {**config, "stage": {**config["stage"], "init_from": str(source)}}
+    config = resolve(config)
+    check(config)
+    return config
+
+
+def compose(overrides: Sequence[str] = (), config_name: str = "train", config_dir: str | None = None) -> Config:
+    """The settled configuration that `meshformer train OVERRIDES` would run on. For tests and notebooks."""
+    return settle(plain(compose_config(make_hydra(config_dir), config_name, overrides)))
+
+
+def locate(spec: str, runs: str, key: str) -> Path:
+    """The absolute folder of the run that `spec` means."""
+    try:
+        return find_run(spec, runs).absolute()
+    except RunNotFound as error:
+        raise ConfigError(str(error), key, spec) from None
+
+
+def take(overrides: Sequence[str], *keys: str) -> tuple[dict[str, str], list[str]]:
+    """Split `key=value` overrides of these keys off, values as typed (surrounding quotes removed, null dropped)."""
+    taken: dict[str, str] = {}
+    rest: list[str] = []
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or key.lstrip("+") not in keys:
+            rest.append(override)
+            continue
+        if len(value) >= 2 and value[0] == value[-1] and value[0] in "'\"":
+            value = value[1:-1]
+        if value != "null":
+            taken[key.lstrip("+")] = value
+    return taken, rest
+
+
+def value_of(overrides: Sequence[str], key: str, default: Any = None) -> Any:
+    """The value that the last override of `key` gives it."""
+    found = [override for override in overrides if override.lstrip("+").startswith(f"{key}=")]
+    return OverridesParser.create().parse_overrides(found)[-1].value() if found else default
+
+
+def write_overrides(overrides: Sequence[str], config_dir: str | None, config_name: str | None) -> str:
+    """The text of overrides.txt: a line each, flags first. Hydra's own settings are left out: they concern one command, not the run."""
+    flags = [f"--config-dir={Path(config_dir).absolute()}"] if config_dir else []
+    flags += [f"--config-name={config_name}"] if config_name not in (None, "train") else []
+    lines = [line if "\n" not in line else json.dumps(line) for line in overrides if not line.lstrip("+~").startswith("hydra")]
+    return "".join(f"{line}\n" for line in flags + lines)
+
+
+def read_overrides(run: Path) -> tuple[list[str], str | None, str | None]:
+    """The overrides, --config-dir and --config-name that made a run."""
+    file = run / "overrides.txt"
+    if not file.is_file():
+        raise ConfigError(f"{run} holds no overrides.txt, so what made it is unknown")
+    overrides: list[str] = []
+    flags: dict[str, str] = {}
+    for line in file.read_text(encoding="utf-8").splitlines():
+        if line.startswith("--"):
+            name, _, value = line.partition("=")
+            flags[name] = value
+        elif line.strip() and not line.lstrip("+~").startswith("hydra"):
+            overrides.append(json.loads(line) if line.startswith('"') else line)
+    return overrides, flags.get("--config-dir"), flags.get("--config-name")
+
+
+def read_config(run: Path) -> Config:
+    try:
+        config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{run} holds no config.yaml, so it is not a run that can be read") from None
+    if not isinstance(config, dict):
+        raise ConfigError(f"{run / 'config.yaml'} is empty or damaged")
+    return config
+
+
+def recorded(run: Path, overrides: Sequence[str], allowed: Sequence[str], refuse: Callable[[str, Any], ConfigError]) -> Config:
+    """A run's recorded configuration, changed by new overrides (not settled yet).
+
+    The recorded config.yaml is the base, so that a later edit of a file under conf/ does not leak into an old run; the new overrides count
+    by the difference they make when composed on top of the run's own. `refuse(key, recorded value)` makes the error for any other key.
+    """
+    config = read_config(run)
+    before, config_dir, config_name = read_overrides(run)
+    hydra = make_hydra(config_dir)
+    old = plain(compose_config(hydra, config_name or "train", before))
+    new = plain(compose_config(hydra, config_name or "train", [*before, *overrides]))
+    for key in differences(old, new):
+        part = next((part for part in allowed if key == part or key.startswith(f"{part}.")), None)
+        if part is None:
+            raise refuse(key, _get(config, key))
+        target = key if part in ("trainer", "data", "paths") and "." in key else part
+        _set(config, target, copy.deepcopy(_get(new, target)))
+    for key in PER_MACHINE:
+        _set(config, key, copy.deepcopy(_get(new, key)))
+    # A run folder may come from a stranger: names it would allow itself count only when this command repeats them.
+    config["allow"] = value_of(overrides, "allow", [])
+    return config
+
+
+def differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """Dotted keys whose values differ."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return [] if old == new else [path]
+    keys = list(dict.fromkeys([*old, *new]))
+    return [key for name in keys for key in differences(old.get(name), new.get(name), f"{path}.{name}" if path else str(name))]
+
+
+def _get(config: Config, key: str) -> Any:
+    node: Any = config
+    for part in key.split("."):
+        node = node.get(part) if isinstance(node, dict) else None
+    return node
+
+
+def _set(config: Config, key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    node = config
+    for part in parents:
+        node = node.setdefault(part, {})
+    node[last] = value

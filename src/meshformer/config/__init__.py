@@ -1,0 +1,10 @@
+"""What a configuration may say: the typed schema, cross-field checks, the allow-list. Knows neither torch nor Hydra."""
+
+from meshformer.config.allow import check_object, check_target
+from meshformer.config.check import check
+from meshformer.config.errors import ConfigError
+from meshformer.config.resolve import resolve
+from meshformer.config.schema import Evaluate, Generate, Root, validate
+from meshformer.config.suggest import did_you_mean
+
+__all__ = ["ConfigError", "Evaluate", "Generate", "Root", "check", "check_object", "check_target", "did_you_mean", "resolve", "validate"]

@@ -1,0 +1,194 @@
+"""Settings that are fine alone and wrong together. Runs before a folder is made or a process started, on a resolved configuration."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from meshformer.config.errors import ConfigError
+from meshformer.config.resolve import visible_gpus
+from meshformer.config.suggest import did_you_mean
+
+Config = dict[str, Any]
+MODEL_CHOICES = {"norm": ("rms", "layer"), "norm_position": ("pre", "post"), "activation": ("gelu", "swiglu", "relu2")}
+PAIRED = ("Rotary",)  # positions that need an even head size
+# What finetuning must share with the run it starts from, or the weights do not fit.
+SHAPES = (
+    "_target_", "n_layers", "n_heads", "n_kv_heads", "d_model", "d_ff", "norm", "norm_position", "embedding_norm", "token_types", "activation",
+    "bias", "qk_norm", "tie_embeddings",
+)  # fmt: skip
+
+
+def check(config: Config) -> None:
+    """Raise ConfigError for the first impossible combination, naming what to write instead."""
+    for part in (_layout, _batch, _precision, _length, _files, _model, _rates, _stage, _commands):
+        part(config)
+
+
+def _layout(config: Config) -> None:
+    trainer, strategy = config["trainer"], config["strategy"]
+    devices, nodes = trainer["devices"], trainer["num_nodes"]
+    if strategy["name"] == "single" and devices * nodes != 1:
+        key, value = ("trainer.devices", devices) if devices != 1 else ("trainer.num_nodes", nodes)
+        raise ConfigError("strategy=single is one process", key, value, fix="Use strategy=ddp, or leave it out.")
+    if strategy["name"] == "single" and strategy["replicate"] != 1:
+        raise ConfigError(
+            "strategy=single holds one copy of the model", "strategy.replicate", strategy["replicate"], fix="Use strategy=ddp."
+        )
+    if strategy["replicate"] != devices * nodes:
+        raise ConfigError(
+            f"the degrees multiply to {strategy['replicate']}, but there are {devices * nodes} processes (trainer.devices={devices} × "
+            f"trainer.num_nodes={nodes})",
+            "strategy.replicate",
+            strategy["replicate"],
+            fix=f"Use strategy.replicate={devices * nodes} or -1.",
+        )
+    if trainer["accelerator"] == "gpu":
+        gpus = visible_gpus()
+        if not gpus:
+            raise ConfigError("no NVIDIA GPU that this torch can use is visible", "trainer.accelerator", "gpu", fix="Use cpu or auto.")
+        if devices > gpus:
+            raise ConfigError(f"only {gpus} GPUs are visible", "trainer.devices", devices, fix=f"Use at most {gpus}.")
+
+
+def _batch(config: Config) -> None:
+    batch = config["data"]["batch_size"]
+    replicate, accumulation = config["strategy"]["replicate"], config["trainer"]["accumulate_grad_batches"]
+    parts = replicate * accumulation
+    if batch % parts:
+        below, above = batch // parts * parts, (batch // parts + 1) * parts
+        raise ConfigError(
+            f"does not divide by {parts} (strategy.replicate={replicate} × trainer.accumulate_grad_batches={accumulation})",
+            "data.batch_size",
+            batch,
+            fix=f"The nearest sizes that do are {f'{below} and ' if below else ''}{above}."
+            if below
+            else f"The nearest size that does is {above}.",
+        )
+
+
+def _precision(config: Config) -> None:
+    if config["trainer"]["precision"] == "16-mixed" and config["trainer"]["accelerator"] == "cpu":
+        raise ConfigError("half precision needs a GPU", "trainer.precision", "16-mixed", fix="Use bf16-mixed, 32-true or auto.")
+
+
+def _length(config: Config) -> None:
+    trainer, schedule = config["trainer"], config["schedule"]
+    if trainer["max_steps"] is None and trainer["max_epochs"] is None:
+        raise ConfigError("trainer.max_steps and trainer.max_epochs are both null: training would never end", fix="Set one of them.")
+    warmup = schedule.get("warmup_steps")
+    if trainer["max_steps"] is not None and warmup is not None and warmup > trainer["max_steps"]:
+        message = f"the warm-up is longer than training (trainer.max_steps={trainer['max_steps']})"
+        raise ConfigError(message, "schedule.warmup_steps", warmup, fix=f"Use at most {trainer['max_steps']}.")
+    if warmup is not None and warmup < 0:
+        raise ConfigError("must not be negative", "schedule.warmup_steps", warmup)
+
+
+def _files(config: Config) -> None:
+    files = config["data"]["files"]
+    if files is None:
+        return
+    if not files:
+        raise ConfigError("names no file", "data.files", fix="Use data.files=[a.txt,b.txt].")
+    for name in files:
+        path = Path(name)
+        if path.is_dir():
+            raise ConfigError("is a folder", "data.files", name, fix=f"Use data.files='{name}/*.txt' for the texts in it.")
+        if not path.exists():
+            nearby = sorted(p.name for p in path.parent.iterdir() if p.is_file()) if path.parent.is_dir() else []
+            raise ConfigError("there is no such file", "data.files", name, fix=did_you_mean(path.name, nearby))
+        if not os.access(path, os.R_OK):
+            raise ConfigError("may not be read", "data.files", name)
+        if path.stat().st_size == 0:
+            raise ConfigError("is empty", "data.files", name)
+
+
+def _model(config: Config) -> None:
+    model, data = config["model"], config["data"]
+    if model["_target_"] != "meshformer.model.Transformer":
+        return
+    width, heads, kv_heads = model["d_model"], model["n_heads"], model.get("n_kv_heads")
+    for key in ("n_layers", "n_heads", "n_kv_heads", "d_model", "d_ff", "context_length", "vocab_size", "window"):
+        if model.get(key) is not None and model[key] < 1:
+            raise ConfigError("must be at least 1", f"model.{key}", model[key])
+    for key, choices in MODEL_CHOICES.items():
+        if key in model and model[key] not in choices:
+            raise ConfigError(f"expected one of {', '.join(choices)}", f"model.{key}", model[key], fix=did_you_mean(model[key], choices))
+    if width % heads:
+        below, above = width // heads * heads, (width // heads + 1) * heads
+        sizes = f"{below} or {above}" if below else f"{above}"
+        raise ConfigError(
+            f"does not divide by model.n_heads={heads}", "model.d_model", width, fix=f"Use {sizes}, or another number of heads."
+        )
+    if kv_heads is not None and heads % kv_heads:
+        divisors = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+        raise ConfigError(f"model.n_heads={heads} does not divide by it", "model.n_kv_heads", kv_heads, fix=f"Use one of {divisors}.")
+    position = str(model.get("position", {}).get("_target_", "")).rpartition(".")[2]
+    if position in PAIRED and (width // heads) % 2:
+        message = f"rotary positions need an even head size, and model.d_model={width} / model.n_heads={heads} is {width // heads}"
+        raise ConfigError(message, "model.n_heads", heads, fix=f"Use model.d_model={width + heads}, or model/position=learned.")
+    if not 0 <= model.get("dropout", 0.0) < 1:
+        raise ConfigError("must be at least 0 and below 1", "model.dropout", model["dropout"])
+    if model["context_length"] < data["context_length"]:
+        message = f"the model sees fewer tokens than a sample has (data.context_length={data['context_length']})"
+        raise ConfigError(message, "model.context_length", model["context_length"], fix="Leave it out, or make it at least as long.")
+    if data["tokenizer"] == "bpe" and model.get("vocab_size") is not None and model["vocab_size"] < data["vocab_size"]:
+        message = f"the tokenizer has more entries (data.vocab_size={data['vocab_size']})"
+        raise ConfigError(message, "model.vocab_size", model["vocab_size"], fix="Leave it out: the tokenizer's size is taken.")
+
+
+def _rates(config: Config) -> None:
+    for key in ("lr", "adamw_lr"):
+        rate = config["optimizer"].get(key)
+        if isinstance(rate, int | float) and rate <= 0:
+            raise ConfigError("a learning rate must be above 0", f"optimizer.{key}", rate)
+
+
+def _stage(config: Config) -> None:
+    stage = config["stage"]
+    source = stage["init_from"]
+    if config["resume"] is not None:
+        return  # the weights are in the run by now; where they came from may be gone
+    if stage["name"] == "pretrain":
+        if source is not None:
+            raise ConfigError(
+                "stage=pretrain starts from scratch and would ignore it", "stage.init_from", source, fix="Add stage=finetune."
+            )
+        return
+    if source is None:
+        raise ConfigError(
+            "stage=finetune needs weights to start from", "stage.init_from", fix="Add stage.init_from=RUN, a run folder or last."
+        )
+    recorded = Path(source) / "config.yaml"
+    if not recorded.is_file():
+        raise ConfigError("is not a run folder: it holds no config.yaml", "stage.init_from", source)
+    before = yaml.safe_load(recorded.read_text(encoding="utf-8"))
+    for key in SHAPES:
+        mine, theirs = config["model"].get(key), before["model"].get(key)
+        if mine != theirs:
+            raise ConfigError(
+                f"the run to start from has model.{key}={_plain(theirs)}, so its weights do not fit",
+                f"model.{key}",
+                _plain(mine),
+                fix=f"Use the model of that run: model.{key}={_plain(theirs)}, or the model= that its overrides.txt names.",
+            )
+    mine, theirs = (node["model"].get("position", {}).get("_target_") for node in (config, before))
+    if mine != theirs:
+        raise ConfigError(f"the run to start from has {theirs}, so its weights do not fit", "model.position._target_", mine)
+    if config["data"]["tokenizer"] != before["data"]["tokenizer"]:
+        message = f"finetuning keeps the tokenizer of the run it starts from, which is {before['data']['tokenizer']}"
+        raise ConfigError(message, "data.tokenizer", config["data"]["tokenizer"], fix=f"Use data.tokenizer={before['data']['tokenizer']}.")
+
+
+def _commands(config: Config) -> None:
+    if config["run"] is not None:
+        raise ConfigError(
+            "belongs to `meshformer evaluate` and `generate`", "run", config["run"], fix="To continue that run write resume=."
+        )
+
+
+def _plain(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,144 @@
+"""Fill in what `auto` stands for on this machine, and write files and paths out in full. Without torch."""
+
+from __future__ import annotations
+
+import glob
+import importlib.util
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from meshformer.config.errors import ConfigError
+
+CPU_PROCESSES = 2  # of a data-parallel layout on a CPU, where nothing else says how many
+
+
+@dataclass(frozen=True)
+class Outside:
+    """The processes that torchrun or srun started around us."""
+
+    rank: int
+    world: int
+    local_world: int
+
+    @property
+    def nodes(self) -> int:
+        return self.world // self.local_world
+
+
+def outside(env: Mapping[str, str] | None = None) -> Outside | None:
+    """Whether torchrun or srun started this process, and as which of how many; None for a plain command."""
+    env = os.environ if env is None else env
+    if "RANK" in env and "WORLD_SIZE" in env:
+        world = int(env["WORLD_SIZE"])
+        return Outside(int(env["RANK"]), world, int(env.get("LOCAL_WORLD_SIZE", world)))
+    # srun alone sets SLURM_STEP_NUM_TASKS; SLURM_NTASKS also stands in the shell of a batch script, where nothing was started yet.
+    if "SLURM_PROCID" in env and int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        world = int(env["SLURM_STEP_NUM_TASKS"])
+        return Outside(int(env["SLURM_PROCID"]), world, world // int(env.get("SLURM_STEP_NUM_NODES", 1)))
+    return None
+
+
+def resolve(config: dict[str, Any], env: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """A copy of a validated configuration with accelerator, devices, replicate, threads, precision, data.files and paths settled."""
+    env = os.environ if env is None else env
+    config = {**config, **{name: dict(config[name]) for name in ("trainer", "strategy", "data", "paths")}}
+    trainer, strategy, data, paths = config["trainer"], config["strategy"], config["data"], config["paths"]
+    paths["data"] = str(Path(paths["data"]).expanduser())
+    if data["source"].get("cache") is not None:
+        data["source"] = {**data["source"], "cache": str(Path(data["source"]["cache"]).expanduser())}
+    if data["files"] is not None:
+        data["files"] = _files(data["files"])
+        data["source"] = {**data["source"], "files": list(data["files"])}  # a copy: YAML would write an alias
+
+    gpus = visible_gpus(env)
+    if trainer["accelerator"] == "auto":
+        trainer["accelerator"] = "gpu" if gpus else "cpu"
+    on_gpu = trainer["accelerator"] == "gpu"
+    around = outside(env)
+    if around is not None:
+        _take_from_outside(trainer, around)
+    if trainer["devices"] == "auto":
+        trainer["devices"] = _devices(strategy, trainer["num_nodes"], gpus if on_gpu else 0)
+    if strategy["replicate"] == -1:
+        strategy["replicate"] = trainer["devices"] * trainer["num_nodes"]
+    if trainer["threads"] == "auto":
+        trainer["threads"] = max(1, cores() // trainer["devices"])
+    if trainer["precision"] == "auto":
+        trainer["precision"] = "bf16-mixed" if on_gpu or cpu_multiplies_bf16() else "32-true"
+    return config
+
+
+def visible_gpus(env: Mapping[str, str] | None = None) -> int:
+    """NVIDIA devices that this process may use and that the installed torch was built for."""
+    env = os.environ if env is None else env
+    if not _torch_has_cuda():
+        return 0
+    shown = env.get("CUDA_VISIBLE_DEVICES")
+    if shown is not None:
+        return len([entry for entry in shown.split(",") if entry.strip() not in {"", "-1"}])
+    return len(glob.glob("/dev/nvidia[0-9]*"))
+
+
+def cores() -> int:
+    """Cores this process may use: its affinity, or the container's share where that is less (CPU time beyond it is only waiting)."""
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(affinity, int(quota) // int(period)))
+    except (OSError, ValueError):  # no control groups, or no limit ("max")
+        return affinity
+
+
+def cpu_multiplies_bf16() -> bool:
+    """Whether the processor has bfloat16 matrix or vector units; without them bf16 is far slower than fp32."""
+    try:
+        return re.search(r"\b(amx_bf16|avx512_bf16)\b", Path("/proc/cpuinfo").read_text()) is not None
+    except OSError:
+        return False
+
+
+def _torch_has_cuda() -> bool:
+    spec = importlib.util.find_spec("torch")
+    if spec is None or not spec.submodule_search_locations:
+        return False
+    try:
+        text = (Path(spec.submodule_search_locations[0]) / "version.py").read_text()
+    except OSError:
+        return False
+    return re.search(r"^cuda\b[^=]*=\s*['\"]", text, re.MULTILINE) is not None
+
+
+def _devices(strategy: dict[str, Any], num_nodes: int, gpus: int) -> int:
+    if strategy["name"] == "single":
+        return 1
+    if strategy["replicate"] == -1:
+        return gpus or CPU_PROCESSES
+    if strategy["replicate"] % num_nodes:
+        fix = f"Use a multiple of {num_nodes}."
+        raise ConfigError(f"does not divide by trainer.num_nodes={num_nodes}", "strategy.replicate", strategy["replicate"], fix)
+    return strategy["replicate"] // num_nodes
+
+
+def _take_from_outside(trainer: dict[str, Any], around: Outside) -> None:
+    for key, here in (("devices", around.local_world), ("num_nodes", around.nodes)):
+        asked = trainer[key]
+        if asked not in ("auto", here) and not (key == "num_nodes" and asked == 1):
+            message = f"the launcher around this command started {here} {'processes on this node' if key == 'devices' else 'nodes'}"
+            raise ConfigError(message, f"trainer.{key}", asked, fix="Leave it out.")
+        trainer[key] = here
+
+
+def _files(given: str | list[str]) -> list[str]:
+    """Absolute paths, patterns expanded in name order: a resumed run may be started from another folder."""
+    found: list[str] = []
+    for item in [given] if isinstance(given, str) else given:
+        path = os.path.abspath(os.path.expanduser(item))
+        matches = sorted(glob.glob(path, recursive=True)) if glob.has_magic(path) and not os.path.exists(path) else [path]
+        if not matches:
+            raise ConfigError("no file has a name like that", "data.files", item)
+        found += matches
+    return found

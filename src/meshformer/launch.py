@@ -1,0 +1,119 @@
+"""One job, one call: in this process, or as ranks of torch's elastic agent.
+
+Lightning's own launcher would replay the command line in every rank (a multirun would then run whole sweeps inside a rank); the agent hands
+each worker the resolved plain dict instead, so workers never compose a configuration and never see Hydra's command line.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+import time
+import traceback
+import uuid
+from pathlib import Path
+from typing import Any
+
+from meshformer.config.errors import ConfigError
+
+
+class JobFailed(Exception):
+    """A rank failed; the message says which and why, `details` is its traceback."""
+
+    def __init__(self, message: str, details: str = ""):
+        super().__init__(message)
+        self.details = details
+
+
+def started_from_outside() -> bool:
+    """True under torchrun or srun: the ranks exist already."""
+    return "TORCHELASTIC_RUN_ID" in os.environ or "RANK" in os.environ or int(os.environ.get("SLURM_NTASKS", "1")) > 1
+
+
+def launch(config: dict[str, Any], folder: Path, own_process: bool = False) -> dict[str, float]:
+    """Trains `config` in `folder` and returns rank 0's final metrics. `own_process`: start a worker even for one device (grids)."""
+    processes = config["trainer"]["devices"]
+    os.environ["OMP_NUM_THREADS"] = str(config["trainer"]["threads"])  # read once, when torch is imported
+    if started_from_outside() or (processes == 1 and not own_process):
+        from meshformer.train import train
+
+        return train(config, folder)
+    return _launch_agent(config, folder, processes)
+
+
+def _launch_agent(config: dict[str, Any], folder: Path, processes: int) -> dict[str, float]:
+    import multiprocessing
+
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    multiprocessing.set_forkserver_preload(["meshformer.train"])  # imported once, before the ranks are forked
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    agent = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        monitor_interval=0.1,
+        start_method="forkserver",
+    )
+    errors = folder / ".errors"
+    try:
+        results = elastic_launch(agent, _worker)(config, str(folder), str(errors), os.getpid())
+    except ChildFailedError as failure:
+        raise _first_cause(errors, failure) from None
+    finally:
+        _remove(errors)
+    return results[0]
+
+
+def _worker(config: dict[str, Any], folder: str, errors: str, launcher: int) -> dict[str, float]:
+    """One rank. Its error, if any, is left in a file: the parent shows the earliest, which is the cause of the others."""
+    threading.Thread(target=_leave_with, args=(launcher,), daemon=True).start()
+    try:
+        from meshformer.train import train
+
+        return train(config, Path(folder))
+    except BaseException as error:
+        Path(errors).mkdir(exist_ok=True)
+        note = {
+            "time": time.time(),
+            "rank": int(os.environ["RANK"]),
+            "type": type(error).__name__,
+            "message": str(error),
+            "config": list(error.args) if isinstance(error, ConfigError) else None,
+            "traceback": traceback.format_exc(),
+        }
+        (Path(errors) / f"{os.environ['RANK']}.json").write_text(json.dumps(note, default=str))
+        raise SystemExit(1) from None
+
+
+def _leave_with(launcher: int) -> None:
+    """A killed parent cannot stop its workers: they watch it and leave."""
+    while True:
+        time.sleep(1)
+        try:
+            os.kill(launcher, 0)
+        except ProcessLookupError:
+            os._exit(1)
+
+
+def _first_cause(errors: Path, failure: Exception) -> Exception:
+    notes = sorted((json.loads(p.read_text()) for p in errors.glob("*.json")), key=lambda n: n["time"]) if errors.is_dir() else []
+    if not notes:
+        return JobFailed(f"a rank died without a word (killed, or out of memory): {failure}")
+    first = notes[0]
+    if first["config"] is not None:
+        return ConfigError(*first["config"])
+    return JobFailed(f"rank {first['rank']} failed: {first['type']}: {first['message']}", first["traceback"])
+
+
+def _remove(folder: Path) -> None:
+    import shutil
+
+    shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,15 @@
+"""The Transformer in plain PyTorch. This room imports nothing else of the project."""
+
+from .attention import Attention, Mask, attend_auto, attend_fused, attend_reference
+from .block import Block, FeedForward
+from .cache import KeyValueCache
+from .count import matrix_parameters, parameter_count, training_flops_per_token
+from .position import Alibi, Learned, NoPosition, Position, PositionalAttention, Rotary, Sinusoidal, sinusoid
+from .sampling import filter_logits, generate
+from .transformer import Embedding, Transformer
+
+__all__ = [
+    "Alibi", "Attention", "Block", "Embedding", "FeedForward", "KeyValueCache", "Learned", "Mask", "NoPosition", "Position",
+    "PositionalAttention", "Rotary", "Sinusoidal", "Transformer", "attend_auto", "attend_fused", "attend_reference", "filter_logits", "generate",
+    "matrix_parameters", "parameter_count", "sinusoid", "training_flops_per_token",
+]  # fmt: skip

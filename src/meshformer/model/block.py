@@ -1,0 +1,80 @@
+"""One Transformer block: attention, then a feed-forward network, each with a residual connection around it.
+
+Shapes: B batch, T time, C channels (d_model), F feed-forward width.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attention import Attention, Mask
+from .cache import KeyValueCache
+from .position import Position
+
+
+def make_norm(kind: str, dim: int, bias: bool) -> nn.Module:
+    """`layer`: LayerNorm (Ba et al. 2016), x → (x − mean)/std · g (+ b). `rms`: RMSNorm (Zhang & Sennrich 2019), x → x/rms(x) · g."""
+    if kind == "layer":
+        return nn.LayerNorm(dim, bias=bias)
+    if kind == "rms":
+        return nn.RMSNorm(dim, eps=1e-6)
+    raise ValueError(f"norm must be 'layer' or 'rms', not {kind!r}")
+
+
+def feed_forward_width(d_model: int, activation: str) -> int:
+    """4·C; for SwiGLU, which has three matrices instead of two, 8/3·C rounded up to a multiple of 32 (Shazeer 2020 keeps the size equal)."""
+    return 4 * d_model if activation != "swiglu" else -(-8 * d_model // 3 // 32) * 32
+
+
+class FeedForward(nn.Module):
+    """`gelu`: W_down gelu(W_up x). `relu2`: W_down relu(W_up x)² (So et al. 2021). `swiglu`: W_down (silu(W_gate x) ⊙ W_up x) (Shazeer 2020)."""
+
+    def __init__(self, d_model: int, d_ff: int, activation: str, bias: bool):
+        super().__init__()
+        if activation not in ("gelu", "relu2", "swiglu"):
+            raise ValueError(f"activation must be 'gelu', 'relu2' or 'swiglu', not {activation!r}")
+        self.activation = activation
+        self.gate = nn.Linear(d_model, d_ff, bias=bias) if activation == "swiglu" else None
+        self.up = nn.Linear(d_model, d_ff, bias=bias)
+        self.down = nn.Linear(d_ff, d_model, bias=bias)
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        h_BTF = self.up(x_BTC)
+        if self.gate is not None:
+            h_BTF = F.silu(self.gate(x_BTC)) * h_BTF
+        elif self.activation == "gelu":
+            h_BTF = F.gelu(h_BTF)
+        else:
+            h_BTF = F.relu(h_BTF).square()
+        return self.down(h_BTF)
+
+
+class Block(nn.Module):
+    """Pre-norm: x + f(norm(x)) (Xiong et al. 2020), or post-norm: norm(x + f(x)) as in the original paper and BERT. (B, T, C) → (B, T, C)."""
+
+    def __init__(self, attention: Attention, mlp: FeedForward, norm: str, norm_position: str, dropout: float, d_model: int, bias: bool):
+        super().__init__()
+        if norm_position not in ("pre", "post"):
+            raise ValueError(f"norm_position must be 'pre' or 'post', not {norm_position!r}")
+        self.pre = norm_position == "pre"
+        self.attention_norm = make_norm(norm, d_model, bias)
+        self.attention = attention
+        self.mlp_norm = make_norm(norm, d_model, bias)
+        self.mlp = mlp
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+
+    def forward(
+        self,
+        x_BTC: Tensor,
+        mask: Mask,
+        position: Position,
+        tables: tuple[Tensor, ...],
+        bias: Tensor | None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        if self.pre:
+            x_BTC = x_BTC + self.dropout(self.attention(self.attention_norm(x_BTC), mask, position, tables, bias, cache))
+            return x_BTC + self.dropout(self.mlp(self.mlp_norm(x_BTC)))
+        x_BTC = self.attention_norm(x_BTC + self.dropout(self.attention(x_BTC, mask, position, tables, bias, cache)))
+        return self.mlp_norm(x_BTC + self.dropout(self.mlp(x_BTC)))

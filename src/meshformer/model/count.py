@@ -1,0 +1,31 @@
+"""What a model costs: parameters, and floating-point operations a token of training. Plain arithmetic on the model's numbers."""
+
+from __future__ import annotations
+
+from .transformer import Transformer
+
+
+def parameter_count(model: Transformer, embeddings: bool = True) -> int:
+    """Trained numbers; tied matrices count once. `embeddings=False` leaves out token and position tables (Kaplan et al. 2020)."""
+    total = sum(p.numel() for p in model.parameters())
+    if not embeddings:
+        total -= model.embedding.tokens.weight.numel()
+        total -= sum(p.numel() for p in model.position.parameters())
+    return total
+
+
+def matrix_parameters(model: Transformer) -> int:
+    """Entries of all matrices that multiply activations: every linear layer, the head included even where it is tied; no lookups."""
+    blocks = sum(p.numel() for name, p in model.blocks.named_parameters() if p.ndim == 2)
+    return blocks + model.head.weight.numel()
+
+
+def training_flops_per_token(model: Transformer, context_length: int) -> int:
+    """Forward and backward matrix products for one token, as `torch.utils.flop_counter` counts them (multiply and add are two).
+
+    Forward: 2 for every matrix parameter, and in each layer 2·S·C for Q Kᵀ and again for weights·V over all S keys (the count does not
+    halve for causal masks, as is usual). The backward pass costs twice the forward (Kaplan et al. 2020; Chowdhery et al. 2022, app. B).
+    """
+    per_product = 2 * context_length * model.d_model * model.n_layers
+    total = 3 * (2 * matrix_parameters(model) + 2 * per_product)
+    return total if model.position.uses_keys else total - per_product  # positions are constants: no gradient flows to them

@@ -1,0 +1,169 @@
+"""The Transformer: token ids in, logits out. Plain PyTorch; no device mesh, no trainer, no configuration system.
+
+Shapes: B batch, T time, C channels (d_model), V vocabulary.
+Read in this order: attention.py (the math), position.py (where tokens are), block.py (one layer), this file (the whole).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from .attention import Attend, Attention, Mask, attend_auto
+from .block import Block, FeedForward, feed_forward_width, make_norm
+from .cache import KeyValueCache
+from .position import Position, Rotary
+
+
+class Embedding(nn.Module):
+    """Token embeddings, plus BERT's token-type embeddings and embedding norm where asked for. (B, T) → (B, T, C)."""
+
+    def __init__(self, vocab_size: int, d_model: int, token_types: int, norm: nn.Module | None):
+        super().__init__()
+        self.tokens = nn.Embedding(vocab_size, d_model)
+        self.types = nn.Embedding(token_types, d_model) if token_types else None
+        self.norm = norm
+
+    def forward(self, tokens_BT: Tensor, types_BT: Tensor | None, position: Position, positions_BT: Tensor) -> Tensor:
+        x_BTC = position.embed(self.tokens(tokens_BT), positions_BT)
+        if self.types is not None:
+            x_BTC = x_BTC + self.types(torch.zeros_like(tokens_BT) if types_BT is None else types_BT)
+        return x_BTC if self.norm is None else self.norm(x_BTC)
+
+
+class Transformer(nn.Module):
+    """Decoder (`causal=True`) or encoder (`causal=False`) of `n_layers` equal blocks.
+
+    `attention` is a kernel from attention.py; `position` makes the positional encoding from (d_model, n_heads, head_dim, context_length):
+    a class of position.py, or a `functools.partial` of one. `d_ff=None` takes the usual width of the activation; `n_kv_heads=None` means
+    as many as `n_heads`. Parameters are drawn by `initialise`, each from a seed of its own name.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        n_layers: int,
+        n_heads: int,
+        d_model: int,
+        context_length: int,
+        n_kv_heads: int | None = None,
+        d_ff: int | None = None,
+        causal: bool = True,
+        window: int | None = None,
+        attention: Attend = attend_auto,
+        position: Callable[..., Position] = Rotary,
+        norm: str = "rms",
+        norm_position: str = "pre",
+        activation: str = "gelu",
+        bias: bool = False,
+        qk_norm: bool = True,
+        dropout: float = 0.0,
+        tie_embeddings: bool = True,
+        embedding_norm: bool = False,
+        token_types: int = 0,
+        init_std: float = 0.02,
+        seed: int = 0,
+    ):
+        super().__init__()
+        n_kv_heads = n_kv_heads or n_heads
+        if d_model % n_heads:
+            raise ValueError(f"d_model={d_model} must be divisible by n_heads={n_heads}")
+        if n_heads % n_kv_heads:
+            raise ValueError(f"n_heads={n_heads} must be divisible by n_kv_heads={n_kv_heads}")
+        self.vocab_size, self.d_model, self.n_layers, self.n_heads, self.n_kv_heads = vocab_size, d_model, n_layers, n_heads, n_kv_heads
+        self.context_length, self.causal, self.window = context_length, causal, window
+        self.tie_embeddings, self.init_std = tie_embeddings, init_std
+        d_ff = d_ff or feed_forward_width(d_model, activation)
+
+        self.embedding = Embedding(vocab_size, d_model, token_types, make_norm(norm, d_model, bias) if embedding_norm else None)
+        self.position = position(d_model=d_model, n_heads=n_heads, head_dim=d_model // n_heads, context_length=context_length)
+        self.blocks = nn.ModuleList(
+            Block(
+                Attention(
+                    d_model,
+                    n_heads,
+                    n_kv_heads,
+                    layer,
+                    attend=attention,
+                    keys=self.position.uses_keys,
+                    bias=bias,
+                    qk_norm=qk_norm,
+                    dropout=dropout,
+                ),
+                FeedForward(d_model, d_ff, activation, bias),
+                norm,
+                norm_position,
+                dropout,
+                d_model,
+                bias,
+            )
+            for layer in range(n_layers)
+        )
+        self.norm = make_norm(norm, d_model, bias) if norm_position == "pre" else None  # post-norm blocks end in a norm already
+        self.head = nn.Linear(d_model, vocab_size, bias=False)
+        self.tie_weights()
+        if not self.head.weight.is_meta:
+            self.initialise(seed)
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        *,
+        positions_BT: Tensor | None = None,
+        documents_BT: Tensor | None = None,
+        token_types_BT: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        """Logits (B, T, V).
+
+        `positions_BT` (default 0, 1, 2, … after what the cache holds) and `documents_BT` (any integers; a token sees its own document only,
+        so packed texts stay apart and padding, given a number of its own, is seen by no real token) decide the mask.
+        """
+        T, natural = tokens_BT.shape[1], positions_BT is None and cache is None
+        if positions_BT is None:
+            start = cache.length if cache is not None else 0
+            positions_BT = torch.arange(start, start + T, device=tokens_BT.device)[None]
+        k_positions_BS, k_documents_BS = positions_BT, documents_BT
+        if cache is not None:
+            k_positions_BS, k_documents_BS = cache.seen_positions(positions_BT), cache.seen_documents(documents_BT)
+        mask = Mask(self.causal, self.window, positions_BT, k_positions_BS, natural, documents_BT, k_documents_BS)
+        tables, bias = self.position.tables(positions_BT), self.position.bias(positions_BT, k_positions_BS)
+
+        x_BTC = self.embedding(tokens_BT, token_types_BT, self.position, positions_BT)
+        for block in self.blocks:
+            x_BTC = block(x_BTC, mask, self.position, tables, bias, cache)
+        if cache is not None:
+            cache.advance(positions_BT, documents_BT)
+        if self.norm is not None:
+            x_BTC = self.norm(x_BTC)
+        return self.head(x_BTC)
+
+    def tie_weights(self) -> None:
+        """One matrix for embedding and head (Press & Wolf 2017), where the model is tied."""
+        if self.tie_embeddings:
+            self.head.weight = self.embedding.tokens.weight
+
+    @torch.no_grad()
+    def initialise(self, seed: int) -> None:
+        """Draws every parameter anew. The same seed gives the same weights whatever part of the model a process holds."""
+        for name, parameter in self.named_parameters():
+            parameter.copy_(self.initial_value(name, parameter.shape, seed))
+
+    def initial_value(self, name: str, shape: torch.Size, seed: int) -> Tensor:
+        """The first value of the whole parameter `name`: a function of (seed, name) alone, never of creation order or layout.
+
+        Gains start at 1, biases at 0, embeddings at N(0, `init_std`²), matrices at N(0, 1/fan_in); the two matrices that write to the residual
+        stream are divided by √(2·layers), so that its variance does not grow with depth (Radford et al. 2019).
+        """
+        if len(shape) == 1:
+            return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
+        digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        std = self.init_std if name.startswith(("embedding", "position", "head")) else 1 / math.sqrt(shape[1])
+        if name.endswith(("attention.o.weight", "mlp.down.weight")):
+            std /= math.sqrt(2 * self.n_layers)
+        return torch.empty(shape).normal_(0.0, std, generator=generator)

@@ -1,0 +1,133 @@
+"""The optimisers that `optimizer=adamw|sgd|muon` names: settings and named parameters in, one torch Optimizer out."""
+
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+import torch
+from torch.nn import Parameter
+from torch.optim import SGD, AdamW
+
+from meshformer.config.errors import ConfigError
+from meshformer.optim.groups import NO_DECAY, NamedParameters, decay_groups, split_matrices, trainable
+from meshformer.optim.muon import MuonAdamW
+
+
+def adamw(
+    named_parameters: NamedParameters,
+    lr: float = 3e-4,
+    betas: Sequence[float] = (0.9, 0.95),
+    eps: float = 1e-8,
+    weight_decay: float = 0.1,
+    no_decay: Sequence[str] = NO_DECAY,
+    fused: bool | Literal["auto"] = "auto",
+) -> AdamW:
+    """AdamW (Loshchilov & Hutter 2019) with decay groups by name.
+
+    `fused="auto"` takes torch's one-kernel update on CPU and CUDA.
+    """
+    _check(lr=lr, weight_decay=weight_decay)
+    groups = decay_groups(named_parameters, weight_decay, no_decay)
+    parameters = [parameter for group in groups for _, parameter in group["params"]]
+    first, second = _betas(betas, "optimizer.betas")
+    return _clippable(AdamW(groups, lr=lr, betas=(first, second), eps=eps, weight_decay=weight_decay, fused=use_fused(parameters, fused)))
+
+
+def sgd(
+    named_parameters: NamedParameters,
+    lr: float = 0.1,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+    no_decay: Sequence[str] = NO_DECAY,
+) -> SGD:
+    """Stochastic gradient descent. Without momentum it shows gradient-scale errors that AdamW hides: for parity tests."""
+    _check(lr=lr, momentum=momentum, weight_decay=weight_decay)
+    if nesterov and momentum == 0:
+        raise ConfigError(
+            "Nesterov's look-ahead needs momentum", "optimizer.nesterov", nesterov, "Set optimizer.momentum, for example to 0.9."
+        )
+    return SGD(
+        decay_groups(named_parameters, weight_decay, no_decay), lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov
+    )
+
+
+def muon(
+    named_parameters: NamedParameters,
+    lr: float = 0.02,
+    momentum: float = 0.95,
+    weight_decay: float = 0.0,
+    nesterov: bool = True,
+    scale: Literal["original", "match_rms_adamw"] = "original",
+    coefficients: Literal["jordan", "polar_express"] = "jordan",
+    iterations: int = 5,
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+    adamw_lr: float | None = None,
+    adamw_betas: Sequence[float] = (0.9, 0.95),
+    adamw_eps: float = 1e-8,
+    adamw_weight_decay: float | None = None,
+    no_decay: Sequence[str] = NO_DECAY,
+    fused: bool | Literal["auto"] = "auto",
+) -> MuonAdamW:
+    """Muon for the hidden matrices and AdamW for the rest, in one Optimizer (see `MuonAdamW` for the settings of Muon).
+
+    `adamw_lr` and `adamw_weight_decay` default to `lr` and `weight_decay`: right with `scale="match_rms_adamw"`, which gives
+    Muon's updates the size of AdamW's; with `scale="original"` give AdamW a smaller rate of its own. Schedules multiply both.
+    Groups, in order: matrices, AdamW decayed, AdamW not decayed. Raises ConfigError when the model has no hidden matrix.
+    """
+    _check(lr=lr, momentum=momentum, weight_decay=weight_decay, adamw_lr=adamw_lr, adamw_weight_decay=adamw_weight_decay)
+    named = trainable(named_parameters)
+    matrices, others = split_matrices(named)
+    if not matrices:
+        raise ConfigError("Muon found no 2-D weight below `blocks` to train", fix="Use optimizer=adamw for this model.")
+    groups: list[dict] = [{"params": matrices, "method": "muon", "lr": lr, "weight_decay": weight_decay}]
+    if others:
+        rate = lr if adamw_lr is None else adamw_lr
+        decay = weight_decay if adamw_weight_decay is None else adamw_weight_decay
+        # Patterns may rightly fit matrices alone, so they are checked against all names before the split.
+        decay_groups(named, decay, no_decay)
+        fitting = [pattern for pattern in no_decay if any(pattern in name for name, _ in others)]
+        groups += [{**group, "method": "adamw", "lr": rate} for group in decay_groups(others, decay, fitting)]
+    return MuonAdamW(
+        groups,
+        lr=lr,
+        momentum=momentum,
+        nesterov=nesterov,
+        scale=scale,
+        coefficients=coefficients,
+        iterations=iterations,
+        dtype=dtype,
+        betas=_betas(adamw_betas, "optimizer.adamw_betas"),
+        eps=adamw_eps,
+        fused=use_fused([parameter for _, parameter in others], fused),
+    )
+
+
+def use_fused(parameters: Iterable[Parameter], fused: bool | Literal["auto"]) -> bool:
+    """Whether torch's fused AdamW can and should update these parameters."""
+    if fused in (True, False):
+        return bool(fused)
+    if fused != "auto":
+        raise ConfigError("unknown choice of kernel", "optimizer.fused", fused, "Use auto, true or false.")
+    return all(parameter.device.type in ("cpu", "cuda") and torch.is_floating_point(parameter) for parameter in parameters)
+
+
+def _clippable(optimizer: AdamW) -> AdamW:
+    # A fused optimizer announces that it unscales 16-mixed gradients inside its own step, so Lightning refuses to clip them.
+    # Without the announcement the scaler unscales first, clipping works, and the fused step is the same.
+    optimizer._step_supports_amp_scaling = False  # pyright: ignore[reportAttributeAccessIssue]
+    return optimizer
+
+
+def _betas(betas: Sequence[float], key: str) -> tuple[float, float]:
+    values = tuple(float(beta) for beta in betas)
+    if len(values) != 2 or not all(0 <= beta < 1 for beta in values):
+        raise ConfigError("AdamW takes two averages' decay rates from 0 to below 1", key, list(betas), "[0.9, 0.95] is usual.")
+    return values[0], values[1]
+
+
+def _check(**settings: float | None) -> None:
+    for name, value in settings.items():
+        if value is not None and not value >= 0:
+            raise ConfigError("cannot be negative", f"optimizer.{name}", value)
+    if (momentum := settings.get("momentum")) is not None and momentum >= 1:
+        raise ConfigError("a momentum of 1 or more never forgets", "optimizer.momentum", momentum, "Use a number below 1, such as 0.95.")

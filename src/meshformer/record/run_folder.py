@@ -1,0 +1,122 @@
+"""Run folders: `runs/<experiment>/<stamp>-<suffix>/`, how a new one is made and how an old one is found."""
+
+import difflib
+import os
+import secrets
+import tempfile
+from datetime import datetime
+from pathlib import Path
+
+STAMP = "%Y-%m-%d_%H-%M-%S"
+MARKERS = ("run.json", "config.yaml")
+LISTED = 5
+
+
+class RunNotFound(ValueError):
+    """No run, or more than one, answers to what the user typed; the message says which runs there are."""
+
+
+def new_run_folder(runs: Path | str, experiment: str) -> Path:
+    """Create and return `runs/<experiment>/<YYYY-mm-dd_HH-MM-SS>-<4 hex>`.
+
+    Raises ValueError where `experiment` would leave `runs`, FileExistsError if 100 suffixes in a row are taken.
+    """
+    if not experiment or Path(experiment).is_absolute() or ".." in Path(experiment).parts:
+        raise ValueError(f"experiment={experiment!r} cannot name a folder below {runs}; use a plain name such as 'shakespeare_char'.")
+    parent = Path(runs) / experiment
+    parent.mkdir(parents=True, exist_ok=True)
+    for attempt in range(100):
+        # Jobs of a grid start within one second of each other: the stamp alone collides, and so may four hex digits.
+        folder = parent / f"{datetime.now().strftime(STAMP)}-{secrets.token_hex(2)}"
+        try:
+            folder.mkdir(exist_ok=False)
+        except FileExistsError:
+            if attempt == 99:
+                raise
+            continue
+        return folder
+    raise AssertionError("unreachable")
+
+
+def is_run(folder: Path) -> bool:
+    return any((folder / marker).is_file() for marker in MARKERS)
+
+
+def list_runs(runs: Path | str) -> list[Path]:
+    """Every run folder below `runs`, the most recently started last. Runs do not nest: a run's inside is not searched."""
+    found: list[Path] = []
+    for top, folders, files in os.walk(runs):
+        if any(marker in files for marker in MARKERS):
+            found.append(Path(top))
+            folders.clear()
+    return sorted(found, key=_started)
+
+
+def find_run(spec: str | Path, runs: Path | str = "runs") -> Path:
+    """The run folder that `spec` means: a folder, `last`, or the end of one run's path (`shakespeare_char/…-3f0a`, `3f0a`).
+
+    Raises RunNotFound with one or two sentences that list the runs nearby.
+    """
+    text = str(spec).rstrip("/")
+    folder = Path(text).expanduser()
+    if text and folder.is_dir():
+        if is_run(folder):
+            return folder
+        if inside := list_runs(folder):
+            raise RunNotFound(f"{folder} is not a run but holds {len(inside)}: {_names(inside, folder.parent)}. Name one of them.")
+    known = list_runs(runs)
+    if not known:
+        raise RunNotFound(f"No run {text!r}: {runs} holds no run yet. `meshformer train` makes one.")
+    if text == "last":
+        return known[-1]
+    matches = [run for run in known if text and run.as_posix().endswith(text)]
+    # `3f0a` must not also mean a folder that merely ends in those letters when one run's whole name or suffix is exactly that.
+    exact = [run for run in matches if run.name == text or run.name.rpartition("-")[2] == text]
+    matches = exact or matches
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        raise RunNotFound(f"{text!r} means {len(matches)} runs: {_names(matches, Path(runs))}. Write more of the name.")
+    names = {name: run for run in known for name in (run.name, run.relative_to(runs).as_posix(), run.name.rpartition("-")[2])}
+    close = list(dict.fromkeys(names[name] for name in difflib.get_close_matches(Path(text).name, names, n=LISTED, cutoff=0.5)))
+    if close:
+        raise RunNotFound(f"No run {text!r} under {runs}. Did you mean {_names(close, Path(runs))}?")
+    raise RunNotFound(f"No run {text!r} under {runs}. The latest are {_names(known[::-1], Path(runs))}; `last` means the first of these.")
+
+
+def atomic_write_text(path: Path | str, text: str) -> None:
+    """Replace the file at `path` by `text` (UTF-8): whoever reads it, or a killed process leaves, sees the old text or the new."""
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes files private; a run folder is for colleagues too.
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _started(run: Path) -> tuple[float, float, str]:
+    touched = max((run / marker).stat().st_mtime for marker in MARKERS if (run / marker).is_file())
+    try:
+        stamp = datetime.strptime(run.name.rpartition("-")[0], STAMP).timestamp()
+    except ValueError:  # a folder the user named through hydra.run.dir
+        stamp = touched
+    return stamp, touched, run.name
+
+
+def _names(found: list[Path], base: Path) -> str:
+    shown = [run.relative_to(base).as_posix() if run.is_relative_to(base) else run.as_posix() for run in found[:LISTED]]
+    more = len(found) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more > 0 else "")

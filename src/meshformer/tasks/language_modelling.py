@@ -1,0 +1,63 @@
+"""Predict the next token."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchmetrics.text import Perplexity
+
+from .base import Task
+
+IGNORED = -100
+
+
+class LanguageModelling(Task):
+    """Cross-entropy of the next token, in nats: −log p(target). Targets of −100 are ignored and not counted.
+
+    Logs val/loss (mean over every target token of the split), val/perplexity = exp(loss), and val/bits_per_byte = loss / ln 2 / (bytes of text
+    a token), which compares models with different tokenizers.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.perplexity = Perplexity(ignore_index=IGNORED)
+        self.register_buffer("eval_sums", torch.zeros(2, dtype=torch.float64), persistent=False)
+
+    def losses(self, batch: dict[str, Tensor], phase: str) -> tuple[Tensor, Tensor]:
+        """batch: tokens (B, T) and targets (B, T). Returns the summed loss and the number of counted targets, both scalars."""
+        logits_BTV, targets_BT = self.model(batch["tokens"]), batch["targets"]
+        loss_sum = F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), ignore_index=IGNORED, reduction="sum")
+        if phase != "train":
+            self.perplexity.update(logits_BTV.float(), targets_BT)
+        return loss_sum, (targets_BT != IGNORED).sum()
+
+    def _evaluate(self, batch: dict[str, Tensor], phase: str) -> None:
+        self.eval_sums += torch.stack(self.losses(batch, phase)).detach()
+
+    def _log_evaluation(self, phase: str) -> None:
+        loss_sum, count = self.trainer.strategy.reduce(self.eval_sums, reduce_op="sum")
+        loss = loss_sum / count.clamp(min=1)
+        values = {f"{phase}/loss": loss, f"{phase}/perplexity": self.perplexity.compute()}
+        bytes_per_token = getattr(getattr(self.trainer, "datamodule", None), "bytes_per_token", None)
+        if bytes_per_token is not None:
+            values[f"{phase}/bits_per_byte"] = loss / math.log(2) / bytes_per_token(phase)
+        # logger=False: the run-record callback writes rows, with the step numbers that the rest of the project uses
+        self.log_dict({k: v.float() for k, v in values.items()}, logger=False)
+        self.perplexity.reset()
+        self.eval_sums.zero_()
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self._evaluate(batch, "val")
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_evaluation("val")
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self._evaluate(batch, "test")
+
+    def on_test_epoch_end(self) -> None:
+        self._log_evaluation("test")

@@ -1,0 +1,114 @@
+"""What one process of a training job does, from the resolved configuration to the record of the run."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from meshformer.build import build_callbacks, build_data, build_loggers, build_task, build_trainer
+from meshformer.callbacks.samples import continuation
+from meshformer.checkpoint.find import latest_checkpoint, run_of
+from meshformer.checkpoint.weights import load_weights
+from meshformer.data import load_tokenizer
+from meshformer.model import parameter_count
+from meshformer.record.run_folder import atomic_write_text
+from meshformer.record.run_json import RunRecord
+
+Config = dict[str, Any]
+
+
+def train(config: Config, folder: Path) -> dict[str, float]:
+    """Trains in `folder`; returns the final metrics. The same on every rank; rank 0 writes."""
+    _quiet_libraries()
+    torch.set_num_threads(config["trainer"]["threads"])
+    folder = Path(folder)
+    continued = config["resume"] or config["fork"]
+    init_from = config["stage"]["init_from"] if not continued else None  # a continued run has its weights already
+    tokenizer = None  # made from the data, except in fine-tuning, which keeps the ids that the weights were trained with
+    if config["stage"]["name"] == "finetune":
+        tokenizer = load_tokenizer(run_of(Path(continued or config["stage"]["init_from"])) / "tokenizer.json")
+    data = build_data(config, tokenizer)
+    data.prepare_data()
+    config["model"]["vocab_size"] = data.vocab_size
+    max_steps = total_steps(config, data.steps_per_epoch)
+    loggers = build_loggers(config, folder)
+    trainer = build_trainer(config, folder, max_steps, build_callbacks(config, folder, data.steps_per_epoch), loggers)
+    task: Any = build_task(config, max_steps)
+    task.configure_model()
+    if init_from:
+        load_weights(task.model, latest_checkpoint(Path(init_from), key="stage.init_from"))
+    if config["trainer"]["compile"]:
+        for block in task.model.blocks:
+            block.compile()  # in place: names in checkpoints stay as they are
+
+    record = RunRecord(folder) if trainer.is_global_zero else None
+    if record:
+        data.tokenizer.save(folder / "tokenizer.json")
+        atomic_write_text(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+        layout = {**config["strategy"], "processes": trainer.world_size}
+        device = {
+            "accelerator": str(trainer.strategy.root_device),
+            "precision": config["trainer"]["precision"],
+            "threads": torch.get_num_threads(),
+        }
+        record.start(device=device, layout=layout, parameters=parameter_count(task.model))
+        for logger in loggers:
+            logger.log_hyperparams(config)
+    resume_from = latest_checkpoint(Path(continued), key="resume" if config["resume"] else "fork") if continued else None
+    try:
+        trainer.fit(task, datamodule=data, ckpt_path=resume_from, weights_only=True)
+        if trainer.interrupted:
+            raise KeyboardInterrupt
+        if "val/loss" not in trainer.callback_metrics:  # the last step was not a validation step
+            trainer.validate(task, datamodule=data, verbose=False)
+    except BaseException as error:
+        if record:
+            record.finish("failed", error=error)
+        raise
+    final = {k: float(v) for k, v in trainer.callback_metrics.items()}
+    rows: Any = next(c for c in trainer.callbacks if hasattr(c, "latest"))  # pyright: ignore[reportAttributeAccessIssue]
+    final = {**rows.latest, **final}
+    if record:
+        record.finish("finished", **final)
+        print(summary(task, data.tokenizer, folder, final), flush=True)
+    return final
+
+
+def total_steps(config: Config, steps_per_epoch: int) -> int:
+    """The optimizer step at which training ends: the earlier of `trainer.max_steps` and `trainer.max_epochs`."""
+    trainer = config["trainer"]
+    limits = [trainer["max_steps"], trainer["max_epochs"] and trainer["max_epochs"] * steps_per_epoch]
+    return min(limit for limit in limits if limit is not None)
+
+
+def summary(task: Any, tokenizer: Any, folder: Path, final: dict[str, float]) -> str:
+    """What a person wants to see at the end: the loss, a paragraph of text, and what to type next."""
+    text = continuation(task, tokenizer, "\n", 400, temperature=0.8, top_p=0.95, seed=1).strip()
+    loss, bits = final["val/loss"], final.get("val/bits_per_byte")
+    lines = [
+        "",
+        f"validation loss {loss:.4f} nats a token" + (f" ({bits:.3f} bits a byte)" if bits is not None else ""),
+        "",
+        text,
+        "",
+        f"run folder  {folder}",
+        f"  continue  meshformer train resume={folder} trainer.max_steps=…",
+        f"  evaluate  meshformer evaluate run={folder}",
+        f"  generate  meshformer generate run={folder} prompt='ROMEO:'",
+    ]
+    return "\n".join(lines)
+
+
+def _quiet_libraries() -> None:
+    """Lightning's start-up lines and hints repeat what the run record says, on every rank."""
+    import logging
+
+    for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if not sys.warnoptions:
+        warnings.filterwarnings("ignore", module=r"(lightning|torch)\b.*")

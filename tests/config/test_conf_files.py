@@ -1,0 +1,98 @@
+"""Every file under conf/ composes into a configuration that passes the schema and the checks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from meshformer.compose import compose_config, make_hydra, plain, settle
+from meshformer.config import Evaluate, Generate, validate
+from meshformer.config.paths import conf_dir
+
+CONF = conf_dir()
+NEEDED = {
+    "data=text": ["data.files={text}"],
+    "data=hub": ["data.source.path=somebody/texts"],
+    "model=custom": ["model.n_layers=1", "model.n_heads=2", "model.d_model=8"],
+    "stage=finetune": ["stage.init_from={run}"],
+    "experiment=kjv_finetune": ["stage.init_from={run}"],
+}
+
+
+def options() -> dict[str, list[str]]:
+    """group -> its options, by the files."""
+    groups: dict[str, list[str]] = {}
+    for file in sorted(CONF.rglob("*.yaml")):
+        group = file.parent.relative_to(CONF).as_posix()
+        if group not in (".", "hydra", "sweep"):
+            groups.setdefault(group, []).append(file.stem)
+    return groups
+
+
+def rounds() -> list[list[str]]:
+    """Few compositions that choose every option once; experiments choose for themselves, so each is a round of its own."""
+    groups = options()
+    experiments = groups.pop("experiment")
+    longest = max(len(names) for names in groups.values())
+    mixed = [[f"{group}={names[i % len(names)]}" for group, names in groups.items()] for i in range(longest)]
+    return mixed + [[f"experiment={name}"] for name in experiments]
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Enough of a run folder to start finetuning from, for whatever model is chosen."""
+    return tmp_path_factory.mktemp("run")
+
+
+@pytest.mark.parametrize("choices", rounds(), ids=lambda choices: "+".join(c.partition("=")[2] for c in choices[-3:]))
+def test_every_option_composes_and_passes_all_checks(choices: list[str], run: Path, tmp_path: Path):
+    text = tmp_path / "a.txt"
+    text.write_text("words")
+    extra = [item.format(text=text, run=run) for choice in choices for item in NEEDED.get(choice, [])]
+    config = plain(compose_config(make_hydra(), "train", [*choices, *extra]))
+    (run / "config.yaml").write_text(yaml.safe_dump({"model": config["model"], "data": config["data"]}))
+    settled = settle(config)
+    assert isinstance(settled["trainer"]["devices"], int) and settled["trainer"]["precision"] != "auto"
+
+
+def test_the_rounds_leave_no_file_out():
+    chosen = {choice for choices in rounds() for choice in choices}
+    assert chosen == {f"{group}={name}" for group, names in options().items() for name in names}
+    assert len(chosen) > 35
+
+
+@pytest.mark.parametrize("sweep", sorted(file.stem for file in (CONF / "sweep").glob("*.yaml")))
+def test_every_sweep_names_settings_that_exist(sweep: str):
+    cfg = compose_config(make_hydra(), "train", [f"sweep={sweep}"], multirun=True)
+    (key, values), *_ = cfg.hydra.sweeper.params.items()
+    for value in str(values).split(","):
+        settle(plain(compose_config(make_hydra(), "train", [f"{key}={value}"])))
+
+
+@pytest.mark.parametrize(("name", "schema"), [("evaluate", Evaluate), ("generate", Generate)])
+def test_the_small_configurations_compose(name: str, schema: type):
+    options = validate(plain(compose_config(make_hydra(), name, ["run=last"])), schema)
+    assert options["run"] == "last"
+
+
+@pytest.mark.parametrize("file", sorted(CONF.rglob("*.yaml")), ids=lambda file: file.relative_to(CONF).as_posix())
+def test_every_file_says_on_top_when_to_pick_it(file: Path):
+    first = next(line for line in file.read_text(encoding="utf-8").splitlines() if not line.startswith("# @package"))
+    assert first.startswith("# ") and first.endswith(".")
+
+
+def test_an_experiment_gives_way_to_a_model_on_the_command_line():
+    config = plain(compose_config(make_hydra(), "train", ["experiment=shakespeare_bpe", "model=micro"]))
+    assert (config["model"]["d_model"], config["data"]["tokenizer"]) == (384, "bpe")
+    assert config["experiment"] == "shakespeare_bpe"
+
+
+def test_a_users_folder_adds_options_and_comes_first(tmp_path: Path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.yaml").write_text("defaults: [nano, _self_]\nd_model: 64\n")
+    (tmp_path / "model" / "micro.yaml").write_text("defaults: [nano, _self_]\nd_model: 32\n")
+    hydra = make_hydra(str(tmp_path))
+    assert plain(compose_config(hydra, "train", ["model=mine"]))["model"]["d_model"] == 64
+    assert plain(compose_config(hydra, "train", ["model=micro"]))["model"]["d_model"] == 32

@@ -1,0 +1,43 @@
+"""A resumed run is the run that was never stopped: bit for bit, in the middle of an epoch too, with dropout on."""
+
+from __future__ import annotations
+
+import pytest
+
+from jobs import run_tiny, text_file
+
+FULL = ["schedule=constant", "model.dropout=0.1", "trainer.val_check_interval=4", "callbacks.checkpoint.every_n_steps=3"]
+STEPS = 30
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory):
+    folder = tmp_path_factory.mktemp("full")
+    text_file(folder, words=400)  # 12 steps an epoch
+    return folder, run_tiny(folder, "full", *FULL, f"trainer.max_steps={STEPS}")
+
+
+@pytest.mark.parametrize("stop", [7, 8, 12, 26], ids=["mid-epoch", "after a validation", "epoch end", "third epoch"])
+def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(uninterrupted, stop: int) -> None:
+    folder, expected = uninterrupted
+    name = f"stopped-{stop}"
+    run_tiny(folder, name, *FULL, f"trainer.max_steps={stop}")
+    resumed = run_tiny(folder, name, *FULL, f"trainer.max_steps={STEPS}", resume=True)
+    own_end = {"val/loss", "val/perplexity", "val/bits_per_byte"}  # the stopped run also validated at its own end
+    for ours, theirs in zip(resumed, expected, strict=True):
+        ignored = own_end if ours["step"] == stop and stop % 4 else set()
+        assert {k: v for k, v in ours.items() if k not in ignored} == {k: v for k, v in theirs.items() if k not in ignored}
+    assert expected[-1]["epoch"] == 2, "the test needs more than one epoch"
+
+
+def test_rows_after_the_checkpoint_are_cut_and_written_again(uninterrupted) -> None:
+    """A killed run has rows beyond its last checkpoint."""
+    folder, expected = uninterrupted
+    run_tiny(folder, "killed", *FULL, "trainer.max_steps=7")
+    metrics = folder / "killed" / "metrics.csv"
+    width = metrics.read_text().splitlines()[0].count(",")
+    with open(metrics, "a") as file:
+        file.write("8,0,64,9.9" + "," * (width - 3) + "\n9,0,7")  # a row too many and a torn one
+    resumed = run_tiny(folder, "killed", *FULL, "trainer.max_steps=10", resume=True)
+    assert [r["step"] for r in resumed] == list(range(1, 11))
+    assert [r["train/loss"] for r in resumed] == [r["train/loss"] for r in expected[:10]]
