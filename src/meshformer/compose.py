@@ -30,6 +30,7 @@ from meshformer.config.paths import conf_dir
 from meshformer.record import RunNotFound, find_run
 
 Config = dict[str, Any]
+Refuse = Callable[[str, Any], ConfigError]
 
 # What a resumed run may change (CONTRACTS 6); everything else would make it another run.
 RESUMABLE = (
@@ -62,7 +63,13 @@ def make_hydra(config_dir: str | None = None) -> Hydra:
 def compose_config(hydra: Hydra, config_name: str, overrides: Sequence[str], multirun: bool = False) -> DictConfig:
     mode = RunMode.MULTIRUN if multirun else RunMode.RUN
     # Last, so that a hydra.mode among the overrides cannot say otherwise than the command.
-    cfg = hydra.compose_config(config_name, [*overrides, f"hydra.mode={mode.name}"], mode)
+    try:
+        cfg = hydra.compose_config(config_name, [*overrides, f"hydra.mode={mode.name}"], mode)
+    except ValueError as error:  # Hydra's own exceptions are no ValueErrors, this one has no class: `group=null`
+        if "Config group override must be" not in str(error):
+            raise
+        nulls = [override.partition("=")[0] for override in overrides if override.endswith("=null")]
+        raise ConfigError("a group cannot be null", fix=f"Leave it out with {' '.join(f'~{name}' for name in nulls)}.") from error
     HydraConfig.instance().set_config(cfg)
     return cfg
 
@@ -161,17 +168,16 @@ def read_config(run: Path) -> Config:
     return config
 
 
-def recorded(run: Path, overrides: Sequence[str], allowed: Sequence[str], refuse: Callable[[str, Any], ConfigError]) -> Config:
+def recorded(hydra: Hydra, config_name: str, run: Path, overrides: Sequence[str], allowed: Sequence[str], refuse: Refuse) -> Config:
     """A run's recorded configuration, changed by new overrides (not settled yet).
 
     The recorded config.yaml is the base, so that a later edit of a file under conf/ does not leak into an old run; the new overrides count
     by the difference they make when composed on top of the run's own. `refuse(key, recorded value)` makes the error for any other key.
     """
     config = read_config(run)
-    before, config_dir, config_name = read_overrides(run)
-    hydra = make_hydra(config_dir)
-    old = plain(compose_config(hydra, config_name or "train", before))
-    new = plain(compose_config(hydra, config_name or "train", [*before, *overrides]))
+    before, _, _ = read_overrides(run)
+    old = plain(compose_config(hydra, config_name, before))
+    new = plain(compose_config(hydra, config_name, [*before, *overrides]))
     for key in differences(old, new):
         part = next((part for part in allowed if key == part or key.startswith(f"{part}.")), None)
         if part is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import yaml
 
@@ -9,6 +11,7 @@ from meshformer.compose import settle
 from meshformer.config import ConfigError, resolve, validate
 from meshformer.config.resolve import Outside, cores, outside
 
+RESOLVE = sys.modules["meshformer.config.resolve"]  # the package's name for it is the function
 DDP = {"strategy": {"name": "ddp", "replicate": -1, "timeout": 60}}
 
 
@@ -131,14 +134,14 @@ def test_auto_is_what_the_strategy_and_machine_ask_for(change):
 
 
 def test_visible_gpus_are_used(change, monkeypatch):
-    monkeypatch.setattr("meshformer.config.resolve._torch_has_cuda", lambda: True)
+    monkeypatch.setattr(RESOLVE, "_torch_has_cuda", lambda: True)
     config = resolved(change, DDP, {"CUDA_VISIBLE_DEVICES": "0,2,3"})
     assert (config["trainer"]["accelerator"], config["trainer"]["devices"], config["trainer"]["precision"]) == ("gpu", 3, "bf16-mixed")
 
 
 def test_bfloat16_is_chosen_by_the_processor(change, monkeypatch):
     for able, expected in ((True, "bf16-mixed"), (False, "32-true")):
-        monkeypatch.setattr("meshformer.config.resolve.cpu_multiplies_bf16", lambda able=able: able)
+        monkeypatch.setattr(RESOLVE, "cpu_multiplies_bf16", lambda able=able: able)
         assert resolved(change, {})["trainer"]["precision"] == expected
 
 

@@ -96,7 +96,9 @@ def test_signatures_are_read_through_packages_bases_and_star_imports():
 
 def test_signatures_of_a_users_module(tmp_path, monkeypatch):
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "__init__.py").write_text('raise RuntimeError("imported")\n_WHERE = {"Late": "parts"}\nfrom .parts import Early as Soon\n')
+    (tmp_path / "mine" / "__init__.py").write_text(
+        'raise RuntimeError("imported")\n_WHERE = {"Late": "parts"}\nfrom .parts import Early as Soon\n'
+    )
     (tmp_path / "mine" / "parts.py").write_text(
         "import torch.nn as nn\nfrom dataclasses import dataclass\n"
         "class Early(nn.Linear):\n    pass\n"

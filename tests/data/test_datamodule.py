@@ -102,8 +102,9 @@ def test_validation_and_test_see_their_whole_split(build, text_file, eval_batch_
         assert data.tokenizer.decode(targets[targets >= 0]) == part[1:]
 
 
-def test_loaders_leave_the_global_generator_alone(build):
-    data = build()
+@pytest.mark.parametrize("workers", [0, 1])
+def test_loaders_leave_the_global_generator_alone(build, workers):
+    data = build(workers=workers)
     torch.manual_seed(0)
     before = torch.get_rng_state()
     for loader in (data.train_dataloader(), data.val_dataloader()):

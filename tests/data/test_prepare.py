@@ -86,6 +86,8 @@ def test_a_fixed_tokenizer_keeps_its_ids(tmp_path):
         char(Words("abcé" * 25), tmp_path, fixed_tokenizer=known)
     replaced = char(Words("abcé" * 25), tmp_path, fixed_tokenizer=known, unknown="replace")
     assert known.decode(replaced.tokens("train")[:4]) == "abc?"
+    with pytest.raises(ConfigError, match="'é'"):  # still, though there is a folder with the replaced text now
+        char(Words("abcé" * 25), tmp_path, fixed_tokenizer=known)
 
 
 def test_threads_racing_build_once(tmp_path):

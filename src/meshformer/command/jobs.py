@@ -41,10 +41,6 @@ def run_command(command: str, argv: Sequence[str]) -> int:
         run_of, overrides = compose.take(overrides, "resume", "fork")
     if run_of:
         return _train_from(args, run_of, overrides)
-    if command == "generate":
-        # A prompt is free text: commas, brackets and quotes in it are not Hydra's to read.
-        prompt, overrides = compose.take(overrides, "prompt")
-        overrides += [f"prompt={_quoted(text)}" for text in prompt.values()]
     hydra = compose.make_hydra(args.config_dir)
     with _explained(hydra, config_name, overrides):
         if any(getattr(args, name) for name in SHOWING):
@@ -116,7 +112,7 @@ def _train_from(args: argparse.Namespace, run_of: dict[str, str], overrides: lis
         if any(getattr(args, show) for show in SHOWING):
             _show(hydra, args, name, both)
             return 0
-        config = compose.recorded(run, overrides, compose.RESUMABLE, _refuse_resume) if key == "resume" else None
+        config = compose.recorded(hydra, name, run, overrides, compose.RESUMABLE, _refuse_resume) if key == "resume" else None
         hydra = compose.make_hydra(config_dir)
         cfg = compose.compose_config(hydra, name, both)
         # As in `recorded`: what a run folder allows itself does not count.
@@ -177,20 +173,19 @@ def _use_run(command: str, hydra: Hydra, config_name: str, overrides: list[str],
     if multirun:
         raise ConfigError(f"meshformer {command} reads one run", "--multirun", fix="Leave -m out.")
     changes: list[str] = []
+    text: dict[str, str] = {}
     if command == "evaluate":
         changes = [o for o in overrides if o.lstrip("+~").partition("=")[0].partition(".")[0] in ("trainer", "data", "strategy")]
         overrides = [o for o in overrides if o not in changes]
-    options = validate(
-        compose.plain(compose.compose_config(hydra, config_name, overrides)), Evaluate if command == "evaluate" else Generate
-    )
+    else:  # a prompt is free text: commas, brackets and quotes in it are not Hydra's to read
+        text, overrides = compose.take(overrides, "prompt")
+    options = compose.plain(compose.compose_config(hydra, config_name, overrides))
+    options = validate({**options, **text}, Evaluate if command == "evaluate" else Generate)
     run = compose.locate(options["run"], options["paths"]["runs"], "run")
     if not _holds_checkpoint(run):
         raise ConfigError("there is no checkpoint in that run to read", "run", options["run"])
     options["run"] = str(run)
-    if changes:
-        config = compose.recorded(run, changes, compose.EVALUABLE, lambda key, value: ConfigError("evaluate may not change it", key, value))
-    else:
-        config = compose.read_config(run)
+    config = _changed(run, changes) if changes else compose.read_config(run)
     config["allow"] = options["allow"]
     # Resume lifts the checks of where finetuning started from: that run is not needed any more.
     config = compose.settle({**config, "resume": str(run)})
@@ -200,6 +195,18 @@ def _use_run(command: str, hydra: Hydra, config_name: str, overrides: list[str],
         from meshformer.generate import generate as use
     use({**config, "resume": None}, options)
     return 0
+
+
+def _changed(run: Path, changes: list[str]) -> Config:
+    """The run's configuration as `evaluate` may change it."""
+    before, config_dir, config_name = compose.read_overrides(run)
+    hydra, name = compose.make_hydra(config_dir), config_name or "train"
+
+    def refuse(key: str, value: Any) -> ConfigError:
+        return ConfigError(f"evaluate cannot change it; the run has {value}", key, fix="Leave it out.")
+
+    with _explained(hydra, name, [*before, *changes]):
+        return compose.recorded(hydra, name, run, changes, compose.EVALUABLE, refuse)
 
 
 def _launch(config: Config, folder: Path, own_process: bool = False) -> Config | None:
@@ -249,18 +256,6 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     if args.resolve and not args.cfg:
         raise ConfigError("goes with --cfg", "--resolve")
     return args
-
-
-def _quoted(text: str) -> str:
-    """The text as a quoted value in Hydra's grammar: a backslash before the quote, and before the backslashes that precede one."""
-    out, run = "", 0
-    for character in text:
-        if character == "\\":
-            run += 1
-            continue
-        out += "\\" * (2 * run + 1 if character == "'" else run) + character
-        run = 0
-    return f"'{out}{chr(92) * (2 * run)}'"
 
 
 class _explained:

@@ -88,11 +88,14 @@ def public_names(module: str) -> list[str]:
     return sorted(name for name in names if not name.startswith("_") and name not in {"*", "annotations"})
 
 
-@cache
 def _tree(module: str) -> ast.Module | None:
     file = module_file(module)
-    if file is None:
-        return None
+    return None if file is None else _parsed(file, file.stat().st_mtime_ns)
+
+
+@cache
+def _parsed(file: Path, changed: int) -> ast.Module | None:
+    """`changed` keeps a long-lived process, a notebook for one, from reading what a file once said."""
     try:
         return ast.parse(file.read_text(encoding="utf-8"))
     except (SyntaxError, UnicodeDecodeError):

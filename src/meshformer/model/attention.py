@@ -99,8 +99,15 @@ def attend_auto(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask: Mask, bias
 
 
 def _written_out_is_faster(q: Tensor, keys: int) -> bool:
-    raise_if_unmeasured = False
-    return raise_if_unmeasured
+    """Measured on two CPU cores, forward and backward, time of the written-out form relative to the fused kernel:
+
+    - bf16 on a processor with bf16 matrix units, batch 8, 6 heads, 256 tokens, head size 64: 0.4 (batched products use the units, the
+      fused CPU kernel does not);
+    - fp32 without them (AVX2, 2026-11-24): 1.3 at 64 tokens, 1.2 at 256, 1.9 at 1,024, 2.4 at 2,048.
+
+    The written-out form stores H x T x S weights, so long inputs take the fused kernel in any case. GPUs always do.
+    """
+    return q.device.type == "cpu" and q.dtype == torch.bfloat16 and keys <= 1024
 
 
 class Attention(nn.Module):

@@ -1,0 +1,48 @@
+"""`python -m meshformer.bench [speed] [learning] [speedrun] [finetune]`: prints figures with the date and the machine they were measured on."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import platform
+import sys
+from pathlib import Path
+
+import torch
+
+from meshformer.bench import learning, speed
+
+MEASUREMENTS = {
+    "speed": speed.report,
+    "learning": learning.report_learning,
+    "speedrun": learning.report_speedrun,
+    "finetune": learning.report_finetune,
+}
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m meshformer.bench", description=__doc__)
+    parser.add_argument("what", nargs="*", default=["speed"], help=f"any of {', '.join(MEASUREMENTS)} (default: speed)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--seconds", type=float, default=20.0, help="how long each timed variant of `speed` runs")
+    options = parser.parse_args(argv)
+    unknown = [what for what in options.what if what not in MEASUREMENTS]
+    if unknown:
+        parser.error(f"there is no measurement {unknown[0]!r}; there are {', '.join(MEASUREMENTS)}")
+    torch.set_num_threads(options.threads)
+    print(f"{datetime.date.today()}  {machine()}  torch {torch.__version__}  {options.threads} threads")
+    for what in options.what:
+        print(f"\n## {what}")
+        MEASUREMENTS[what](options)
+    return 0
+
+
+def machine() -> str:
+    cpu, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
+    if info.is_file():
+        cpu = next((line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")), cpu)
+    return f"{cpu} ({torch.backends.cpu.get_cpu_capability()})"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,146 @@
+"""Every mistake at the command line: one sentence on stderr that names it and what to write, exit code 2, no trace, nothing made, no torch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from meshformer.cli import main
+
+SRC = Path(__file__).parents[1] / "src"
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
+def launched(*arguments: object) -> None:
+    raise AssertionError("a job was started")
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("tran", ["'tran'", "Did you mean train?"]),
+        ("train model.n_layer=3", ["model.n_layer:", "Did you mean model.n_layers?"]),
+        ("train optimzer.lr=3", ["optimzer.lr:", "Did you mean optimizer.lr?"]),
+        ("train model=nanoo", ["model=nanoo", "Did you mean nano?"]),
+        ("train model/positon=rotary", ["model/positon", "Did you mean model/position?"]),
+        ("train model/position=rotery", ["model/position=rotery", "Did you mean rotary?"]),
+        ("train ~callbacks.sample", ["callbacks.sample:", "Did you mean callbacks.samples?"]),
+        ("train +optimizer.momentun=0.9", ["optimizer.momentun", "Did you mean momentum?"]),
+        ("train trainer.max_steps=many", ["trainer.max_steps=many", "a whole number of at least 1"]),
+        ("train strategy=single trainer.devices=2", ["trainer.devices=2", "strategy=ddp"]),
+        ("train model=nano,micro", ["model=nano,micro", "Add -m"]),
+        ("train sweep=seed", ["sweep=seed", "Add -m"]),
+        ("train justaword", ["justaword", "Write key=value"]),
+        ("train seed=[1", ["seed=[1", "Quote"]),
+        ("train seed=${oc.env:NOT_SET_ANYWHERE}", ["seed:", "NOT_SET_ANYWHERE"]),
+        ("train model.n_layers=${data.nope}", ["model.n_layers", "${data.nope}"]),
+        ("train data.files=a.txt", ["data.files", "data=text"]),
+        ("train data=text", ["data.files", "needs a value"]),
+        ("train data=text data.files=absent.txt", ["data.files=", "no such file"]),
+        ("train model._target_=os.system", ["model._target_=os.system", "not on the list"]),
+        ("train model=null", ["a group cannot be null", "~model"]),
+        ("train resume=last", ["resume=last", "holds no run yet"]),
+        ("train resume=a fork=b", ["resume= and fork=", "Use one"]),
+        ("train run=last", ["run=last", "resume="]),
+        ("train --confg=x", ["--confg", "--help"]),
+        ("train --config-dir absent", ["--config-dir=absent", "no such folder"]),
+        ("train --config-name trian", ["--config-name=trian", "Did you mean train?"]),
+        ("train --cfg job -m", ["exclude each other"]),
+        ("train -m seed=1,2 model=nano,mikro", ["model=mikro", "Did you mean micro?"]),
+        ("train -m trainer.max_steps=5000,5", ["schedule.warmup_steps=20", "trainer.max_steps=5"]),
+        ("evaluate", ["run:", "Add run="]),
+        ("evaluate run=last split=train", ["split=train", "val, test"]),
+        ("generate run=last tempreature=1", ["tempreature", "Did you mean temperature?"]),
+        ("generate run=last top_p=1.5", ["top_p=1.5", "above 0 and at most 1"]),
+    ],
+)
+def test_a_mistake_is_named_and_answered(line, words, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("meshformer.command.jobs._launch", launched)
+    assert main(line.split(" ")) == 2
+    printed = capsys.readouterr()
+    (message,) = printed.err.strip().splitlines()
+    assert message.startswith("error: ")
+    assert [word for word in words if word not in message] == []
+    assert printed.out == ""
+    assert list(tmp_path.iterdir()) == [], "something was written before the mistake was found"
+
+
+def test_a_broken_yaml_file_is_named_with_its_line(tmp_path, capsys):
+    (tmp_path / "mine" / "model").mkdir(parents=True)
+    (tmp_path / "mine" / "model" / "broken.yaml").write_text("n_layers: 3\nn_heads: [1, 2\nd_model: 5\n")
+    assert main(["train", "--config-dir", "mine", "model=broken"]) == 2
+    message = capsys.readouterr().err
+    assert "broken.yaml, line 3" in message and len(message.splitlines()) == 1
+
+
+def test_a_misspelt_key_inside_a_yaml_file_is_refused(tmp_path, capsys):
+    (tmp_path / "mine" / "model").mkdir(parents=True)
+    (tmp_path / "mine" / "model" / "typo.yaml").write_text("defaults: [nano, _self_]\nn_layer: 3\n")
+    (tmp_path / "mine" / "trainer").mkdir(parents=True)
+    (tmp_path / "mine" / "trainer" / "typo.yaml").write_text("defaults: [default, _self_]\nmax_stepz: 3\n")
+    assert main(["train", "--config-dir", "mine", "model=typo"]) == 2
+    assert "model.n_layer: Transformer takes no such argument. Did you mean n_layers?" in capsys.readouterr().err
+    assert main(["train", "--config-dir", "mine", "trainer=typo"]) == 2
+    assert "trainer.max_stepz: there is no such setting. Did you mean max_steps?" in capsys.readouterr().err
+
+
+def test_the_trace_is_shown_when_asked_for(monkeypatch, capsys):
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    assert main(["train", "model=nanoo"]) == 2
+    message = capsys.readouterr().err
+    assert "Traceback" in message and "MissingConfigException" in message
+
+
+def test_a_used_folder_is_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("meshformer.command.jobs._launch", launched)
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "notes.txt").write_text("mine")
+    assert main(["train", "hydra.run.dir=used"]) == 2
+    assert "already used" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "used").iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "words"),
+    [
+        (["--help"], 0, "model/position"),
+        (["train", "--cfg", "job"], 0, "n_layers: 4"),
+        (["train", "trainer.max_stepz=3"], 2, "Did you mean trainer.max_steps?"),
+        (["train", "model.n_heads=3"], 2, "does not divide"),
+    ],
+)
+def test_the_real_command_answers_without_torch(line, code, words, tmp_path):
+    """A module path that refuses torch and lightning stands in for their absence: importing them would end in a trace and exit code 1."""
+    (tmp_path / "refuse").mkdir()
+    for name in ("torch", "lightning"):
+        (tmp_path / "refuse" / f"{name}.py").write_text("raise RuntimeError('heavy import')")
+    script = "import sys; from meshformer.cli import main; c = main(sys.argv[1:]); print('TORCH', 'torch' in sys.modules); sys.exit(c)"
+    environment = (
+        {**os.environ, "PYTHONPATH": f"{tmp_path / 'refuse'}:{SRC}"}
+        if line[-1] != "model.n_heads=3"
+        else {**os.environ, "PYTHONPATH": str(SRC)}
+    )
+    done = subprocess.run([sys.executable, "-c", script, *line], capture_output=True, text=True, env=environment, timeout=60)
+    assert done.returncode == code, done.stderr
+    assert words in done.stdout + done.stderr
+    assert "TORCH False" in done.stdout and "Traceback" not in done.stderr
+
+
+def test_the_module_can_be_run(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "meshformer.cli", "train", "model=nanoo"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(SRC)},
+    )
+    assert (done.returncode, done.stderr) == (2, "error: model=nanoo: there is no such option. Did you mean nano?\n")

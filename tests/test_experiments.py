@@ -1,0 +1,53 @@
+"""Every recipe under conf/experiment trains: two steps on its own corpus, through the same code as the command."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+import pytest
+
+from meshformer.compose import compose
+from meshformer.config.paths import conf_dir
+from meshformer.record.metrics_csv import read_metrics
+from meshformer.train import train
+
+EXPERIMENTS = sorted(path.stem for path in (conf_dir() / "experiment").glob("*.yaml"))
+SHORT = [
+    "trainer.max_steps=2",
+    "trainer.limit_val_batches=2",
+    "trainer.log_every_n_steps=1",
+    "trainer.progress=false",
+    "trainer.threads=1",
+    "schedule.warmup_steps=0",
+]
+CACHE = os.environ.get("MESHFORMER_DATA", "~/.cache/meshformer")
+
+
+def train_two_steps(folder: Path, experiment: str, *overrides: str) -> list[dict]:
+    folder.mkdir()
+    train(compose([f"experiment={experiment}", f"paths.data={CACHE}", *SHORT, *overrides]), folder)
+    return read_metrics(folder / "metrics.csv")
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("experiments") / "pretrained"
+    train_two_steps(folder, "shakespeare_char")
+    return folder
+
+
+def test_there_are_experiments() -> None:
+    assert {"shakespeare_char", "shakespeare_bpe", "kjv_finetune", "shakespeare_speedrun"} <= set(EXPERIMENTS)
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_experiment_trains_two_steps(experiment: str, pretrained: Path, tmp_path: Path) -> None:
+    needs_weights = "override /stage: finetune" in (conf_dir() / "experiment" / f"{experiment}.yaml").read_text()
+    start = [f"stage.init_from={pretrained}"] if needs_weights else []
+    rows = train_two_steps(tmp_path / "run", experiment, *start)
+    assert [row["step"] for row in rows] == [1, 2]
+    assert all(math.isfinite(row["train/loss"]) for row in rows)
+    assert math.isfinite(rows[-1]["val/loss"])
+    assert (tmp_path / "run" / "checkpoints" / "step-00000002" / ".metadata").is_file()

@@ -1,0 +1,93 @@
+"""Real processes: the elastic agent inside the command, torchrun from outside, a multirun; one folder each, no process left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from jobs import TINY, text_file
+from meshformer.record.metrics_csv import read_metrics
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("launch")
+    text_file(folder)
+    return folder
+
+
+def settings(work: Path, *overrides: str) -> list[str]:
+    return [
+        *TINY,
+        f"data.files=[{work}/text.txt]",
+        f"paths.data={work}/cache",
+        f"paths.runs={work}/runs",
+        "trainer.max_steps=4",
+        *overrides,
+    ]
+
+
+def start(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "TORCHELASTIC", "SLURM"))}
+    env = clean | {"PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"} | environment
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, env=env, check=False)
+
+
+CLI = [sys.executable, "-m", "meshformer.cli", "train"]
+
+
+def test_two_ranks_from_one_command_leave_one_folder(work: Path) -> None:
+    done = start([*CLI, *settings(work, "strategy=ddp", "trainer.devices=2", f"hydra.run.dir={work}/agent")])
+    assert done.returncode == 0, done.stderr
+    assert [r["step"] for r in read_metrics(work / "agent" / "metrics.csv")] == [1, 2, 3, 4]
+    assert json.loads((work / "agent" / "run.json").read_text())["layout"]["processes"] == 2
+    assert done.stdout.count("run folder") == 1
+    assert not (work / "agent" / ".errors").exists()
+
+
+def test_torchrun_from_outside_trains_in_one_folder(work: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "meshformer.cli", "train"]
+    done = start([*torchrun, *settings(work, "strategy=ddp", "trainer.devices=2", f"hydra.run.dir={work}/torchrun")])
+    assert done.returncode == 0, done.stderr
+    agent, outside = read_metrics(work / "agent" / "metrics.csv"), read_metrics(work / "torchrun" / "metrics.csv")
+    assert [r["train/loss"] for r in outside] == [r["train/loss"] for r in agent]
+    assert done.stdout.count("run folder") == 1
+
+
+def test_multirun_gives_every_point_processes_and_a_folder_of_its_own(work: Path) -> None:
+    done = start([*CLI, "-m", *settings(work, "strategy=single,ddp", "seed=1", f"hydra.sweep.dir={work}/sweep")])
+    assert done.returncode == 0, done.stderr
+    single, ddp = (read_metrics(work / "sweep" / point / "metrics.csv") for point in ("0", "1"))
+    assert max(abs(a["train/loss"] - b["train/loss"]) for a, b in zip(single, ddp, strict=True)) < 1e-4
+    assert json.loads((work / "sweep" / "1" / "run.json").read_text())["layout"]["processes"] == 2
+
+
+def test_a_failing_rank_ends_the_job_with_its_own_words(work: Path) -> None:
+    (work / "broken_task.py").write_text(
+        "import os\n"
+        "from meshformer.tasks import LanguageModelling\n"
+        "class Broken(LanguageModelling):\n"
+        "    def losses(self, batch, phase):\n"
+        "        if os.environ['RANK'] == '1' and self.trainer.global_step == 2:\n"
+        "            raise RuntimeError('the widget fell off')\n"
+        "        return super().losses(batch, phase)\n"
+    )
+    command = settings(
+        work, "strategy=ddp", "trainer.devices=2", f"hydra.run.dir={work}/failed", "task._target_=broken_task.Broken", "allow=[broken_task]"
+    )
+    begun = time.monotonic()
+    path = f"{ROOT / 'src'}{os.pathsep}{work}"
+    done = start([*CLI, *command], PYTHONPATH=path)
+    assert done.returncode == 1
+    assert "rank 1 failed: RuntimeError: the widget fell off" in done.stderr
+    assert "in losses" in done.stderr, "the failing rank's own traceback is shown"
+    assert time.monotonic() - begun < 120
+    assert json.loads((work / "failed" / "run.json").read_text())["state"] == "failed"
