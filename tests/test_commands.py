@@ -27,7 +27,14 @@ def command(work: Path, *words: str) -> int:
 
 def tiny(work: Path, name: str, *overrides: str) -> Path:
     run = work / name
-    settings = [*TINY, f"data.files=[{work}/text.txt]", f"paths.data={work}/cache", f"hydra.run.dir={run}", "trainer.max_steps=12"]
+    settings = [
+        *TINY,
+        f"data.files=[{work}/text.txt]",
+        f"paths.data={work}/cache",
+        f"hydra.run.dir={run}",
+        "trainer.max_steps=12",
+        "schedule.warmup_steps=2",
+    ]
     assert command(work, "train", *settings, *overrides) == 0
     return run
 

@@ -22,7 +22,7 @@ SHORT = [
     "trainer.threads=1",
     "schedule.warmup_steps=0",
 ]
-CACHE = os.environ.get("MESHFORMER_DATA", "~/.cache/meshformer")
+CACHE = Path(os.environ.get("MESHFORMER_DATA", "~/.cache/meshformer")).expanduser()
 
 
 def train_two_steps(folder: Path, experiment: str, *overrides: str) -> list[dict]:

@@ -29,11 +29,12 @@ def evaluate(config: dict[str, Any], options: dict[str, Any]) -> dict[str, float
     with tempfile.TemporaryDirectory() as scratch:
         trainer = build_trainer(config, Path(scratch), 1, [], [])
         check = trainer.validate if options["split"] == "val" else trainer.test
-        (metrics,) = check(task, datamodule=data, verbose=False)
+        check(task, datamodule=data, verbose=False)
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     print(f"{checkpoint}")
     for name, value in metrics.items():
         print(f"  {name:<22}{value:.6f}")
-    return dict(metrics)
+    return metrics
 
 
 def load_run(config: dict[str, Any], run: Path) -> tuple[Any, Any]:

@@ -25,11 +25,12 @@ def test_char_ids_are_code_point_order():
     assert tokenizer.decode(ids) == "nab🙂" and tokenizer.encode("").shape == (0,)
 
 
-def test_char_names_what_it_does_not_know():
+def test_char_names_what_it_does_not_know(caplog):
     tokenizer = CharTokenizer.train("abc?")
-    with pytest.raises(ConfigError, match=r"tokenizer's 4: '\U0001f642' \(2 times\), 'é' \(1 times\).*unknown=replace"):
+    with pytest.raises(ConfigError, match=r"tokenizer's 4: '\U0001f642' \(2 times\), 'é' \(1 times\).*tokenizer=bpe"):
         tokenizer.encode("ab🙂é🙂")
     assert tokenizer.decode(tokenizer.encode("ab🙂", unknown="replace")) == "ab?"
+    assert "'\U0001f642' (1 times); each becomes '?'" in caplog.text
     assert CharTokenizer("xy").encode("yz", unknown="replace").tolist() == [1, 0]
     with pytest.raises(ConfigError):
         tokenizer.encode("a\udce9")  # a byte that the terminal's encoding could not read

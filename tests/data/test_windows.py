@@ -138,7 +138,7 @@ def test_a_batch_of_8x256_costs_less_than_100_microseconds(tmp_path):
     times = []
     iterator = iter(Batches(WindowDataset(tokens, 256).__getitems__, sampler))
     for _ in range(400):
-        started = time.perf_counter()
+        started = time.thread_time()
         next(iterator)
-        times.append(time.perf_counter() - started)
-    assert sorted(times)[len(times) // 4] < 100e-6  # the lower quartile: other work shares these cores
+        times.append(time.thread_time() - started)
+    assert sorted(times)[len(times) // 2] < 100e-6  # processor time, for other work shares these cores

@@ -43,6 +43,8 @@ def test_flush_puts_the_open_row_on_disk_and_later_values_still_join_it(tmp_path
     table.flush()
     assert [row["step"] for row in read_metrics(path)] == [1, 2]
     table.row(2, **{"train/loss": 2.0, "val/loss": 1.0})  # shorter than what it replaces
+    table.flush()
+    assert lines(path)[1:] == ["1,,,3.0,,,,", "2,,,2.0,,,,1.0"]
     table.row(3, **{"train/loss": 1.5})
     table.flush()
     assert lines(path)[1:] == ["1,,,3.0,,,,", "2,,,2.0,,,,1.0", "3,,,1.5,,,,"]
@@ -63,14 +65,15 @@ def test_a_new_column_widens_the_file_and_keeps_every_row(tmp_path, flushed):
     assert read_metrics(path) == [{"step": 1, "train/loss": 3.0}, {"step": 2, "train/loss": 2.0, "mfu": 0.5}, {"step": 3, "other": 1.0}]
 
 
-def test_resume_drops_later_rows_and_appends(tmp_path):
+@pytest.mark.parametrize("checkpoint", [10, 12])
+def test_resume_drops_later_rows_and_appends(tmp_path, checkpoint):
     path = tmp_path / "metrics.csv"
     table = MetricsCsv(path)
     for step in (5, 10, 15, 20):
         table.row(step, **{"train/loss": 1 / step})
     table.close()
     resumed = MetricsCsv(path)
-    resumed.truncate_after(12)
+    resumed.truncate_after(checkpoint)
     resumed.row(10, **{"val/loss": 9.0})
     resumed.row(15, **{"train/loss": 7.0})
     resumed.close()

@@ -85,10 +85,12 @@ def test_git_state_of_a_checkout_a_change_and_an_untracked_copy(tmp_path, monkey
         return subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip()
 
     git("init", "-q")
-    monkeypatch.setattr(module, "SOURCE", source)
-    assert module.git_state() is None, "an untracked file, as in a virtual environment inside a repository"
     git("add", "code.py")
     git("commit", "-q", "-m", "one")
+    monkeypatch.setattr(module, "SOURCE", tmp_path / "untracked.py")
+    (tmp_path / "untracked.py").write_text("")
+    assert module.git_state() is None, "as in a virtual environment inside a repository"
+    monkeypatch.setattr(module, "SOURCE", source)
     # A hook's GIT_DIR must not divert the question to another repository.
     monkeypatch.setenv("GIT_DIR", str(tmp_path / "elsewhere"))
     commit = (tmp_path / ".git" / "refs" / "heads").glob("*").__next__().read_text().strip()

@@ -2,13 +2,14 @@
 
 - ``CharTokenizer``: one token a character, ids in code point order. It has no unknown token, for that would be a row of the embedding
   that pretraining never trains. A character outside the vocabulary is an error that names it, or, where the caller asks for
-  ``unknown="replace"``, becomes ``?`` (the vocabulary's first character where it has no ``?``).
+  ``unknown="replace"``, becomes ``?`` (the vocabulary's first character where it has no ``?``), with a warning.
 - ``BpeTokenizer``: byte-level byte-pair encoding; every text can be encoded, and decodes to itself.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from meshformer.config.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 Tokens = npt.NDArray[np.unsignedinteger[Any]]
 Unknown = Literal["error", "replace"]
@@ -67,9 +70,12 @@ class CharTokenizer:
         """Raises ConfigError naming the most frequent characters outside the vocabulary, unless ``unknown="replace"``."""
         ids = self._ids[np.minimum(_code_points(text), len(self._ids) - 1)]
         if len(ids) and ids.min() < 0:
+            outside = self._outside(text)
             if unknown == "error":
-                raise self._outside(text)
-            ids = np.where(ids < 0, max(self.characters.find("?"), 0), ids)
+                raise ConfigError(outside, fix="Remove them, or pretrain with data.tokenizer=bpe, which knows every character")
+            stand_in = max(self.characters.find("?"), 0)
+            log.warning("%s; each becomes %r", outside, self.characters[stand_in])
+            ids = np.where(ids < 0, stand_in, ids)
         return ids.astype(_dtype(self.vocab_size))
 
     def decode(self, ids: Sequence[int] | npt.NDArray[Any]) -> str:
@@ -81,14 +87,11 @@ class CharTokenizer:
     def save(self, path: str | Path) -> None:
         Path(path).write_text(self.to_json(), encoding="utf-8")
 
-    def _outside(self, text: str) -> ConfigError:
+    def _outside(self, text: str) -> str:
         outside = Counter(character for character in text if character not in self.characters).most_common()
         named = ", ".join(f"{character!r} ({count} times)" for character, count in outside[:5])
         more = f" and {len(outside) - 5} more" if len(outside) > 5 else ""
-        return ConfigError(
-            f"this text has characters outside the tokenizer's {self.vocab_size}: {named}{more}",
-            fix="Remove them, replace them with data.unknown=replace, or pretrain with data.tokenizer=bpe, which knows every character",
-        )
+        return f"the text has characters outside the tokenizer's {self.vocab_size}: {named}{more}"
 
 
 class BpeTokenizer:
