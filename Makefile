@@ -21,20 +21,19 @@ setup: $(STAMP) ## make .venv and install meshformer into it, editable
 train: $(STAMP) ## train the default recipe; ARGS="key=value ..." overrides
 	$(BIN)/meshformer train $(ARGS)
 
-test: lint ## lint, type check and run the whole suite; ARGS="..." goes to pytest
+test: lint notebooks ## lint, type check, run the notebooks and the whole suite; ARGS="..." goes to pytest
 	$(BIN)/python -m pytest $(ARGS)
 
 lint: $(STAMP) ## ruff and basedpyright
 	$(BIN)/ruff check src tests
 	$(BIN)/basedpyright
 
-notebooks: $(VENV)/.notebooks ## run every notebook in notebooks/
+notebooks: $(STAMP) ## run every notebook in notebooks/, each from start to end
 	@mkdir -p runs/notebooks
 	@set -e; for source in notebooks/*.py; do \
-		test -e "$$source" || { echo "notebooks/ holds no notebook yet."; exit 0; }; \
 		$(BIN)/jupytext --quiet --to ipynb --output "runs/notebooks/$$(basename "$$source" .py).ipynb" "$$source"; \
-		$(BIN)/python -m pytest --nbmake "runs/notebooks/$$(basename "$$source" .py).ipynb"; \
 	done
+	$(BIN)/python -m pytest -q --nbmake runs/notebooks
 
 bench: $(STAMP) ## speed as ratios: our Trainer against a bare loop, bf16 against fp32
 	$(BIN)/python -m meshformer.bench $(ARGS)
@@ -48,8 +47,4 @@ $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet '$(TORCH)'
 	$(PIP) install --quiet '$(TORCH)' -e '.[dev]'
-	@touch $@
-
-$(VENV)/.notebooks: $(STAMP)
-	$(PIP) install --quiet '$(TORCH)' -e '.[notebooks]'
 	@touch $@

@@ -126,3 +126,17 @@ def test_a_used_folder_is_refused_and_left_alone(run: Path, work: Path, capsys: 
     assert command(work, "train", *settings) == 2
     assert str(run) in capsys.readouterr().err
     assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
+
+
+def test_finetune_takes_the_models_shape_from_the_run_unless_told(work: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wide = tiny(work, "wide", "model.d_model=48", "model/position=learned", "model.n_kv_heads=2", "trainer.max_steps=2")
+    settings = [s for s in TINY if not s.startswith("model")] + [f"data.files=[{work}/text.txt]", f"paths.data={work}/cache"]
+    settings += ["stage=finetune", f"stage.init_from={wide}", "trainer.max_steps=1"]
+    assert command(work, "train", *settings, f"hydra.run.dir={work}/adopted", "data.context_length=8") == 0
+    model = yaml.safe_load((work / "adopted" / "config.yaml").read_text())["model"]
+    assert (model["d_model"], model["n_kv_heads"], model["context_length"]) == (48, 2, 16)
+    assert model["position"]["_target_"].endswith("Learned")
+    capsys.readouterr()
+    assert command(work, "train", *settings, "model.d_model=64", f"hydra.run.dir={work}/refused") == 2
+    assert "model.d_model=64" in capsys.readouterr().err
+    assert not (work / "refused").exists()

@@ -20,7 +20,6 @@ SHORT = [
     "trainer.log_every_n_steps=1",
     "trainer.progress=false",
     "trainer.threads=1",
-    "schedule.warmup_steps=0",
 ]
 CACHE = Path(os.environ.get("MESHFORMER_DATA", "~/.cache/meshformer")).expanduser()
 

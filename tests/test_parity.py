@@ -17,6 +17,7 @@ PARITY = [
     "optimizer=sgd",
     "optimizer.lr=0.5",
     "schedule=constant",
+    "model.zero_init=false",  # every parameter has a gradient from the first step on
     "trainer.gradient_clip_val=0.5",
     "trainer.val_check_interval=5",
 ]

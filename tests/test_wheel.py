@@ -65,7 +65,6 @@ def test_installed_command_trains_outside_the_checkout(installed, tmp_path):
         installed / "meshformer",
         "train",
         "trainer.max_steps=2",
-        "schedule.warmup_steps=0",
         "trainer.devices=1",
         "data=text",
         f"data.files=[{text}]",

@@ -26,6 +26,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from meshformer.config import ConfigError, check, resolve, validate
+from meshformer.config.check import SHAPES
 from meshformer.config.paths import conf_dir
 from meshformer.record import RunNotFound, find_run
 
@@ -86,22 +87,44 @@ def plain(cfg: DictConfig) -> Config:
     return {str(key): value for key, value in config.items()}
 
 
-def settle(config: Config) -> Config:
-    """Validate, resolve and check a plain train configuration. Raises ConfigError; changes nothing on disk."""
+def settle(config: Config, overrides: Sequence[str] = ()) -> Config:
+    """Validate, resolve and check a plain train configuration. Raises ConfigError; changes nothing on disk.
+
+    `overrides`: what the user typed, which fine-tuning does not replace by what it takes from the run it starts from.
+    """
     if config.get("allow") and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # a user's own module lies beside where the command is typed; last, so that it hides nothing
     config = validate(config)
-    if config["stage"]["init_from"] is not None and config["resume"] is None and config["stage"]["name"] == "finetune":
-        source = locate(config["stage"]["init_from"], config["paths"]["runs"], "stage.init_from")
-        config = {**config, "stage": {**config["stage"], "init_from": str(source)}}
+    if config["stage"]["name"] == "finetune" and config["resume"] is None:
+        if config["fork"] is None and config["stage"]["init_from"] is not None:
+            source = locate(config["stage"]["init_from"], config["paths"]["runs"], "stage.init_from")
+            config = {**config, "stage": {**config["stage"], "init_from": str(source)}}
+        if (source := config["fork"] or config["stage"]["init_from"]) is not None:
+            config = validate(adopt(config, read_config(Path(source)), overrides))
     config = resolve(config)
     check(config)
     return config
 
 
+def adopt(config: Config, source: Config, overrides: Sequence[str]) -> Config:
+    """Fine-tuning takes the model's shape and the tokenizer from the run it starts from, except where the command names its own."""
+    typed = [override.lstrip("+~").partition("=")[0] for override in overrides]
+    config = {**config, "model": dict(config["model"]), "data": dict(config["data"])}
+    if "model" not in typed:
+        for key in (*SHAPES, "position"):
+            if key in source["model"] and not any(name.replace("/", ".").startswith(f"model.{key}") for name in typed):
+                config["model"][key] = copy.deepcopy(source["model"][key])
+        if "model.context_length" not in typed and source["model"]["context_length"] >= config["data"]["context_length"]:
+            config["model"]["context_length"] = source["model"]["context_length"]  # a learned position table has that many rows
+    for key in ("tokenizer", "vocab_size"):
+        if f"data.{key}" not in typed:
+            config["data"][key] = source["data"][key]
+    return config
+
+
 def compose(overrides: Sequence[str] = (), config_name: str = "train", config_dir: str | None = None) -> Config:
     """The settled configuration that `meshformer train OVERRIDES` would run on. For tests and notebooks."""
-    return settle(plain(compose_config(make_hydra(config_dir), config_name, overrides)))
+    return settle(plain(compose_config(make_hydra(config_dir), config_name, overrides)), overrides)
 
 
 def locate(spec: str, runs: str, key: str) -> Path:

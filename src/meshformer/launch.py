@@ -17,6 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from meshformer.config.errors import ConfigError
+from meshformer.config.resolve import outside
+
+PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
 
 class JobFailed(Exception):
@@ -27,19 +30,14 @@ class JobFailed(Exception):
         self.details = details
 
 
-def started_from_outside() -> bool:
-    """True under torchrun or srun: the ranks exist already."""
-    return "TORCHELASTIC_RUN_ID" in os.environ or "RANK" in os.environ or int(os.environ.get("SLURM_NTASKS", "1")) > 1
-
-
 def launch(config: dict[str, Any], folder: Path, own_process: bool = False) -> dict[str, float]:
     """Trains `config` in `folder` and returns rank 0's final metrics. `own_process`: start a worker even for one device (grids)."""
     processes = config["trainer"]["devices"]
     os.environ["OMP_NUM_THREADS"] = str(config["trainer"]["threads"])  # read once, when torch is imported
-    if started_from_outside() or (processes == 1 and not own_process):
+    if outside() is not None or (processes == 1 and not own_process):
         from meshformer.train import train
 
-        return train(config, folder)
+        return train(config, folder)  # torchrun and srun made the ranks already
     return _launch_agent(config, folder, processes)
 
 
@@ -104,7 +102,9 @@ def _leave_with(launcher: int) -> None:
 
 
 def _first_cause(errors: Path, failure: Exception) -> Exception:
-    notes = sorted((json.loads(p.read_text()) for p in errors.glob("*.json")), key=lambda n: n["time"]) if errors.is_dir() else []
+    notes = [json.loads(p.read_text()) for p in errors.glob("*.json")] if errors.is_dir() else []
+    # A failing rank may close its connections before its own error is noted: that its peers lost it is never the cause.
+    notes.sort(key=lambda note: (any(words in note["message"] for words in PEER_LOST), note["time"]))
     if not notes:
         return JobFailed(f"a rank died without a word (killed, or out of memory): {failure}")
     first = notes[0]

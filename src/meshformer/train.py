@@ -49,7 +49,7 @@ def train(config: Config, folder: Path) -> dict[str, float]:
     record = RunRecord(folder) if trainer.is_global_zero else None
     if record:
         data.tokenizer.save(folder / "tokenizer.json")
-        atomic_write_text(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+        atomic_write_text(folder / "config.yaml", yaml.safe_dump({**config, "resume": None}, sort_keys=False, allow_unicode=True))
         layout = {**config["strategy"], "processes": trainer.world_size}
         device = {
             "accelerator": str(trainer.strategy.root_device),

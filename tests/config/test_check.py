@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import pytest
@@ -34,7 +35,6 @@ def _no_gpu(monkeypatch):
         ({"trainer.precision": "16-mixed"}, "trainer.precision", "bf16-mixed"),
         ({"trainer.accelerator": "gpu"}, "trainer.accelerator", "no NVIDIA GPU"),
         ({"trainer.max_steps": None}, None, "never end"),
-        ({"schedule.warmup_steps": 3000}, "schedule.warmup_steps", "trainer.max_steps=2000"),
         ({"schedule.warmup_steps": -1}, "schedule.warmup_steps", "negative"),
         ({"model.d_model": 130}, "model.d_model", "128 or 132"),
         ({"model.n_kv_heads": 3}, "model.n_kv_heads", "1, 2, 4"),
@@ -70,11 +70,38 @@ def test_an_impossible_combination_is_refused(change, tmp_path, changes, key, wo
         {"model.context_length": 256},
         {"model.n_kv_heads": 2},
         {"data.vocab_size": 300},
-        {"schedule.warmup_steps": 2000},
+        {"schedule.warmup_steps": 3000, "trainer.max_steps": 2},
     ],
 )
 def test_what_is_possible_passes(change, changes):
     settle(change(changes))
+
+
+def test_more_devices_than_gpus_are_refused(change, monkeypatch):
+    monkeypatch.setattr(RESOLVE, "_torch_has_cuda", lambda: True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    settle(change({**DDP, "trainer.devices": 2}))
+    with pytest.raises(ConfigError, match="at most 2"):
+        settle(change({**DDP, "trainer.devices": 4}))
+
+
+def test_a_torch_without_cuda_sees_no_gpu(change, monkeypatch):
+    monkeypatch.setattr(RESOLVE, "_torch_has_cuda", lambda: False)
+    assert resolved(change, {}, {"CUDA_VISIBLE_DEVICES": "0"})["trainer"]["accelerator"] == "cpu"
+
+
+def test_another_model_class_keeps_its_own_rules(change):
+    settle(change({"model": {"_target_": "torch.nn.Linear", "in_features": 3, "out_features": 4}}))
+
+
+def test_the_home_folder_is_written_out(change):
+    config = settle(change({"paths.data": "~/a", "data.source.cache": "~/a"}))
+    assert config["paths"]["data"] == config["data"]["source"]["cache"] == os.path.expanduser("~/a")
+
+
+def test_an_empty_list_of_files_is_refused(change):
+    with pytest.raises(ConfigError, match="names no file"):
+        settle(change({"data.files": [], "data.source": {"_target_": "meshformer.data.TextFiles", "files": []}}))
 
 
 @pytest.mark.parametrize(
@@ -111,13 +138,40 @@ def finetune_from(change, folder, recorded):
 
 @pytest.mark.parametrize(
     ("recorded", "key"),
-    [({"model.d_model": 384}, "model.d_model"), ({"data.tokenizer": "bpe"}, "data.tokenizer"), ({"model.qk_norm": False}, "model.qk_norm")],
+    [
+        ({"model.d_model": 384}, "model.d_model"),
+        ({"data.tokenizer": "bpe"}, "data.tokenizer"),
+        ({"model.qk_norm": False}, "model.qk_norm"),
+        ({"model.position._target_": "meshformer.model.position.Alibi"}, "model.position._target_"),
+    ],
 )
 def test_finetuning_needs_the_model_and_tokenizer_it_starts_from(change, tmp_path, recorded, key):
     assert settle(finetune_from(change, tmp_path, {"model.dropout": 0.2, "model.vocab_size": 84}))["stage"]["init_from"] == str(tmp_path)
     with pytest.raises(ConfigError) as caught:
-        settle(finetune_from(change, tmp_path, recorded))
+        settle(finetune_from(change, tmp_path, recorded), [f"{key}=typed"])
     assert caught.value.key == key
+
+
+def test_finetuning_takes_what_the_command_does_not_name(change, tmp_path):
+    recorded = {
+        "model.d_model": 384,
+        "data.tokenizer": "bpe",
+        "model.position": {"_target_": "meshformer.model.position.Alibi", "_partial_": True},
+    }
+    config = settle(finetune_from(change, tmp_path, recorded), ["optimizer.lr=1e-3"])
+    assert (config["model"]["d_model"], config["data"]["tokenizer"]) == (384, "bpe")
+    assert config["model"]["position"]["_target_"].endswith("Alibi")
+
+
+def test_only_a_run_can_be_finetuned(change, tmp_path):
+    (tmp_path / "run.json").write_text("{}")  # found as a run, but without the configuration it ran on
+    with pytest.raises(ConfigError, match=r"holds no config\.yaml"):
+        settle(change({"stage": {"name": "finetune", "init_from": str(tmp_path)}}))
+
+
+def test_a_resumed_run_does_not_need_what_it_was_finetuned_from(change):
+    stage = {"name": "finetune", "init_from": "gone", "lr_scale": 0.1}
+    assert settle(change({"stage": stage, "resume": "runs/x"}))["stage"]["init_from"] == "gone"
 
 
 def resolved(change, changes, env=None):

@@ -54,6 +54,13 @@ def test_types_are_described_in_words():
         ({"trainer.progress": "yes"}, "trainer.progress", "true or false"),
         ({"data.tokenizer": "bpee"}, "data.tokenizer", "Did you mean bpe?"),
         ({"seed": None}, "seed", "null is no value"),
+        ({"callbacks": "all"}, "callbacks", "named parts"),
+        (
+            {"callbacks.x": {"_target_": "torch.nn.Linear", "in_features": [{"_target_": "os.system"}]}},
+            "callbacks.x.in_features",
+            "a whole number",
+        ),
+        ({"callbacks.x": {"_target_": "torch.nn.Sequential", "args": [{"_target_": "os.system"}]}}, "callbacks.x.args", "no such argument"),
         ({"trainer": 3}, "trainer", "group of settings"),
         ({"model.n_layers": "six"}, "model.n_layers", "a whole number"),
         ({"model.n_layerz": 6}, "model.n_layerz", "Did you mean n_layers?"),
@@ -75,6 +82,20 @@ def test_a_mistake_in_a_configuration_is_named(change, changes, key, words):
         validate(change(changes))
     assert caught.value.key == key
     assert words in str(caught.value)
+
+
+def test_a_missing_key_is_named(change):
+    config = change({})
+    del config["data"]["batch_size"]
+    with pytest.raises(ConfigError, match=r"data\.batch_size: is missing"):
+        validate(config)
+
+
+def test_targets_inside_lists_are_checked(change):
+    node = {"_target_": "torch.nn.ModuleList", "modules": [{"_target_": "os.system"}]}
+    with pytest.raises(ConfigError) as caught:
+        validate(change({"callbacks.x": node}))
+    assert caught.value.key == "callbacks.x.modules[0]._target_"
 
 
 def test_good_configurations_pass_and_defaults_are_filled_in(change):

@@ -38,7 +38,8 @@ def tokens(batch: int = 2, length: int = T) -> torch.Tensor:
 
 OPTIONS = [
     {}, {"n_kv_heads": 2}, {"norm": "layer", "bias": True, "activation": "gelu"}, {"activation": "swiglu"}, {"activation": "relu2"}, {"window": 4},
-    {"norm_position": "post"}, {"tie_embeddings": False, "qk_norm": False}, {"embedding_norm": True, "token_types": 2}, {"attention": attend_reference},
+    {"norm_position": "post"}, {"tie_embeddings": False, "qk_norm": False}, {"embedding_norm": True, "token_types": 2},
+    {"attention": attend_reference},
 ]  # fmt: skip
 
 

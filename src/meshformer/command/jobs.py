@@ -53,7 +53,7 @@ def run_command(command: str, argv: Sequence[str]) -> int:
         cfg = compose.compose_config(hydra, config_name, overrides)
         if cfg.hydra.runtime.choices.get("sweep") is not None:
             raise ConfigError("a sweep is several runs", "sweep", cfg.hydra.runtime.choices["sweep"], fix="Add -m.")
-        config = compose.settle(compose.plain(cfg))
+        config = compose.settle(compose.plain(cfg), overrides)
     return _train(hydra, cfg, config, compose.write_overrides(overrides, args.config_dir, args.config_name))
 
 
@@ -117,7 +117,7 @@ def _train_from(args: argparse.Namespace, run_of: dict[str, str], overrides: lis
         cfg = compose.compose_config(hydra, name, both)
         # As in `recorded`: what a run folder allows itself does not count.
         config = config or {**compose.plain(cfg), "allow": compose.value_of(overrides, "allow", [])}
-        config = compose.settle({**config, "resume": None, "fork": None, key: str(run)})
+        config = compose.settle({**config, "resume": None, "fork": None, key: str(run)}, both)
     return _train(hydra, cfg, config, compose.write_overrides(both, config_dir, name), run if key == "resume" else None)
 
 
@@ -140,7 +140,7 @@ def _sweep(hydra: Hydra, args: argparse.Namespace, config_name: str, overrides: 
         HydraConfig.instance().set_config(cfg)
 
     def job(task_cfg: DictConfig) -> float | None:
-        config = compose.settle(compose.plain(task_cfg))
+        config = compose.settle(compose.plain(task_cfg), HydraConfig.get().overrides.task)
         folder = Path(HydraConfig.get().runtime.output_dir)
         claim_folder(folder)
         _write(folder, config, compose.write_overrides(list(HydraConfig.get().overrides.task), args.config_dir, args.config_name))
@@ -165,7 +165,7 @@ def _check_grid(hydra: Hydra, cfg: DictConfig, config_name: str, overrides: list
     grid = [point for batch in BasicSweeper.split_arguments(parsed, None) for point in batch]
     for point in grid:
         with _explained(hydra, config_name, point):
-            compose.settle(compose.plain(compose.compose_config(hydra, config_name, [*hydra_overrides, *point])))
+            compose.settle(compose.plain(compose.compose_config(hydra, config_name, [*hydra_overrides, *point])), point)
 
 
 def _use_run(command: str, hydra: Hydra, config_name: str, overrides: list[str], multirun: bool) -> int:
@@ -188,6 +188,8 @@ def _use_run(command: str, hydra: Hydra, config_name: str, overrides: list[str],
     config = _changed(run, changes) if changes else compose.read_config(run)
     config["allow"] = options["allow"]
     # Resume lifts the checks of where finetuning started from: that run is not needed any more.
+    if command == "generate":  # it needs the run folder alone: the texts may be gone
+        config["data"] = {**config["data"], "files": None}
     config = compose.settle({**config, "resume": str(run)})
     if command == "evaluate":
         from meshformer.evaluate import evaluate as use

@@ -13,7 +13,6 @@ from meshformer.config.resolve import visible_gpus
 from meshformer.config.suggest import did_you_mean
 
 Config = dict[str, Any]
-MODEL_CHOICES = {"norm": ("rms", "layer"), "norm_position": ("pre", "post"), "activation": ("gelu", "swiglu", "relu2")}
 PAIRED = ("Rotary",)  # positions that need an even head size
 # What finetuning must share with the run it starts from, or the weights do not fit.
 SHAPES = (
@@ -80,9 +79,7 @@ def _length(config: Config) -> None:
     if trainer["max_steps"] is None and trainer["max_epochs"] is None:
         raise ConfigError("trainer.max_steps and trainer.max_epochs are both null: training would never end", fix="Set one of them.")
     warmup = schedule.get("warmup_steps")
-    if trainer["max_steps"] is not None and warmup is not None and warmup > trainer["max_steps"]:
-        message = f"the warm-up is longer than training (trainer.max_steps={trainer['max_steps']})"
-        raise ConfigError(message, "schedule.warmup_steps", warmup, fix=f"Use at most {trainer['max_steps']}.")
+    # A warm-up longer than training is allowed: `trainer.max_steps=2` is what everybody tries first, and the ramp just ends early.
     if warmup is not None and warmup < 0:
         raise ConfigError("must not be negative", "schedule.warmup_steps", warmup)
 
@@ -114,9 +111,6 @@ def _model(config: Config) -> None:
     for key in ("n_layers", "n_heads", "n_kv_heads", "d_model", "d_ff", "context_length", "vocab_size", "window"):
         if model.get(key) is not None and model[key] < 1:
             raise ConfigError("must be at least 1", f"model.{key}", model[key])
-    for key, choices in MODEL_CHOICES.items():
-        if key in model and model[key] not in choices:
-            raise ConfigError(f"expected one of {', '.join(choices)}", f"model.{key}", model[key], fix=did_you_mean(model[key], choices))
     if width % heads:
         below, above = width // heads * heads, (width // heads + 1) * heads
         sizes = f"{below} or {above}" if below else f"{above}"
@@ -150,7 +144,7 @@ def _rates(config: Config) -> None:
 def _stage(config: Config) -> None:
     stage = config["stage"]
     source = stage["init_from"]
-    if config["resume"] is not None:
+    if config["resume"] is not None or config["fork"] is not None:
         return  # the weights are in the run by now; where they came from may be gone
     if stage["name"] == "pretrain":
         if source is not None:
