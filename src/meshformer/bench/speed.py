@@ -40,7 +40,7 @@ def _config(size: tuple[int, ...], folder: str, steps: int) -> dict[str, Any]:
         [
             "data=shakespeare", f"data.context_length={context}", f"data.batch_size={batch}", f"model.n_layers={layers}", f"model.n_heads={heads}",
             f"model.d_model={width}", "optimizer=adamw", "schedule=constant", "trainer.precision=32-true", f"trainer.max_steps={steps}",
-            "trainer.val_check_interval=1000000", "callbacks.checkpoint.every_n_steps=1000000", f"paths.runs={folder}",
+            "trainer.val_check_interval=1000000", "trainer.limit_val_batches=1", "callbacks.checkpoint.every_n_steps=1000000", f"paths.runs={folder}",
         ]
     )  # fmt: skip
 

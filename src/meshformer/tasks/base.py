@@ -47,6 +47,12 @@ class Task(pl.LightningModule):
         for name in ("step_count", "loss_sum", "loss_count", "grad_norm"):
             self.register_buffer(name, torch.zeros((), dtype=torch.float64 if name == "loss_sum" else torch.float32), persistent=False)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "_current_fx_name":  # Lightning sets this string about fifty times a step; nn.Module's checks would cost 0.3 ms of it
+            self.__dict__[name] = value
+        else:
+            super().__setattr__(name, value)
+
     def losses(self, batch: dict[str, Tensor], phase: str) -> tuple[Tensor, Tensor]:
         raise NotImplementedError(f"{type(self).__name__} must define losses(batch, phase)")
 
@@ -67,22 +73,29 @@ class Task(pl.LightningModule):
         # Lightning divides the loss by the accumulation and the data axis averages gradients: both are undone here.
         self._loss_scale = accumulation * data_size / self.tokens_per_step
         self._accumulation = accumulation
+        self._trained = [p for p in self.model.parameters() if p.requires_grad]  # walking the modules at every step would cost more
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         # Dropout depends on (seed, step, micro-batch, data rank) alone: a resumed run draws what the uninterrupted one would have drawn.
-        torch.manual_seed(_mix(self.seed, self.trainer.global_step, batch_idx % self._accumulation, self._data_rank))
+        self._reseed(_mix(self.seed, self.trainer.global_step, batch_idx % self._accumulation, self._data_rank))
         loss_sum, count = self.losses(batch, "train")
         self.step_count += count
         self.loss_sum += loss_sum.detach()
         self.loss_count += count
         return loss_sum * self._loss_scale
 
+    def _reseed(self, seed: int) -> None:
+        # Not torch.manual_seed: where a device type is not initialised it queues itself for later, with a stack trace, at every call.
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.default_generators[self.device.index or 0].manual_seed(seed)
+
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
         """Turns the accumulated sum into the mean over the step's tokens and clips it by its global norm, in one pass over the gradients."""
         count = self.trainer.strategy.reduce(self.step_count, reduce_op="sum")
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        gradients = [p.grad for p in self._trained if p.grad is not None]
         scale = self.tokens_per_step / count.clamp(min=1)
         self.grad_norm.copy_(torch.nn.utils.get_total_norm(gradients) * scale)
         if gradient_clip_val:
