@@ -31,7 +31,7 @@ def _no_gpu(monkeypatch):
         ({"strategy": {"name": "ddp", "replicate": 3}, "trainer.num_nodes": 2}, "strategy.replicate", "multiple of 2"),
         ({**DDP, "data.batch_size": 7}, "data.batch_size", "6 and 8"),
         ({**DDP, "data.batch_size": 1}, "data.batch_size", "does is 2"),
-        ({"trainer.accumulate_grad_batches": 5}, "data.batch_size", "30 and 35"),
+        ({"trainer.accumulate_grad_batches": 5}, "data.batch_size", "15 and 20"),
         ({"trainer.precision": "16-mixed"}, "trainer.precision", "bf16-mixed"),
         ({"trainer.accelerator": "gpu"}, "trainer.accelerator", "no NVIDIA GPU"),
         ({"trainer.max_steps": None}, None, "never end"),
