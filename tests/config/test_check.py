@@ -189,14 +189,14 @@ def test_auto_is_what_the_strategy_and_machine_ask_for(change):
 
 def test_visible_gpus_are_used(change, monkeypatch):
     monkeypatch.setattr(RESOLVE, "_torch_has_cuda", lambda: True)
-    config = resolved(change, DDP, {"CUDA_VISIBLE_DEVICES": "0,2,3"})
+    config = resolved(change, {**DDP, "trainer.precision": "auto"}, {"CUDA_VISIBLE_DEVICES": "0,2,3"})
     assert (config["trainer"]["accelerator"], config["trainer"]["devices"], config["trainer"]["precision"]) == ("gpu", 3, "bf16-mixed")
 
 
 def test_bfloat16_is_chosen_by_the_processor(change, monkeypatch):
     for able, expected in ((True, "bf16-mixed"), (False, "32-true")):
         monkeypatch.setattr(RESOLVE, "cpu_multiplies_bf16", lambda able=able: able)
-        assert resolved(change, {})["trainer"]["precision"] == expected
+        assert resolved(change, {"trainer.precision": "auto"})["trainer"]["precision"] == expected
 
 
 def test_processes_from_outside_are_counted(change):
