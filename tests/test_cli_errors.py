@@ -114,7 +114,7 @@ def test_a_used_folder_is_refused(tmp_path, capsys, monkeypatch):
     ("line", "code", "words"),
     [
         (["--help"], 0, "model/position"),
-        (["train", "--cfg", "job"], 0, "n_layers: 4"),
+        (["train", "--cfg", "job"], 0, "n_layers: 3"),
         (["train", "trainer.max_stepz=3"], 2, "Did you mean trainer.max_steps?"),
         (["train", "model.n_heads=3"], 2, "does not divide"),
     ],
