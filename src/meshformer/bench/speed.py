@@ -20,6 +20,8 @@ from meshformer.compose import compose
 from meshformer.model import Transformer, attend_fused, attend_reference
 from meshformer.train import _quiet_libraries
 
+LEAST = 8  # steps of each variant, however long one takes
+WARM_UP = 3
 SIZES = {
     "4 layers, 4 heads, width 128, context 64, batch 12": (4, 4, 128, 64, 12),
     "6 layers, 6 heads, width 384, context 256, batch 8": (6, 6, 384, 256, 8),
@@ -57,7 +59,7 @@ class _Clock(pl.Callback):
         if self.last:
             self.times.append(now - self.last)
         self.last = now
-        if now > self.end:
+        if now > self.end and len(self.times) >= LEAST:
             trainer.should_stop = True
 
 
@@ -78,8 +80,8 @@ def trainer_against_bare_loop(size: tuple[int, ...], seconds: float) -> None:
             trainer = build_trainer(config, Path(folder), 100000, callbacks, [])
             clock.end = time.perf_counter() + seconds / 2
             trainer.fit(task, datamodule=data)
-            trainer_times += clock.times[3:]
-            bare_times += list(_bare_loop(config, seconds / 2))[3:]
+            trainer_times += clock.times[WARM_UP:]
+            bare_times += list(_bare_loop(config, seconds / 2))[WARM_UP:]
     ours, bare = statistics.median(trainer_times), statistics.median(bare_times)
     print(
         f"  Trainer {1e3 * ours:.2f} ms a step, bare loop {1e3 * bare:.2f} ms: {ours / bare:.3f} times, {1e3 * (ours - bare):+.2f} ms a step"
@@ -95,7 +97,9 @@ def _bare_loop(config: dict[str, Any], seconds: float) -> Iterator[float]:
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, task.make_schedule(100000))
     batches = iter(data.train_dataloader())
     end, last = time.perf_counter() + seconds, time.perf_counter()
-    while last < end:
+    steps = 0
+    while last < end or steps < LEAST:
+        steps += 1
         batch = next(batches)
         logits_BTV = model(batch["tokens"])
         F.cross_entropy(logits_BTV.flatten(0, 1), batch["targets"].flatten()).backward()

@@ -39,13 +39,21 @@ class Throughput(Callback):
         flops = rate * training_flops_per_token(pl_module.model, context_length)
         return {"train/tokens_per_second": rate, "train/mfu": flops / (self.matrix_rate * trainer.world_size)}
 
-    # Time that is not training moves the start of the interval forward.
+    # Time that is not training (validation, samples, checkpoints) moves the start of the interval forward.
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        self._paused_at = time.perf_counter()
+        self._pause()
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        self._since += time.perf_counter() - self._paused_at
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        self._pause()
+
+    def _pause(self) -> None:
+        self._paused_at = self._paused_at or time.perf_counter()
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if self._paused_at:
+            self._since += time.perf_counter() - self._paused_at
+            self._paused_at = 0.0
 
 
 def measure_matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> float:
