@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -91,3 +92,18 @@ def test_a_failing_rank_ends_the_job_with_its_own_words(work: Path) -> None:
     assert "in losses" in done.stderr, "the failing rank's own traceback is shown"
     assert time.monotonic() - begun < 120
     assert json.loads((work / "failed" / "run.json").read_text())["state"] == "failed"
+
+
+def test_ctrl_c_exits_130_and_the_record_says_so(work: Path) -> None:
+    command = [*CLI, *settings(work, f"hydra.run.dir={work}/stopped", "trainer.max_steps=100000")]
+    job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    rows = work / "stopped" / "metrics.csv"
+    end = time.monotonic() + 120
+    while time.monotonic() < end and not (rows.is_file() and len(rows.read_text().splitlines()) > 3):
+        time.sleep(0.1)
+    job.send_signal(signal.SIGINT)
+    _, err = job.communicate(timeout=60)
+    assert job.returncode == 130, err
+    assert "Traceback" not in err
+    record = json.loads((work / "stopped" / "run.json").read_text())
+    assert (record["state"], record["error"]["message"]) == ("failed", "stopped by Ctrl-C")

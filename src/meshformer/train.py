@@ -62,14 +62,15 @@ def train(config: Config, folder: Path) -> dict[str, float]:
     resume_from = latest_checkpoint(Path(continued), key="resume" if config["resume"] else "fork") if continued else None
     try:
         trainer.fit(task, datamodule=data, ckpt_path=resume_from, weights_only=True)
-        if trainer.interrupted:
-            raise KeyboardInterrupt
         if "val/loss" not in trainer.callback_metrics:  # the last step was not a validation step
             trainer.validate(task, datamodule=data, verbose=False)
     except BaseException as error:
+        # Lightning turns Ctrl-C into exit code 1; callers, and the shell, should see what it was.
+        stopped = isinstance(error, SystemExit) and trainer.interrupted
+        cause = KeyboardInterrupt("stopped by Ctrl-C") if stopped else error
         if record:
-            record.finish("failed", error=error)
-        raise
+            record.finish("failed", error=cause)
+        raise cause from None if stopped else error.__cause__
     final = {k: float(v) for k, v in trainer.callback_metrics.items()}
     rows: Any = next(c for c in trainer.callbacks if hasattr(c, "latest"))  # pyright: ignore[reportAttributeAccessIssue]
     final = {**rows.latest, **final}
