@@ -140,3 +140,55 @@ def test_finetune_takes_the_models_shape_from_the_run_unless_told(work: Path, ru
     assert command(work, "train", *settings, "model.d_model=64", f"hydra.run.dir={work}/refused") == 2
     assert "model.d_model=64" in capsys.readouterr().err
     assert not (work / "refused").exists()
+
+
+def test_the_last_validation_is_of_the_last_step(work: Path) -> None:
+    run = tiny(work, "late", "trainer.max_steps=7", "trainer.val_check_interval=4")
+    validated = {r["step"]: r["val/loss"] for r in read_metrics(run / "metrics.csv") if "val/loss" in r}
+    assert list(validated) == [4, 7]
+    assert json.loads((run / "run.json").read_text())["final"]["val/loss"] == validated[7]
+
+
+def test_a_resume_on_other_text_is_refused_and_changes_neither_tokenizer_nor_weights(
+    work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = work / "changing.txt"
+    text.write_text((work / "text.txt").read_text())
+    run = tiny(work, "swapped", f"data.files=[{text}]")
+    text.write_text(text.read_text().replace("a", "Z"))
+    before = (run / "tokenizer.json").read_bytes()
+    capsys.readouterr()
+    assert command(work, "train", f"resume={run}", "trainer.max_steps=20") == 2
+    assert "other text" in capsys.readouterr().err
+    assert (run / "tokenizer.json").read_bytes() == before
+    assert command(work, "generate", f"run={run}", "prompt=a", "max_tokens=3") == 0
+
+
+def test_resuming_a_finished_run_asks_for_more_steps(run: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(work, "train", f"resume={run}") == 2
+    assert "trainer.max_steps=12" in capsys.readouterr().err
+
+
+def test_a_fork_with_another_batch_size_resumes_exactly(run: Path, work: Path) -> None:
+    settings = [f"fork={run}", "data.batch_size=4", "schedule=constant"]
+    whole, halves = work / "fork-whole", work / "fork-halves"
+    assert command(work, "train", *settings, f"hydra.run.dir={whole}", "trainer.max_steps=24") == 0
+    assert command(work, "train", *settings, f"hydra.run.dir={halves}", "trainer.max_steps=18") == 0
+    assert command(work, "train", f"resume={halves}", "trainer.max_steps=24") == 0
+    expected, resumed = (
+        {r["step"]: (r["train/loss"], r["samples"]) for r in read_metrics(folder / "metrics.csv")} for folder in (whole, halves)
+    )
+    assert resumed == expected
+    assert expected[13][1] == 12 * 8 + 4
+
+
+def test_a_text_without_a_newline_trains_to_the_end(work: Path) -> None:
+    text = work / "one-line.txt"
+    text.write_text((work / "text.txt").read_text().replace("\n", " "))
+    tiny(work, "one-line", f"data.files=[{text}]", "trainer.max_steps=2")
+
+
+def test_bf16_true_sums_its_losses_in_double_precision(run: Path, work: Path) -> None:
+    half = tiny(work, "half", "trainer.precision=bf16-true", "data.eval_batch_size=1")
+    losses = [read_metrics(folder / "metrics.csv")[-1]["val/loss"] for folder in (half, run)]
+    assert losses[0] == pytest.approx(losses[1], abs=0.02)

@@ -54,6 +54,37 @@ def test_two_ranks_from_one_command_leave_one_folder(work: Path) -> None:
     assert not (work / "agent" / ".errors").exists()
 
 
+def test_a_run_of_two_ranks_is_evaluated_in_one_process(work: Path) -> None:
+    done = start([sys.executable, "-m", "meshformer.cli", "evaluate", f"run={work}/agent"])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("val/loss") == 1
+    shown = float(done.stdout.split("val/loss")[1].split()[0])
+    assert abs(shown - read_metrics(work / "agent" / "metrics.csv")[-1]["val/loss"]) < 1e-5
+
+
+def test_several_nodes_need_an_outside_launcher(work: Path) -> None:
+    done = start([*CLI, *settings(work, "strategy=ddp", "trainer.devices=1", "trainer.num_nodes=2", f"hydra.run.dir={work}/nodes")])
+    assert done.returncode == 2
+    assert "torchrun" in done.stderr
+    assert not (work / "nodes").exists()
+
+
+def test_a_killed_rank_is_recorded_as_a_failure(work: Path) -> None:
+    folder = work / "killed"
+    command = [*CLI, *settings(work, "strategy=ddp", "trainer.devices=2", f"hydra.run.dir={folder}", "trainer.max_steps=100000")]
+    job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    end = time.monotonic() + 120
+    while time.monotonic() < end and not (folder / "metrics.csv").is_file():
+        time.sleep(0.1)
+    listed = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout.splitlines()
+    servers = [int(line.split()[0]) for line in listed if line.split()[1] == str(job.pid) and "forkserver" in line]
+    ranks = [int(line.split()[0]) for line in listed if line.split()[1].isdigit() and int(line.split()[1]) in servers]
+    os.kill(max(ranks), signal.SIGKILL)
+    _, err = job.communicate(timeout=90)
+    assert job.returncode == 1, err
+    assert json.loads((folder / "run.json").read_text())["state"] == "failed"
+
+
 def test_torchrun_from_outside_trains_in_one_folder(work: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "meshformer.cli", "train"]
     done = start([*torchrun, *settings(work, "strategy=ddp", "trainer.devices=2", f"hydra.run.dir={work}/torchrun")])

@@ -66,6 +66,15 @@ def test_ddp_on_two_ranks_equals_one_process(tmp_path: Path, ignore: bool, accum
     assert max(r["train/grad_norm"] for r in reference) > 0.5, "the comparison needs clipping that acts"
 
 
+def test_rows_of_several_steps_are_means_over_all_ranks(tmp_path: Path) -> None:
+    text_file(tmp_path)
+    every = "trainer.log_every_n_steps=5"
+    reference = rows(tmp_path, "one", (every,), True)
+    ours, _ = run_ranks(2, rows, tmp_path, "two", ("strategy=ddp", "trainer.devices=2", every), True)
+    assert [r["step"] for r in ours] == [r["step"] for r in reference] == [5, 10]
+    assert max(abs(a["train/loss"] - b["train/loss"]) for a, b in zip(ours, reference, strict=True)) < TOLERANCE
+
+
 def test_accumulation_on_one_process_changes_nothing(tmp_path: Path) -> None:
     text_file(tmp_path)
     reference = rows(tmp_path, "one", (), True)

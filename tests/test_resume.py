@@ -23,11 +23,21 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(uninterrupted, sto
     name = f"stopped-{stop}"
     run_tiny(folder, name, *FULL, f"trainer.max_steps={stop}")
     resumed = run_tiny(folder, name, *FULL, f"trainer.max_steps={STEPS}", resume=True)
-    own_end = {"val/loss", "val/perplexity", "val/bits_per_byte"}  # the stopped run also validated at its own end
+    own_end = {"val/loss", "val/perplexity", "val/bits_per_byte"}  # a run also validates at its end
     for ours, theirs in zip(resumed, expected, strict=True):
         ignored = own_end if ours["step"] == stop and stop % 4 else set()
         assert {k: v for k, v in ours.items() if k not in ignored} == {k: v for k, v in theirs.items() if k not in ignored}
     assert expected[-1]["epoch"] == 2, "the test needs more than one epoch"
+
+
+def test_a_row_of_several_steps_is_the_same_when_the_run_stopped_inside_it(uninterrupted) -> None:
+    folder, _ = uninterrupted
+    settings = [*FULL, "trainer.log_every_n_steps=5"]
+    expected = run_tiny(folder, "rows", *settings, "trainer.max_steps=15")
+    run_tiny(folder, "rows-stopped", *settings, "trainer.max_steps=8")
+    resumed = run_tiny(folder, "rows-stopped", *settings, "trainer.max_steps=15", resume=True)
+    losses = {r["step"]: r["train/loss"] for r in resumed if "train/loss" in r}
+    assert {step: losses[step] for step in (5, 10, 15)} == {r["step"]: r["train/loss"] for r in expected if "train/loss" in r}
 
 
 def test_rows_after_the_checkpoint_are_cut_and_written_again(uninterrupted) -> None:

@@ -99,9 +99,9 @@ def build_callbacks(config: Config, folder: Path, steps_per_epoch: int) -> list[
         if isinstance(callback, Samples):
             callback.folder = folder / "samples"
     saving = [c for c in configured if isinstance(c, Checkpoint)]
-    rows = Rows(folder, config["trainer"]["log_every_n_steps"], config["data"]["batch_size"])
+    rows = Rows(folder, config["trainer"]["log_every_n_steps"])
     progress = [ProgressBar(rows)] if config["trainer"]["progress"] else []
-    return [c for c in configured if c not in saving] + [rows, *progress, ExactResume(steps_per_epoch), *saving]
+    return [c for c in configured if c not in saving] + [ExactResume(steps_per_epoch), rows, *progress, *saving]
 
 
 def build_loggers(config: Config, folder: Path) -> list[Any]:

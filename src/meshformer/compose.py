@@ -38,7 +38,7 @@ RESUMABLE = (
     "strategy", "trainer.devices", "trainer.num_nodes", "trainer.accelerator", "trainer.threads", "trainer.max_steps", "trainer.max_epochs",
     "trainer.accumulate_grad_batches", "trainer.progress", "callbacks", "logger", "paths", "data.source.cache", "allow",
 )  # fmt: skip
-EVALUABLE = ("strategy", "trainer", "data", "paths", "allow")
+EVALUABLE = ("trainer.threads", "trainer.precision", "trainer.accelerator", "trainer.limit_val_batches", "data", "paths", "allow")
 PER_MACHINE = (
     "strategy",
     "trainer.devices",

@@ -18,6 +18,7 @@ from typing import Any
 
 from meshformer.config.errors import ConfigError
 from meshformer.config.resolve import outside
+from meshformer.record.run_json import RunRecord
 
 PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
@@ -44,6 +45,7 @@ def launch(config: dict[str, Any], folder: Path, own_process: bool = False) -> d
 def _launch_agent(config: dict[str, Any], folder: Path, processes: int) -> dict[str, float]:
     import multiprocessing
 
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -63,8 +65,12 @@ def _launch_agent(config: dict[str, Any], folder: Path, processes: int) -> dict[
     errors = folder / ".errors"
     try:
         results = elastic_launch(agent, _worker)(config, str(folder), str(errors), os.getpid())
-    except ChildFailedError as failure:
-        raise _first_cause(errors, failure) from None
+    except (ChildFailedError, SignalException) as failure:
+        cause = _first_cause(errors, failure) if isinstance(failure, ChildFailedError) else JobFailed("stopped by a signal to the command")
+        record = RunRecord(folder)
+        if record.fields.get("state") == "running":  # a rank that is killed cannot write its own end
+            record.finish("failed", error=str(cause))
+        raise cause from None
     finally:
         _remove(errors)
     return results[0]

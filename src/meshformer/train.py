@@ -9,12 +9,16 @@ from typing import Any
 
 import torch
 import yaml
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from meshformer.build import build_callbacks, build_data, build_loggers, build_task, build_trainer
+from meshformer.callbacks import Rows
 from meshformer.callbacks.samples import continuation
 from meshformer.checkpoint.find import latest_checkpoint, run_of
+from meshformer.checkpoint.folder import read_rest
 from meshformer.checkpoint.weights import load_weights
-from meshformer.data import load_tokenizer
+from meshformer.config.errors import ConfigError
+from meshformer.data import TextData, load_tokenizer
 from meshformer.model import parameter_count
 from meshformer.record.run_folder import atomic_write_text
 from meshformer.record.run_json import RunRecord
@@ -34,10 +38,15 @@ def train(config: Config, folder: Path) -> dict[str, float]:
         tokenizer = load_tokenizer(run_of(Path(continued or config["stage"]["init_from"])) / "tokenizer.json")
     data = build_data(config, tokenizer)
     data.prepare_data()
-    config["model"]["vocab_size"] = data.vocab_size
     max_steps = total_steps(config, data.steps_per_epoch)
+    resume_from = latest_checkpoint(Path(continued), key="resume" if config["resume"] else "fork") if continued else None
+    if resume_from:  # before anything in the run folder is touched
+        _check_continues(read_rest(resume_from), data, max_steps)
+    config["model"]["vocab_size"] = data.vocab_size
     loggers = build_loggers(config, folder)
-    trainer = build_trainer(config, folder, max_steps, build_callbacks(config, folder, data.steps_per_epoch), loggers)
+    callbacks = build_callbacks(config, folder, data.steps_per_epoch)
+    rows = next(callback for callback in callbacks if isinstance(callback, Rows))
+    trainer = build_trainer(config, folder, max_steps, callbacks, loggers)
     task: Any = build_task(config, max_steps)
     task.configure_model()
     if init_from:
@@ -48,7 +57,8 @@ def train(config: Config, folder: Path) -> dict[str, float]:
 
     record = RunRecord(folder) if trainer.is_global_zero else None
     if record:
-        data.tokenizer.save(folder / "tokenizer.json")
+        if not config["resume"]:
+            data.tokenizer.save(folder / "tokenizer.json")
         atomic_write_text(folder / "config.yaml", yaml.safe_dump({**config, "resume": None}, sort_keys=False, allow_unicode=True))
         layout = {**config["strategy"], "processes": trainer.world_size}
         device = {
@@ -57,27 +67,38 @@ def train(config: Config, folder: Path) -> dict[str, float]:
             "threads": torch.get_num_threads(),
         }
         record.start(device=device, layout=layout, parameters=parameter_count(task.model))
-        for logger in loggers:
-            logger.log_hyperparams(config)
-    resume_from = latest_checkpoint(Path(continued), key="resume" if config["resume"] else "fork") if continued else None
     try:
+        for logger in loggers if record else []:
+            logger.log_hyperparams(config)
         trainer.fit(task, datamodule=data, ckpt_path=resume_from, weights_only=True)
-        if "val/loss" not in trainer.callback_metrics:  # the last step was not a validation step
+        if rows.validated_step != trainer.global_step:  # the last step was not a validation step
             trainer.validate(task, datamodule=data, verbose=False)
     except BaseException as error:
-        # Lightning turns Ctrl-C into exit code 1; callers, and the shell, should see what it was.
-        stopped = isinstance(error, SystemExit) and trainer.interrupted
+        # Lightning turns Ctrl-C into exit code 1; callers, and the shell, should see what it was. (A SIGTERMException is a SystemExit too.)
+        stopped = type(error) is SystemExit and trainer.interrupted
         cause = KeyboardInterrupt("stopped by Ctrl-C") if stopped else error
+        reason: BaseException | str = "stopped by SIGTERM" if isinstance(cause, SIGTERMException) else cause
         if record:
-            record.finish("failed", error=cause)
+            record.finish("failed", error=reason)
         raise cause from None if stopped else error.__cause__
     final = {k: float(v) for k, v in trainer.callback_metrics.items()}
-    rows: Any = next(c for c in trainer.callbacks if hasattr(c, "latest"))  # pyright: ignore[reportAttributeAccessIssue]
     final = {**rows.latest, **final}
     if record:
-        record.finish("finished", **final)
+        record.finish("finished", None, **final)
         print(summary(task, data.tokenizer, folder, final), flush=True)
     return final
+
+
+def _check_continues(checkpoint: Config, data: TextData, max_steps: int) -> None:
+    """ConfigError when the checkpoint belongs to other data, or to a run that has nothing left to do."""
+    data.load_state_dict(checkpoint["TextData"])
+    if checkpoint["step"] >= max_steps:
+        raise ConfigError(
+            f"the run has reached step {checkpoint['step']} already",
+            "trainer.max_steps",
+            max_steps,
+            fix=f"Use more than {checkpoint['step']}.",
+        )
 
 
 def total_steps(config: Config, steps_per_epoch: int) -> int:

@@ -49,6 +49,7 @@ def _no_gpu(monkeypatch):
         ({"stage": {"name": "finetune", "init_from": None}}, "stage.init_from", "RUN"),
         ({"stage": {"name": "finetune", "init_from": "nowhere"}}, "stage.init_from", "nowhere"),
         ({"run": "last"}, "run", "resume="),
+        ({"model.causal": False}, "model.causal", "model.causal=true"),
     ],
 )
 def test_an_impossible_combination_is_refused(change, tmp_path, changes, key, words):

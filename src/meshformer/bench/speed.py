@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import tempfile
 import time
@@ -95,7 +96,8 @@ def _bare_loop(config: dict[str, Any], seconds: float) -> Iterator[float]:
     task.configure_model()
     model, optimizer = task.model, task.make_optimizer(task.model.named_parameters())
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, task.make_schedule(100000))
-    batches = iter(data.train_dataloader())
+    loader = data.train_dataloader()
+    batches = itertools.chain.from_iterable(itertools.repeat(loader))
     end, last = time.perf_counter() + seconds, time.perf_counter()
     steps = 0
     while last < end or steps < LEAST:

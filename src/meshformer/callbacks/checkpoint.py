@@ -51,14 +51,16 @@ class Checkpoint(Callback):
         trainer.save_checkpoint(self.folder / checkpoint_name(self.saved_step))
         if trainer.is_global_zero and self.keep_last > 0:
             for old in checkpoints(self.folder.parent)[: -self.keep_last]:
-                shutil.rmtree(old)
+                # Renamed first: a kill in the middle must not leave a folder that looks complete.
+                shutil.rmtree(old.rename(old.with_name(old.name + ".tmp")))
 
 
 class ExactResume(Callback):
-    """Puts Lightning's loops where `step` optimizer steps of `batch_size` samples leave them, whatever layout or accumulation saved the run.
+    """Puts Lightning's loops where the run's steps and samples leave them, whatever layout or accumulation saved it.
 
-    Lightning's own counters in a checkpoint count micro-batches of the layout that wrote it; the step is the only number that means the
-    same everywhere. State: {"step"}; the samples consumed follow from it, since every step takes `data.batch_size` of them.
+    Lightning's own counters in a checkpoint count micro-batches of the layout that wrote it; the optimizer step and the samples consumed are
+    the two numbers that mean the same everywhere. They differ by more than a factor in a fork with another batch size. State: {"step"} here,
+    {"samples"} in the data module, which this callback keeps up to date.
     """
 
     def __init__(self, steps_per_epoch: int):
@@ -67,13 +69,19 @@ class ExactResume(Callback):
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         checkpoint["step"] = trainer.global_step
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        self._samples_before = data.samples - trainer.global_step * data.batch_size
+
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-        data.samples = trainer.global_step * data.batch_size  # the position in the data, which it saves
+        data.samples = self._samples_before + trainer.global_step * data.batch_size
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         step, accumulation = checkpoint["step"], trainer.accumulate_grad_batches
-        epoch, steps_inside = divmod(step, self.steps_per_epoch)
+        data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        epoch, samples_inside = divmod(data.samples, self.steps_per_epoch * data.batch_size)  # restored before callbacks are
+        steps_inside = samples_inside // data.batch_size
         checkpoint["epoch"] = epoch
         fit = trainer.fit_loop.state_dict()
         running = int(steps_inside > 0)

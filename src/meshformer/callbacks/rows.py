@@ -19,8 +19,9 @@ class Rows(Callback):
     called on every rank at the same steps; whatever the task logs with `self.log` becomes a column too. State: none, the file is the state.
     """
 
-    def __init__(self, folder: Path, every_n_steps: int, batch_size: int):
-        self.folder, self.every_n_steps, self.batch_size = Path(folder), every_n_steps, batch_size
+    def __init__(self, folder: Path, every_n_steps: int):
+        self.folder, self.every_n_steps = Path(folder), every_n_steps
+        self.validated_step = -1
         self.csv: MetricsCsv | None = None  # rank 0 alone
         self.latest: dict[str, float] = {}
         self._seen_step = -1
@@ -40,7 +41,8 @@ class Rows(Callback):
         self._seen_step = step
         if step % self.every_n_steps and step != trainer.max_steps:
             return
-        running = pl_module.running_metrics()
+        # A row at the end, out of turn, does not end the interval: a resumed run then has the rows of one that never stopped.
+        running = pl_module.running_metrics(reset=step % self.every_n_steps == 0)
         values = dict(zip(running, torch.stack([v.double() for v in running.values()]).tolist(), strict=True))  # the one host sync
         values["train/lr"] = trainer.optimizers[0].param_groups[0]["lr"]
         for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
@@ -51,15 +53,16 @@ class Rows(Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if not trainer.sanity_checking:
+            self.validated_step = trainer.global_step
             self._write(trainer, trainer.global_step, {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")})
 
     def _write(self, trainer: pl.Trainer, step: int, values: dict[str, float]) -> None:
         self.latest.update(values)
         if self.csv is None:
             return
-        samples = step * self.batch_size
-        steps_per_epoch = trainer.datamodule.steps_per_epoch  # pyright: ignore[reportAttributeAccessIssue]
-        self.csv.row(step, epoch=(step - 1) // steps_per_epoch if step else 0, samples=samples, **values)
+        data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        samples = data.samples
+        self.csv.row(step, epoch=max(0, samples - 1) // (data.steps_per_epoch * data.batch_size), samples=samples, **values)
         self.csv.flush()
         for logger in trainer.loggers:
             logger.log_metrics({**values, "samples": samples}, step)

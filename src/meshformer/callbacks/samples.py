@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from meshformer.config.errors import ConfigError
 from meshformer.model import generate
 
 
@@ -37,8 +38,12 @@ class Samples(Callback):
 
 
 def continuation(task: Any, tokenizer: Any, prompt: str, max_tokens: int, **options: Any) -> str:
-    """`prompt` and what the task's model makes of it. An empty prompt starts from token 0."""
-    ids = tokenizer.encode(prompt) if prompt else [0]
+    """`prompt` and what the task's model makes of it. Token 0 stands in for a prompt that is empty or that the tokenizer does not know:
+    a look at the text must not end a run."""
+    try:
+        ids = tokenizer.encode(prompt) if prompt else [0]
+    except ConfigError:
+        ids = [0]
     prompt_BT = torch.as_tensor([list(map(int, ids))], device=task.device)
     # the precision plugin's context (bf16 autocast, say) is what the model was trained under
     with task.trainer.precision_plugin.forward_context() if task._trainer is not None else torch.no_grad():

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from meshformer.config.errors import ConfigError
 
+PARTS = (".metadata", "trainer.pt")
 _NAME = re.compile(r"step-(\d+)")
 
 
@@ -17,7 +18,7 @@ def checkpoint_name(step: int) -> str:
 def checkpoints(run: Path) -> list[Path]:
     """The run's complete checkpoints, oldest first."""
     folder = Path(run) / "checkpoints"
-    found = [p for p in folder.glob("step-*") if _NAME.fullmatch(p.name) and (p / ".metadata").is_file()]
+    found = [p for p in folder.glob("step-*") if _NAME.fullmatch(p.name) and all((p / part).is_file() for part in PARTS)]
     return sorted(found, key=step_of)
 
 

@@ -35,9 +35,15 @@ def write_folder(path: Path, tensors: dict[str, torch.Tensor], rest: dict[str, A
         torch.save(rest, file)
         file.flush()
         os.fsync(file.fileno())
+    old = path.with_name(path.name + ".old.tmp")
+    shutil.rmtree(old, ignore_errors=True)
     if path.exists():
-        shutil.rmtree(path)
+        path.rename(old)
     os.replace(aside, path)
+    shutil.rmtree(old, ignore_errors=True)
+    parent = os.open(path.parent, os.O_RDONLY)
+    os.fsync(parent)  # the rename itself
+    os.close(parent)
 
 
 def tensor_sizes(path: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:

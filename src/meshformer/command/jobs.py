@@ -20,6 +20,7 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf, read_write
 
 from meshformer import compose
+from meshformer.checkpoint.find import checkpoints
 from meshformer.command.folders import claim_folder, shared_folder
 from meshformer.config import ConfigError, Evaluate, Generate, validate
 from meshformer.config.resolve import outside
@@ -60,6 +61,9 @@ def run_command(command: str, argv: Sequence[str]) -> int:
 def _train(hydra: Hydra, cfg: DictConfig, config: Config, overrides: str, run: Path | None = None) -> int:
     """One run in one folder: `run` where it continues there, else the user's or a new one."""
     around = outside()
+    if around is None and config["trainer"]["num_nodes"] > 1:
+        message = "one command starts the processes of one node alone, and would wait for the others in vain"
+        raise ConfigError(message, "trainer.num_nodes", config["trainer"]["num_nodes"], fix="Start it with torchrun or srun on every node.")
     wanted = str(cfg.hydra.run.dir)
     if run is not None:
         folder = run
@@ -100,7 +104,7 @@ def _train_from(args: argparse.Namespace, run_of: dict[str, str], overrides: lis
     if args.multirun:
         raise ConfigError(f"{key} continues one run, not a sweep", "--multirun", fix="Leave -m out.")
     run = compose.locate(spec, str(compose.value_of(overrides, "paths.runs", "runs")), key)
-    if not _holds_checkpoint(run):
+    if not checkpoints(run):
         raise ConfigError("there is no checkpoint in that run to continue from", key, spec)
     before, config_dir, config_name = compose.read_overrides(run)
     if key == "resume" and any(override.startswith("hydra.run.dir=") for override in overrides):
@@ -182,12 +186,21 @@ def _use_run(command: str, hydra: Hydra, config_name: str, overrides: list[str],
     options = compose.plain(compose.compose_config(hydra, config_name, overrides))
     options = validate({**options, **text}, Evaluate if command == "evaluate" else Generate)
     run = compose.locate(options["run"], options["paths"]["runs"], "run")
-    if not _holds_checkpoint(run):
+    if not checkpoints(run):
         raise ConfigError("there is no checkpoint in that run to read", "run", options["run"])
     options["run"] = str(run)
     config = _changed(run, changes) if changes else compose.read_config(run)
     config["allow"] = options["allow"]
     # Resume lifts the checks of where finetuning started from: that run is not needed any more.
+    # One process reads a run, whatever layout wrote it.
+    config["strategy"] = {"name": "single", "replicate": 1, "timeout": config["strategy"]["timeout"]}
+    config["trainer"] |= {
+        "devices": 1,
+        "num_nodes": 1,
+        "threads": compose.value_of(changes, "trainer.threads", "auto"),
+        "accumulate_grad_batches": 1,
+    }
+    config["trainer"]["limit_val_batches"] = compose.value_of(changes, "trainer.limit_val_batches")
     if command == "generate":  # it needs the run folder alone: the texts may be gone
         config["data"] = {**config["data"], "files": None}
     config = compose.settle({**config, "resume": str(run)})
@@ -221,11 +234,6 @@ def _write(folder: Path, config: Config, overrides: str) -> None:
     kept = {**config, "resume": None}  # which folder it continues in is no setting of the run
     atomic_write_text(folder / "config.yaml", yaml.safe_dump(kept, sort_keys=False, allow_unicode=True))
     atomic_write_text(folder / "overrides.txt", overrides)
-
-
-def _holds_checkpoint(run: Path) -> bool:
-    folder = run / "checkpoints"
-    return folder.is_dir() and any(not entry.name.startswith(".") for entry in folder.iterdir())
 
 
 def _show(hydra: Hydra, args: argparse.Namespace, config_name: str, overrides: list[str]) -> None:

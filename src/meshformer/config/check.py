@@ -124,6 +124,10 @@ def _model(config: Config) -> None:
     if position in PAIRED and (width // heads) % 2:
         message = f"rotary positions need an even head size, and model.d_model={width} / model.n_heads={heads} is {width // heads}"
         raise ConfigError(message, "model.n_heads", heads, fix=f"Use model.d_model={width + heads}, or model/position=learned.")
+    if model.get("causal") is False and config["task"].get("_target_") == "meshformer.tasks.LanguageModelling":
+        raise ConfigError(
+            "predicting the next token is no task when the model sees it", "model.causal", False, fix="Use model.causal=true."
+        )
     if not 0 <= model.get("dropout", 0.0) < 1:
         raise ConfigError("must be at least 0 and below 1", "model.dropout", model["dropout"])
     if model["context_length"] < data["context_length"]:

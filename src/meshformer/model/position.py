@@ -47,8 +47,8 @@ def sinusoid(positions_BT: Tensor, dim: int, base: float = 10000.0, sine_only: b
 
     `sine_only`: PE(i, j) = sin(i / base^(2j/dim)) for every channel j.
     """
-    channel = torch.arange(dim, device=positions_BT.device)
-    exponent = 2 * channel / dim if sine_only else 2 * (channel // 2) / dim
+    channel = torch.arange(dim, device=positions_BT.device, dtype=torch.float32)
+    exponent = 2 * channel / dim if sine_only else 2 * (channel // 2) / dim  # in fp32, also where the default type is bf16
     angle_BTC = positions_BT[..., None].float() * base**-exponent
     if sine_only:
         return angle_BTC.sin()
@@ -90,10 +90,10 @@ class Rotary(Position):
         self.base = base
 
     def tables(self, positions_BT: Tensor) -> tuple[Tensor, ...]:
-        pair = torch.arange(self.head_dim // 2, device=positions_BT.device)
+        pair = torch.arange(self.head_dim // 2, device=positions_BT.device, dtype=torch.float32)
         angle_BTP = positions_BT[..., None].float() * self.base ** (-2 * pair / self.head_dim)
         angle_B1TD = torch.cat((angle_BTP, angle_BTP), dim=-1)[:, None]
-        sign = torch.ones(self.head_dim, device=positions_BT.device)
+        sign = torch.ones(self.head_dim, device=positions_BT.device, dtype=torch.float32)
         sign[: self.head_dim // 2] = -1
         return angle_B1TD.cos(), angle_B1TD.sin() * sign
 
@@ -112,7 +112,7 @@ class Alibi(Position):
     """score_ij − m_h·|i − j| with one slope a head, m_h = 2^(−8h/H), h = 1 … H (Press et al. 2022, section 3)."""
 
     def bias(self, q_positions_BT: Tensor, k_positions_BS: Tensor) -> Tensor:
-        head = torch.arange(1, self.n_heads + 1, device=q_positions_BT.device)
+        head = torch.arange(1, self.n_heads + 1, device=q_positions_BT.device, dtype=torch.float32)
         slope_H11 = torch.exp2(-8.0 * head / self.n_heads)[:, None, None]
         distance_B1TS = (q_positions_BT[:, None, :, None] - k_positions_BS[:, None, None, :]).abs()
         return -slope_H11 * distance_B1TS

@@ -13,5 +13,6 @@ def make_strategy(strategy: dict[str, Any]) -> Strategy | str:
     if strategy["name"] == "single":
         return "auto"  # with one device: SingleDeviceStrategy on whatever the accelerator is
     if strategy["name"] == "ddp":
-        return DDPStrategy(timeout=timedelta(seconds=strategy["timeout"]), gradient_as_bucket_view=True)
+        # Ranks keep sums of their own (metrics): DDP must not overwrite them with rank 0's at every forward. The model has no buffers.
+        return DDPStrategy(timeout=timedelta(seconds=strategy["timeout"]), gradient_as_bucket_view=True, broadcast_buffers=False)
     raise AssertionError(f"the config check lets no strategy {strategy['name']!r} through")

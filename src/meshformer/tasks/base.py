@@ -39,13 +39,7 @@ class Task(pl.LightningModule):
         self.make_model, self.make_optimizer, self.make_schedule = model, optimizer, schedule
         self.max_steps, self.seed, self.tokens_per_step = max_steps, seed, tokens_per_step
         self.model: Any = None
-        # Running values stay on the device; a callback reads them once every `log_every_n_steps`.
-        self.step_count: Tensor  # counted tokens of the step in progress, this rank's
-        self.loss_sum: Tensor  # since the last log row, this rank's
-        self.loss_count: Tensor
-        self.grad_norm: Tensor
-        for name in ("step_count", "loss_sum", "loss_count", "grad_norm"):
-            self.register_buffer(name, torch.zeros((), dtype=torch.float64 if name == "loss_sum" else torch.float32), persistent=False)
+        self._restored = (0.0, 0.0)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "_current_fx_name":  # Lightning sets this string about fifty times a step; nn.Module's checks would cost 0.3 ms of it
@@ -74,6 +68,19 @@ class Task(pl.LightningModule):
         self._loss_scale = accumulation * data_size / self.tokens_per_step
         self._accumulation = accumulation
         self._trained = [p for p in self.model.parameters() if p.requires_grad]  # walking the modules at every step would cost more
+        # Running values stay on the device; a callback reads them once every `log_every_n_steps`. They are no buffers: DDP would broadcast
+        # those, and bf16-true would round them.
+        self.step_count = torch.zeros((), dtype=torch.float32, device=self.device)  # counted tokens of the step in progress, this rank's
+        self.grad_norm = torch.zeros((), dtype=torch.float32, device=self.device)
+        since_last_row = self._restored if self._data_rank == 0 else (0.0, 0.0)
+        self.loss_sum, self.loss_count = torch.tensor(since_last_row, dtype=torch.float64, device=self.device)  # this rank's
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # So that the first row after a resume is the mean since the last row before it.
+        checkpoint["since_last_row"] = self._totals().tolist()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._restored = tuple(checkpoint["since_last_row"])
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         # Dropout depends on (seed, step, micro-batch, data rank) alone: a resumed run draws what the uninterrupted one would have drawn.
@@ -103,12 +110,17 @@ class Task(pl.LightningModule):
         torch._foreach_mul_(gradients, scale)
         self.step_count.zero_()
 
-    def running_metrics(self) -> dict[str, Tensor]:
-        """What was measured since the last call, summed over the data ranks; every rank must call it at the same step."""
-        totals = self.trainer.strategy.reduce(torch.stack((self.loss_sum, self.loss_count.double())), reduce_op="sum")
-        self.loss_sum.zero_()
-        self.loss_count.zero_()
-        return {"train/loss": totals[0] / totals[1].clamp(min=1), "train/grad_norm": self.grad_norm.clone()}
+    def _totals(self) -> Tensor:
+        """Loss sum and count since the last row, over the data ranks; a collective."""
+        return self.trainer.strategy.reduce(torch.stack((self.loss_sum, self.loss_count)), reduce_op="sum")
+
+    def running_metrics(self, reset: bool = True) -> dict[str, Tensor]:
+        """What was measured since the last reset, summed over the data ranks; every rank must call it at the same step."""
+        loss_sum, count = self._totals()
+        if reset:
+            self.loss_sum.zero_()
+            self.loss_count.zero_()
+        return {"train/loss": loss_sum / count.clamp(min=1), "train/grad_norm": self.grad_norm.clone()}
 
     def configure_optimizers(self) -> Any:
         assert self.make_optimizer is not None

@@ -25,7 +25,7 @@ class LanguageModelling(Task):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.perplexity = Perplexity(ignore_index=IGNORED)
-        self.register_buffer("eval_sums", torch.zeros(2, dtype=torch.float64), persistent=False)
+        self._eval_sums: Any = 0.0  # loss sum and count, this rank's; in double precision whatever the model computes in
 
     def losses(self, batch: dict[str, Tensor], phase: str) -> tuple[Tensor, Tensor]:
         """batch: tokens (B, T) and targets (B, T). Returns the summed loss and the number of counted targets, both scalars."""
@@ -36,10 +36,10 @@ class LanguageModelling(Task):
         return loss_sum, (targets_BT != IGNORED).sum()
 
     def _evaluate(self, batch: dict[str, Tensor], phase: str) -> None:
-        self.eval_sums += torch.stack(self.losses(batch, phase)).detach()
+        self._eval_sums = self._eval_sums + torch.stack(self.losses(batch, phase)).detach().double()
 
     def _log_evaluation(self, phase: str) -> None:
-        loss_sum, count = self.trainer.strategy.reduce(self.eval_sums, reduce_op="sum")
+        loss_sum, count = self.trainer.strategy.reduce(self._eval_sums, reduce_op="sum")
         loss = loss_sum / count.clamp(min=1)
         values = {f"{phase}/loss": loss, f"{phase}/perplexity": self.perplexity.compute()}
         bytes_per_token = getattr(getattr(self.trainer, "datamodule", None), "bytes_per_token", None)
@@ -48,7 +48,7 @@ class LanguageModelling(Task):
         # logger=False: the run-record callback writes rows, with the step numbers that the rest of the project uses
         self.log_dict({k: v.float() for k, v in values.items()}, logger=False)
         self.perplexity.reset()
-        self.eval_sums.zero_()
+        self._eval_sums = 0.0
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         self._evaluate(batch, "val")
