@@ -22,7 +22,8 @@ from meshformer.model import Transformer, attend_fused, attend_reference
 from meshformer.train import _quiet_libraries
 
 LEAST = 8  # steps of each variant, however long one takes
-WARM_UP = 3
+WARM_UP = 2
+ROUNDS = 4
 SIZES = {
     "4 layers, 4 heads, width 128, context 64, batch 12": (4, 4, 128, 64, 12),
     "6 layers, 6 heads, width 384, context 256, batch 8": (6, 6, 384, 256, 8),
@@ -52,8 +53,11 @@ class _Clock(pl.Callback):
     """Seconds of each Trainer step: from the start of one batch to the start of the next, everything between included."""
 
     def __init__(self, seconds: float):
-        self.times: list[float] = []
-        self.last, self.end = 0.0, time.perf_counter() + seconds
+        self.seconds, self.times = seconds, []
+        self.last, self.end = 0.0, float("inf")
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self.end = time.perf_counter() + self.seconds
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         now = time.perf_counter()
@@ -65,28 +69,28 @@ class _Clock(pl.Callback):
 
 
 def trainer_against_bare_loop(size: tuple[int, ...], seconds: float) -> None:
-    """Both run in turn, twice, over the same batches with the same model, optimizer and clipping; medians of the steps are compared."""
-    trainer_times: list[float] = []
-    bare_times: list[float] = []
-    for _ in range(2):
+    """Both run in turn, over the same batches with the same model, optimizer and clipping. A shared machine drifts by more than the Trainer
+    costs, so each round compares the medians of its own steps, and the median of the rounds is printed with their range."""
+    pairs: list[tuple[float, float]] = []
+    for _ in range(ROUNDS):
         with tempfile.TemporaryDirectory() as folder:
             config = _config(size, folder, 100000)
             data = build_data(config)
             data.prepare_data()
             config["model"]["vocab_size"] = data.vocab_size
-            clock = _Clock(seconds / 2)
+            clock = _Clock(seconds / ROUNDS)
             callbacks = build_callbacks(config, Path(folder), data.steps_per_epoch)
             callbacks = [c for c in callbacks if type(c).__name__ not in ("Checkpoint", "Samples")] + [clock]
             task: Any = build_task(config, 100000)
             trainer = build_trainer(config, Path(folder), 100000, callbacks, [])
-            clock.end = time.perf_counter() + seconds / 2
             trainer.fit(task, datamodule=data)
-            trainer_times += clock.times[WARM_UP:]
-            bare_times += list(_bare_loop(config, seconds / 2))[WARM_UP:]
-    ours, bare = statistics.median(trainer_times), statistics.median(bare_times)
-    print(
-        f"  Trainer {1e3 * ours:.2f} ms a step, bare loop {1e3 * bare:.2f} ms: {ours / bare:.3f} times, {1e3 * (ours - bare):+.2f} ms a step"
-    )
+            bare = list(_bare_loop(config, seconds / ROUNDS))
+            pairs.append((statistics.median(clock.times[WARM_UP:]), statistics.median(bare[WARM_UP:])))
+    ratios = [ours / bare for ours, bare in pairs]
+    ours, bare = (statistics.median(times) for times in zip(*pairs, strict=True))
+    extra = statistics.median(ours - bare for ours, bare in pairs)
+    print(f"  Trainer {1e3 * ours:.2f} ms a step, bare loop {1e3 * bare:.2f} ms")
+    print(f"  pair by pair: {statistics.median(ratios):.3f} times ({min(ratios):.3f} to {max(ratios):.3f}), {1e3 * extra:+.2f} ms a step")
 
 
 def _bare_loop(config: dict[str, Any], seconds: float) -> Iterator[float]:
