@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,9 @@ def write_folder(path: Path, tensors: dict[str, torch.Tensor], rest: dict[str, A
     aside = path.with_name(path.name + ".tmp")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(aside, single_file_per_rank=True, sync_files=True), no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is what is meant
+        dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(aside, single_file_per_rank=True, sync_files=True), no_dist=True)
     with open(aside / REST, "wb") as file:
         torch.save(rest, file)
         file.flush()
@@ -57,7 +60,9 @@ def read_tensors(path: Path, prefix: str = "") -> dict[str, torch.Tensor]:
     """Every tensor whose key starts with `prefix`, whole and on the CPU, in one process, whatever layout wrote it."""
     sizes = tensor_sizes(path)
     tensors = {key: torch.empty(size, dtype=dtype) for key, (size, dtype) in sizes.items() if key.startswith(prefix)}
-    dcp.load(tensors, storage_reader=dcp.FileSystemReader(path), no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is what is meant
+        dcp.load(tensors, storage_reader=dcp.FileSystemReader(path), no_dist=True)
     return tensors
 
 
