@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from meshformer.checkpoint.find import PARTS
 from meshformer.cli import main
 from meshformer.compose import read_overrides, write_overrides
 from meshformer.config import ConfigError
@@ -28,7 +29,10 @@ def calls(tmp_path, monkeypatch) -> Calls:
 
     def launch(config: dict[str, Any], folder: Path, own_process: bool = False) -> dict[str, float]:
         made.append((config, folder))
-        (folder / "checkpoints" / "step-2").mkdir(parents=True, exist_ok=True)
+        checkpoint = folder / "checkpoints" / "step-00000002"
+        checkpoint.mkdir(parents=True, exist_ok=True)
+        for part in PARTS:
+            (checkpoint / part).touch()
         filled = {**config, "model": {**config["model"], "vocab_size": 84}}
         (folder / "config.yaml").write_text(yaml.safe_dump(filled, sort_keys=False))
         return {"val/loss": 2.0}
@@ -114,7 +118,8 @@ def test_resume_does_not_notice_that_conf_has_changed_since(calls):
 
 def test_resume_needs_a_checkpoint(calls, capsys):
     main(["train"])
-    (calls[0][1] / "checkpoints" / "step-2").rmdir()
+    checkpoint = calls[0][1] / "checkpoints" / "step-00000002"
+    checkpoint.rename(checkpoint.with_name("step-00000002.tmp"))  # what a kill inside a save leaves
     assert main(["train", "resume=last"]) == 2
     assert "no checkpoint" in capsys.readouterr().err
 

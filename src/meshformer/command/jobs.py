@@ -193,7 +193,7 @@ def _use_run(command: str, hydra: Hydra, config_name: str, overrides: list[str],
     config["allow"] = options["allow"]
     # Resume lifts the checks of where finetuning started from: that run is not needed any more.
     # One process reads a run, whatever layout wrote it.
-    config["strategy"] = {"name": "single", "replicate": 1, "timeout": config["strategy"]["timeout"]}
+    config["strategy"] = {"name": "single", "replicate": 1}
     config["trainer"] |= {
         "devices": 1,
         "num_nodes": 1,
