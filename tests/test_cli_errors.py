@@ -57,6 +57,7 @@ def launched(*arguments: object) -> None:
         ("train --config-name trian", ["--config-name=trian", "Did you mean train?"]),
         ("train --cfg job -m", ["exclude each other"]),
         ("train -m seed=1,2 model=nano,mikro", ["model=mikro", "Did you mean micro?"]),
+        ("train -m strategy=ddp trainer.num_nodes=1,2", ["trainer.num_nodes=2", "torchrun"]),
         ("train -m trainer.max_steps=5,0", ["trainer.max_steps=0"]),
         ("evaluate", ["run:", "Add run="]),
         ("evaluate run=last split=train", ["split=train", "val, test"]),

@@ -192,3 +192,9 @@ def test_bf16_true_sums_its_losses_in_double_precision(run: Path, work: Path) ->
     half = tiny(work, "half", "trainer.precision=bf16-true", "data.eval_batch_size=1")
     losses = [read_metrics(folder / "metrics.csv")[-1]["val/loss"] for folder in (half, run)]
     assert losses[0] == pytest.approx(losses[1], abs=0.02)
+
+
+def test_the_logged_rate_is_the_one_the_step_used(work: Path) -> None:
+    run = tiny(work, "rates", "optimizer=sgd", "optimizer.lr=0.1", "schedule=linear", "schedule.warmup_steps=2", "trainer.max_steps=4")
+    rates = [r["train/lr"] for r in read_metrics(run / "metrics.csv")]
+    assert rates == pytest.approx([0.05, 0.1, 0.1, 0.05])  # up in two steps, then down a line that would reach 0 after the last

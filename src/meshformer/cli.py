@@ -1,6 +1,6 @@
 """The command `meshformer`: train, evaluate, generate. Composes and checks before a folder is made or a process started; imports no torch.
 
-Exit codes: 0 done, 1 a job failed, 2 something to mend in the command or configuration, 75 preempted, 130 Ctrl-C.
+Exit codes: 0 done, 1 a job failed, 2 something to mend in the command or configuration, 130 Ctrl-C.
 """
 
 from __future__ import annotations

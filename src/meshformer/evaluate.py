@@ -9,18 +9,18 @@ from typing import Any
 import torch
 
 from meshformer.build import build_data, build_model, build_task, build_trainer
-from meshformer.checkpoint.find import latest_checkpoint, run_of
+from meshformer.checkpoint.find import latest_checkpoint
 from meshformer.checkpoint.weights import load_weights
 from meshformer.data import load_tokenizer
-from meshformer.train import _quiet_libraries
+from meshformer.train import quiet_libraries
 
 
 def evaluate(config: dict[str, Any], options: dict[str, Any]) -> dict[str, float]:
     """Metrics of the newest checkpoint of `options["run"]` on `options["split"]` (val or test), in one process."""
-    _quiet_libraries()
+    quiet_libraries()
     torch.set_num_threads(config["trainer"]["threads"])
     run = Path(options["run"])
-    data = build_data(config, load_tokenizer(run_of(run) / "tokenizer.json"))
+    data = build_data(config, load_tokenizer(run / "tokenizer.json"))
     data.prepare_data()
     task: Any = build_task(config, max_steps=1)
     task.configure_model()
@@ -41,4 +41,4 @@ def load_run(config: dict[str, Any], run: Path) -> tuple[Any, Any]:
     """(model, tokenizer) of a run's newest checkpoint, ready to use."""
     model = build_model(config)
     load_weights(model, latest_checkpoint(run))
-    return model.eval(), load_tokenizer(run_of(run) / "tokenizer.json")
+    return model.eval(), load_tokenizer(run / "tokenizer.json")

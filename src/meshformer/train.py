@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from meshformer.build import build_callbacks, build_data, build_loggers, build_task, build_trainer
 from meshformer.callbacks import Rows
 from meshformer.callbacks.samples import continuation
-from meshformer.checkpoint.find import latest_checkpoint, run_of
+from meshformer.checkpoint.find import latest_checkpoint
 from meshformer.checkpoint.folder import read_rest
 from meshformer.checkpoint.weights import load_weights
 from meshformer.config.errors import ConfigError
@@ -28,14 +28,14 @@ Config = dict[str, Any]
 
 def train(config: Config, folder: Path) -> dict[str, float]:
     """Trains in `folder`; returns the final metrics. The same on every rank; rank 0 writes."""
-    _quiet_libraries()
+    quiet_libraries()
     torch.set_num_threads(config["trainer"]["threads"])
     folder = Path(folder)
     continued = config["resume"] or config["fork"]
     init_from = config["stage"]["init_from"] if not continued else None  # a continued run has its weights already
     tokenizer = None  # made from the data, except in fine-tuning, which keeps the ids that the weights were trained with
     if config["stage"]["name"] == "finetune":
-        tokenizer = load_tokenizer(run_of(Path(continued or config["stage"]["init_from"])) / "tokenizer.json")
+        tokenizer = load_tokenizer(Path(continued or config["stage"]["init_from"]) / "tokenizer.json")
     data = build_data(config, tokenizer)
     data.prepare_data()
     max_steps = total_steps(config, data.steps_per_epoch)
@@ -126,7 +126,7 @@ def summary(task: Any, tokenizer: Any, folder: Path, final: dict[str, float]) ->
     return "\n".join(lines)
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """Lightning's start-up lines and hints repeat what the run record says, on every rank."""
     import logging
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from meshformer.build import build_callbacks, build_data, build_task, build_trainer
 from meshformer.compose import compose
 from meshformer.model import Transformer, attend_fused, attend_reference
-from meshformer.train import _quiet_libraries
+from meshformer.train import quiet_libraries
 
 LEAST = 8  # steps of each variant, however long one takes
 WARM_UP = 2
@@ -31,7 +31,7 @@ SIZES = {
 
 
 def report(options: argparse.Namespace) -> None:
-    _quiet_libraries()
+    quiet_libraries()
     for name, size in SIZES.items():
         print(f"\n{name}")
         trainer_against_bare_loop(size, options.seconds)

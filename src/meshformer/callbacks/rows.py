@@ -24,15 +24,17 @@ class Rows(Callback):
         self.validated_step = -1
         self.csv: MetricsCsv | None = None  # rank 0 alone
         self.latest: dict[str, float] = {}
-        self._seen_step = -1
+        self._seen_step, self._lr = -1, 0.0
 
-    def on_train_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule
-    ) -> None:  # the step is restored by now, at fit start it is not
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Not on_fit_start: there the step is not restored yet.
         self._seen_step = trainer.global_step
         if trainer.is_global_zero:
             self.csv = MetricsCsv(self.folder / "metrics.csv")
             self.csv.truncate_after(trainer.global_step)  # rows that a killed run wrote after the checkpoint it resumes from
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Any, optimizer: Any) -> None:
+        self._lr = optimizer.param_groups[0]["lr"]  # what this step uses; by the end of the batch the schedule has moved on
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
@@ -44,7 +46,7 @@ class Rows(Callback):
         # A row at the end, out of turn, does not end the interval: a resumed run then has the rows of one that never stopped.
         running = pl_module.running_metrics(reset=step % self.every_n_steps == 0)
         values = dict(zip(running, torch.stack([v.double() for v in running.values()]).tolist(), strict=True))  # the one host sync
-        values["train/lr"] = trainer.optimizers[0].param_groups[0]["lr"]
+        values["train/lr"] = self._lr
         for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
             if hasattr(callback, "measure"):
                 values.update(callback.measure(trainer, pl_module))

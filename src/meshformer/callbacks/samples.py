@@ -46,6 +46,6 @@ def continuation(task: Any, tokenizer: Any, prompt: str, max_tokens: int, **opti
         ids = [0]
     prompt_BT = torch.as_tensor([list(map(int, ids))], device=task.device)
     # the precision plugin's context (bf16 autocast, say) is what the model was trained under
-    with task.trainer.precision_plugin.forward_context() if task._trainer is not None else torch.no_grad():
+    with task.trainer.precision_plugin.forward_context():
         out_BT = generate(task.model, prompt_BT, max_tokens, **options)
     return tokenizer.decode(out_BT[0].tolist())

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from meshformer.config.errors import ConfigError
 
-PARTS = (".metadata", "trainer.pt")
+METADATA, REST = ".metadata", "trainer.pt"
+PARTS = (METADATA, REST)  # a checkpoint folder without either is not complete
 _NAME = re.compile(r"step-(\d+)")
 
 
@@ -30,17 +31,8 @@ def step_of(checkpoint: Path) -> int:
 
 
 def latest_checkpoint(run: Path, key: str = "run") -> Path:
-    """The newest complete checkpoint of a run folder, or the folder itself when it is one."""
-    run = Path(run)
-    if (run / ".metadata").is_file():
-        return run
+    """The newest complete checkpoint of a run folder. ConfigError naming `key` when there is none."""
     found = checkpoints(run)
     if not found:
         raise ConfigError(f"{run} holds no checkpoint", key=key, value=str(run), fix="name a run folder that has checkpoints/step-…")
     return found[-1]
-
-
-def run_of(checkpoint_or_run: Path) -> Path:
-    """The run folder that a checkpoint lies in, or the run folder itself."""
-    path = Path(checkpoint_or_run)
-    return path.parent.parent if (path / ".metadata").is_file() else path

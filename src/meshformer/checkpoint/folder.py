@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from meshformer.config.errors import ConfigError
 
-REST = "trainer.pt"
+from .find import PARTS, REST
 
 
 def write_folder(path: Path, tensors: dict[str, torch.Tensor], rest: dict[str, Any]) -> None:
@@ -73,7 +73,7 @@ def read_rest(path: Path) -> dict[str, Any]:
 
 def _check_is_checkpoint(path: Path) -> None:
     path = Path(path)
-    missing = [name for name in (".metadata", REST) if not (path / name).is_file()]
+    missing = [name for name in PARTS if not (path / name).is_file()]
     if missing:
         raise ConfigError(
             f"{path} is not a complete checkpoint: {', '.join(missing)} missing", fix="name a folder like RUN/checkpoints/step-00000500"

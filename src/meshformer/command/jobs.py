@@ -28,7 +28,6 @@ from meshformer.explain import EXPLAINED, explain
 from meshformer.record import atomic_write_text
 
 Config = dict[str, Any]
-PREEMPTED = 75
 SHOWING = ("cfg", "info", "shell_completion", "hydra_help")
 
 
@@ -61,9 +60,7 @@ def run_command(command: str, argv: Sequence[str]) -> int:
 def _train(hydra: Hydra, cfg: DictConfig, config: Config, overrides: str, run: Path | None = None) -> int:
     """One run in one folder: `run` where it continues there, else the user's or a new one."""
     around = outside()
-    if around is None and config["trainer"]["num_nodes"] > 1:
-        message = "one command starts the processes of one node alone, and would wait for the others in vain"
-        raise ConfigError(message, "trainer.num_nodes", config["trainer"]["num_nodes"], fix="Start it with torchrun or srun on every node.")
+    _refuse_lonely_node(config)
     wanted = str(cfg.hydra.run.dir)
     if run is not None:
         folder = run
@@ -93,7 +90,13 @@ def _train(hydra: Hydra, cfg: DictConfig, config: Config, overrides: str, run: P
     callbacks.on_run_end(config=cfg, config_name=cfg.hydra.job.config_name, job_return=done)
     if raised:
         raise raised[0]
-    return PREEMPTED if (done.return_value or {}).get("state") == "preempted" else 0
+    return 0
+
+
+def _refuse_lonely_node(config: Config) -> None:
+    if outside() is None and config["trainer"]["num_nodes"] > 1:
+        message = "one command starts the processes of one node alone, and would wait for the others in vain"
+        raise ConfigError(message, "trainer.num_nodes", config["trainer"]["num_nodes"], fix="Start it with torchrun or srun on every node.")
 
 
 def _train_from(args: argparse.Namespace, run_of: dict[str, str], overrides: list[str]) -> int:
@@ -169,7 +172,8 @@ def _check_grid(hydra: Hydra, cfg: DictConfig, config_name: str, overrides: list
     grid = [point for batch in BasicSweeper.split_arguments(parsed, None) for point in batch]
     for point in grid:
         with _explained(hydra, config_name, point):
-            compose.settle(compose.plain(compose.compose_config(hydra, config_name, [*hydra_overrides, *point])), point)
+            cfg = compose.compose_config(hydra, config_name, [*hydra_overrides, *point])
+            _refuse_lonely_node(compose.settle(compose.plain(cfg), point))
 
 
 def _use_run(command: str, hydra: Hydra, config_name: str, overrides: list[str], multirun: bool) -> int:
@@ -191,7 +195,6 @@ def _use_run(command: str, hydra: Hydra, config_name: str, overrides: list[str],
     options["run"] = str(run)
     config = _changed(run, changes) if changes else compose.read_config(run)
     config["allow"] = options["allow"]
-    # Resume lifts the checks of where finetuning started from: that run is not needed any more.
     # One process reads a run, whatever layout wrote it.
     config["strategy"] = {"name": "single", "replicate": 1}
     config["trainer"] |= {
@@ -203,6 +206,7 @@ def _use_run(command: str, hydra: Hydra, config_name: str, overrides: list[str],
     config["trainer"]["limit_val_batches"] = compose.value_of(changes, "trainer.limit_val_batches")
     if command == "generate":  # it needs the run folder alone: the texts may be gone
         config["data"] = {**config["data"], "files": None}
+    # Resume lifts the checks of where finetuning started from: that run is not needed any more.
     config = compose.settle({**config, "resume": str(run)})
     if command == "evaluate":
         from meshformer.evaluate import evaluate as use
