@@ -47,7 +47,9 @@ def test_rows_after_the_checkpoint_are_cut_and_written_again(uninterrupted) -> N
     metrics = folder / "killed" / "metrics.csv"
     width = metrics.read_text().splitlines()[0].count(",")
     with open(metrics, "a") as file:
-        file.write("8,0,64,9.9" + "," * (width - 3) + "\n9,0,7")  # a row too many and a torn one
+        for step in (8, 9):
+            file.write(f"{step},0,{8 * step},9.9" + "," * (width - 3) + "\n")  # rows too many
+        file.write("10,0,8")  # and a torn one
     resumed = run_tiny(folder, "killed", *FULL, "trainer.max_steps=10", resume=True)
     assert [r["step"] for r in resumed] == list(range(1, 11))
     assert [r["train/loss"] for r in resumed] == [r["train/loss"] for r in expected[:10]]
