@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from jobs import TINY, text_file
@@ -69,17 +70,22 @@ def test_several_nodes_need_an_outside_launcher(work: Path) -> None:
     assert not (work / "nodes").exists()
 
 
+def ranks_of(command: int) -> list[psutil.Process]:
+    """The command starts a fork server, the fork server the ranks (and only those)."""
+    return [rank for server in psutil.Process(command).children() for rank in server.children()]
+
+
 def test_a_killed_rank_is_recorded_as_a_failure(work: Path) -> None:
     folder = work / "killed"
     command = [*CLI, *settings(work, "strategy=ddp", "trainer.devices=2", f"hydra.run.dir={folder}", "trainer.max_steps=100000")]
     job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     end = time.monotonic() + 120
-    while time.monotonic() < end and not (folder / "metrics.csv").is_file():
+    while time.monotonic() < end and job.poll() is None and not (folder / "metrics.csv").is_file():
         time.sleep(0.1)
-    listed = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout.splitlines()
-    servers = [int(line.split()[0]) for line in listed if line.split()[1] == str(job.pid) and "forkserver" in line]
-    ranks = [int(line.split()[0]) for line in listed if line.split()[1].isdigit() and int(line.split()[1]) in servers]
-    os.kill(max(ranks), signal.SIGKILL)
+    assert job.poll() is None, job.communicate()
+    ranks = ranks_of(job.pid)
+    assert len(ranks) == 2
+    ranks[-1].kill()
     _, err = job.communicate(timeout=90)
     assert job.returncode == 1, err
     assert json.loads((folder / "run.json").read_text())["state"] == "failed"
