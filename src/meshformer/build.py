@@ -134,7 +134,7 @@ def build_trainer(config: Config, folder: Path, max_steps: int, callbacks: list[
         accelerator=trainer["accelerator"],
         devices=trainer["devices"],
         num_nodes=trainer["num_nodes"],
-        strategy=make_strategy(config["strategy"]),
+        strategy=make_strategy(config["strategy"], trainer["compile"], config["data"]["context_length"]),
         precision=trainer["precision"],
         max_steps=max_steps,
         max_epochs=-1,

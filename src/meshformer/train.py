@@ -19,7 +19,9 @@ from meshformer.checkpoint.folder import read_rest
 from meshformer.checkpoint.weights import load_weights
 from meshformer.config.errors import ConfigError
 from meshformer.data import TextData, load_tokenizer
-from meshformer.model import parameter_count
+from meshformer.model import parameter_count, training_flops_per_token
+from meshformer.parallel.levers import apply_levers
+from meshformer.parallel.strategy import MeshStrategy
 from meshformer.record.run_folder import atomic_write_text
 from meshformer.record.run_json import RunRecord
 
@@ -48,12 +50,19 @@ def train(config: Config, folder: Path) -> dict[str, float]:
     rows = next(callback for callback in callbacks if isinstance(callback, Rows))
     trainer = build_trainer(config, folder, max_steps, callbacks, loggers)
     task: Any = build_task(config, max_steps)
-    task.configure_model()
-    if init_from:
-        load_weights(task.model, latest_checkpoint(Path(init_from), key="stage.init_from"))
-    if config["trainer"]["compile"]:
-        for block in task.model.blocks:
-            block.compile()  # in place: names in checkpoints stay as they are
+    strategy: Any = trainer.strategy
+    weights = latest_checkpoint(Path(init_from), key="stage.init_from") if init_from else None
+    if isinstance(strategy, MeshStrategy):
+        with torch.device("meta"):  # the strategy makes this rank's part real
+            task.configure_model()
+        strategy.init_from = weights
+    else:
+        task.configure_model()
+        if weights:
+            load_weights(task.model, weights)
+        apply_levers(task.model.blocks, config["strategy"]["activation_checkpointing"], config["trainer"]["compile"])
+    task.flops_per_token = training_flops_per_token(task.model, data.context_length)
+    parameters = parameter_count(task.model)
 
     record = RunRecord(folder) if trainer.is_global_zero else None
     if record:
@@ -66,7 +75,7 @@ def train(config: Config, folder: Path) -> dict[str, float]:
             "precision": config["trainer"]["precision"],
             "threads": torch.get_num_threads(),
         }
-        record.start(device=device, layout=layout, parameters=parameter_count(task.model))
+        record.start(device=device, layout=layout, parameters=parameters)
     try:
         for logger in loggers if record else []:
             logger.log_hyperparams(config)
@@ -83,9 +92,10 @@ def train(config: Config, folder: Path) -> dict[str, float]:
         raise cause from None if stopped else error.__cause__
     final = {k: float(v) for k, v in trainer.callback_metrics.items()}
     final = {**rows.latest, **final}
+    text = continuation(task, data.tokenizer, "\n", 400, temperature=0.8, top_p=0.95, seed=1)  # takes every rank
     if record:
         record.finish("finished", None, **final)
-        print(summary(task, data.tokenizer, folder, final), flush=True)
+        print(summary(text, folder, final), flush=True)
     return final
 
 
@@ -108,15 +118,14 @@ def total_steps(config: Config, steps_per_epoch: int) -> int:
     return min(limit for limit in limits if limit is not None)
 
 
-def summary(task: Any, tokenizer: Any, folder: Path, final: dict[str, float]) -> str:
+def summary(text: str, folder: Path, final: dict[str, float]) -> str:
     """What a person wants to see at the end: the loss, a paragraph of text, and what to type next."""
-    text = continuation(task, tokenizer, "\n", 400, temperature=0.8, top_p=0.95, seed=1).strip()
     loss, bits = final["val/loss"], final.get("val/bits_per_byte")
     lines = [
         "",
         f"validation loss {loss:.4f} nats a token" + (f" ({bits:.3f} bits a byte)" if bits is not None else ""),
         "",
-        text,
+        text.strip(),
         "",
         f"run folder  {folder}",
         f"  continue  meshformer train resume={folder} trainer.max_steps=…",

@@ -31,7 +31,7 @@ class Samples(Callback):
             return
         text = continuation(
             pl_module, trainer.datamodule.tokenizer, self.prompt, self.max_tokens, temperature=self.temperature, top_p=self.top_p
-        )  # every rank draws, so that layouts which need all ranks for a forward pass work too
+        )
         if trainer.is_global_zero and self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / f"step-{trainer.global_step:08d}.txt").write_text(text, encoding="utf-8")
@@ -39,13 +39,32 @@ class Samples(Callback):
 
 def continuation(task: Any, tokenizer: Any, prompt: str, max_tokens: int, **options: Any) -> str:
     """`prompt` and what the task's model makes of it. Token 0 stands in for a prompt that is empty or that the tokenizer does not know:
-    a look at the text must not end a run."""
+    a look at the text must not end a run. Every rank must call it; where a rank holds a part of the model only, rank 0 gathers all of it,
+    draws, and is the only one to return text."""
+    model = whole_model(task)
+    if model is None:
+        return ""
     try:
         ids = tokenizer.encode(prompt) if prompt else [0]
     except ConfigError:
         ids = [0]
-    prompt_BT = torch.as_tensor([list(map(int, ids))], device=task.device)
+    prompt_BT = torch.as_tensor([list(map(int, ids))], device=model.head.weight.device)
     # the precision plugin's context (bf16 autocast, say) is what the model was trained under
     with task.trainer.precision_plugin.forward_context():
-        out_BT = generate(task.model, prompt_BT, max_tokens, **options)
+        out_BT = generate(model, prompt_BT, max_tokens, **options)
     return tokenizer.decode(out_BT[0].tolist())
+
+
+def whole_model(task: Any) -> Any:
+    """The task's model where this process holds all of it; else a whole copy of it on rank 0's host, and None on the other ranks."""
+    gather = getattr(task.trainer.strategy, "whole_weights", None)
+    if gather is None:
+        return task.model if task.trainer.is_global_zero else None
+    weights = gather()
+    if weights is None:
+        return None
+    with torch.device("meta"):
+        model = task.make_model()
+    model.load_state_dict(weights, strict=False, assign=True)
+    model.tie_weights()
+    return model

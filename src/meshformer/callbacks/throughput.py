@@ -9,8 +9,6 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from meshformer.model import training_flops_per_token
-
 
 class Throughput(Callback):
     """Columns train/tokens_per_second (all ranks together, validation and checkpoints not counted) and train/mfu.
@@ -35,8 +33,7 @@ class Throughput(Callback):
         rate = tokens / max(now - self._since, 1e-9)
         self._since, self._since_step = now, step
         assert self.matrix_rate is not None
-        context_length = trainer.datamodule.context_length  # pyright: ignore[reportAttributeAccessIssue]
-        flops = rate * training_flops_per_token(pl_module.model, context_length)
+        flops = rate * pl_module.flops_per_token
         return {"train/tokens_per_second": rate, "train/mfu": flops / (self.matrix_rate * trainer.world_size)}
 
     # Time that is not training (validation, samples, checkpoints) moves the start of the interval forward.

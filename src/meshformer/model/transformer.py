@@ -119,13 +119,16 @@ class Transformer(nn.Module):
         documents_BT: Tensor | None = None,
         token_types_BT: Tensor | None = None,
         cache: KeyValueCache | None = None,
+        length: int | None = None,
     ) -> Tensor:
         """Logits (B, T, V).
 
+        A part of the model, cut for a pipeline, may lack `embedding`: it is given hidden states (B, T, C) instead of tokens; or `norm` and
+        `head`: it returns hidden states. `length` is T where the hidden states are a slice of the sequence (sequence parallel).
         `positions_BT` (default 0, 1, 2, … after what the cache holds) and `documents_BT` (any integers; a token sees its own document only,
         so packed texts stay apart and padding, given a number of its own, is seen by no real token) decide the mask.
         """
-        T, natural = tokens_BT.shape[1], positions_BT is None and cache is None
+        T, natural = length or tokens_BT.shape[1], positions_BT is None and cache is None
         if positions_BT is None:
             start = cache.length if cache is not None else 0
             positions_BT = torch.arange(start, start + T, device=tokens_BT.device)[None]
@@ -135,14 +138,16 @@ class Transformer(nn.Module):
         mask = Mask(self.causal, self.window, positions_BT, k_positions_BS, natural, documents_BT, k_documents_BS)
         tables, bias = self.position.tables(positions_BT), self.position.bias(positions_BT, k_positions_BS)
 
-        x_BTC = self.embedding(tokens_BT, token_types_BT, self.position, positions_BT)
+        x_BTC = tokens_BT
+        if self.embedding is not None:
+            x_BTC = self.embedding(tokens_BT, token_types_BT, self.position, positions_BT)
         for block in self.blocks:
             x_BTC = block(x_BTC, mask, self.position, tables, bias, cache)
         if cache is not None:
             cache.advance(positions_BT, documents_BT)
         if self.norm is not None:
             x_BTC = self.norm(x_BTC)
-        return self.head(x_BTC)
+        return x_BTC if self.head is None else self.head(x_BTC)
 
     def tie_weights(self) -> None:
         """One matrix for embedding and head (Press & Wolf 2017), where the model is tied."""

@@ -7,12 +7,17 @@ from typing import Any
 
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 
+from .strategy import MeshStrategy
 
-def make_strategy(strategy: dict[str, Any]) -> Strategy | str:
-    """`single` and `ddp` are Lightning's own. `strategy["timeout"]` is in seconds: how long a rank waits for a silent peer."""
+
+def make_strategy(strategy: dict[str, Any], compile: bool = False, context_length: int = 1) -> Strategy | str:
+    """`single` and `ddp` are Lightning's own, everything else is the mesh strategy with other degrees.
+
+    `strategy["timeout"]` is in seconds: how long a rank waits for a silent peer.
+    """
     if strategy["name"] == "single":
         return "auto"  # with one device: SingleDeviceStrategy on whatever the accelerator is
     if strategy["name"] == "ddp":
         # Ranks keep sums of their own (metrics): DDP must not overwrite them with rank 0's at every forward. The model has no buffers.
         return DDPStrategy(timeout=timedelta(seconds=strategy["timeout"]), gradient_as_bucket_view=True, broadcast_buffers=False)
-    raise AssertionError(f"the config check lets no strategy {strategy['name']!r} through")
+    return MeshStrategy(strategy, compile, context_length)

@@ -7,19 +7,20 @@ or ranks hold different numbers of counted tokens, which the usual mean of means
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-Optimizer = Callable[[Iterable[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
+Optimizer = Callable[..., torch.optim.Optimizer]  # (named parameters, all_names=...) -> optimizer
 Schedule = Callable[[int], Callable[[int], float]]
 
 
 class Task(pl.LightningModule):
-    """A subclass says `losses(batch, phase) -> (loss sum, count of what was summed)`; the rest is here.
+    """A subclass says what of a batch the model is given, `inputs(batch)`, and how its output is judged,
+    `score(output, batch, phase) -> (loss sum, count of what was summed)`; the rest is here.
 
     `model` builds the network when Lightning calls `configure_model`; `optimizer` takes named parameters; `schedule` takes the number of
     steps and returns the multiplier of the learning rate at each. `tokens_per_step` only scales the loss to a usual size before the backward
@@ -39,6 +40,8 @@ class Task(pl.LightningModule):
         self.make_model, self.make_optimizer, self.make_schedule = model, optimizer, schedule
         self.max_steps, self.seed, self.tokens_per_step = max_steps, seed, tokens_per_step
         self.model: Any = None
+        # Where this process holds a part of the model only, the strategy puts the function here that runs all parts: (batch, phase) -> losses.
+        self.pipeline: Callable[[dict[str, Tensor], str], tuple[Tensor, Tensor]] | None = None
         self._restored = (0.0, 0.0)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -47,12 +50,28 @@ class Task(pl.LightningModule):
         else:
             super().__setattr__(name, value)
 
+    def inputs(self, batch: dict[str, Tensor]) -> dict[str, Any]:
+        """Arguments of the model's forward. The first is what enters the first pipeline stage."""
+        raise NotImplementedError(f"{type(self).__name__} must define inputs(batch)")
+
+    def score(self, output: Tensor, batch: dict[str, Tensor], phase: str) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError(f"{type(self).__name__} must define score(output, batch, phase)")
+
     def losses(self, batch: dict[str, Tensor], phase: str) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError(f"{type(self).__name__} must define losses(batch, phase)")
+        """(loss sum, count) of a batch; `phase` is train, val or test."""
+        if self.pipeline is not None:
+            return self.pipeline(batch, phase)
+        return self.scored(self.model(**self.inputs(batch)), batch, phase)
+
+    def scored(self, output: Tensor, batch: dict[str, Tensor], phase: str) -> tuple[Tensor, Tensor]:
+        """`score`, with a loss that ranks computed together (loss parallel) as a plain tensor."""
+        loss_sum, count = self.score(output, batch, phase)
+        return getattr(loss_sum, "full_tensor", lambda: loss_sum)(), count
 
     def configure_model(self) -> None:
         if self.model is None:
             self.model = self.make_model()
+            self.model_names = [name for name, _ in self.model.named_parameters()]
 
     # --- one training step
 
@@ -62,17 +81,19 @@ class Task(pl.LightningModule):
         return sampler["rank"], sampler["num_replicas"]
 
     def on_train_start(self) -> None:
-        self._data_rank, data_size = self.data_rank_and_size
-        accumulation = self.trainer.accumulate_grad_batches
-        # Lightning divides the loss by the accumulation and the data axis averages gradients: both are undone here.
-        self._loss_scale = accumulation * data_size / self.tokens_per_step
+        data_rank, data_size = self.data_rank_and_size
+        accumulation, strategy = self.trainer.accumulate_grad_batches, self.trainer.strategy
+        # Lightning divides the loss by the accumulation and the data axes average gradients: both are undone here.
+        self._loss_scale = accumulation * getattr(strategy, "averaged_over", data_size) / self.tokens_per_step
         self._accumulation = accumulation
+        # Ranks that compute different numbers draw differently, and ranks that hold copies of one computation alike.
+        self._random_rank = getattr(strategy, "random_rank", data_rank)
         self._trained = [p for p in self.model.parameters() if p.requires_grad]  # walking the modules at every step would cost more
         # Running values stay on the device; a callback reads them once every `log_every_n_steps`. They are no buffers: DDP would broadcast
         # those, and bf16-true would round them.
         self.step_count = torch.zeros((), dtype=torch.float32, device=self.device)  # counted tokens of the step in progress, this rank's
         self.grad_norm = torch.zeros((), dtype=torch.float32, device=self.device)
-        since_last_row = self._restored if self._data_rank == 0 else (0.0, 0.0)
+        since_last_row = self._restored if getattr(strategy, "is_first_token_rank", data_rank == 0) else (0.0, 0.0)
         self.loss_sum, self.loss_count = torch.tensor(since_last_row, dtype=torch.float64, device=self.device)  # this rank's
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -83,8 +104,8 @@ class Task(pl.LightningModule):
         self._restored = tuple(checkpoint["since_last_row"])
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        # Dropout depends on (seed, step, micro-batch, data rank) alone: a resumed run draws what the uninterrupted one would have drawn.
-        self._reseed(_mix(self.seed, self.trainer.global_step, batch_idx % self._accumulation, self._data_rank))
+        # Dropout depends on (seed, step, micro-batch, rank) alone: a resumed run draws what the uninterrupted one would have drawn.
+        self._reseed(_mix(self.seed, self.trainer.global_step, batch_idx % self._accumulation, self._random_rank))
         loss_sum, count = self.losses(batch, "train")
         self.step_count += count
         self.loss_sum += loss_sum.detach()
@@ -101,10 +122,15 @@ class Task(pl.LightningModule):
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
         """Turns the accumulated sum into the mean over the step's tokens and clips it by its global norm, in one pass over the gradients."""
-        count = self.trainer.strategy.reduce(self.step_count, reduce_op="sum")
-        gradients = [p.grad for p in self._trained if p.grad is not None]
+        strategy: Any = self.trainer.strategy
+        count = strategy.reduce(self.step_count, reduce_op="sum")
+        if hasattr(strategy, "finished_gradients"):  # parameters are pieces: their norm takes the other ranks
+            gradients, norm = strategy.finished_gradients()
+        else:
+            gradients = [p.grad for p in self._trained if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(gradients)
         scale = self.tokens_per_step / count.clamp(min=1)
-        self.grad_norm.copy_(torch.nn.utils.get_total_norm(gradients) * scale)
+        self.grad_norm.copy_(norm * scale)
         if gradient_clip_val:
             scale = scale * (gradient_clip_val / (self.grad_norm + 1e-6)).clamp(max=1)
         torch._foreach_mul_(gradients, scale)
@@ -124,7 +150,10 @@ class Task(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         assert self.make_optimizer is not None
-        optimizer = self.make_optimizer(self.model.named_parameters())
+        if self.pipeline is None:
+            optimizer = self.make_optimizer(self.model.named_parameters())
+        else:  # a part of the model: what its optimizer refuses depends on the whole
+            optimizer = self.make_optimizer(self.model.named_parameters(), all_names=self.model_names)
         if self.make_schedule is None:
             return optimizer
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.make_schedule(self.max_steps))

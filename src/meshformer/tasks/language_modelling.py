@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics.text import Perplexity
 
 from .base import Task
 
@@ -24,30 +23,31 @@ class LanguageModelling(Task):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.perplexity = Perplexity(ignore_index=IGNORED)
         self._eval_sums: Any = 0.0  # loss sum and count, this rank's; in double precision whatever the model computes in
 
-    def losses(self, batch: dict[str, Tensor], phase: str) -> tuple[Tensor, Tensor]:
-        """batch: tokens (B, T) and targets (B, T). Returns the summed loss and the number of counted targets, both scalars."""
-        logits_BTV, targets_BT = self.model(batch["tokens"]), batch["targets"]
-        loss_sum = F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), ignore_index=IGNORED, reduction="sum")
-        if phase != "train":
-            self.perplexity.update(logits_BTV.float(), targets_BT)
+    def inputs(self, batch: dict[str, Tensor]) -> dict[str, Any]:
+        """batch: tokens (B, T); positions (B, T) where the sequence is a slice of a longer one."""
+        return {"tokens_BT": batch["tokens"], "positions_BT": batch.get("positions")}
+
+    def score(self, output: Tensor, batch: dict[str, Tensor], phase: str) -> tuple[Tensor, Tensor]:
+        """output: logits (B, T, V); batch: targets (B, T). Returns the summed loss and the number of counted targets, both scalars."""
+        targets_BT = batch["targets"]
+        loss_sum = F.cross_entropy(output.flatten(0, 1).float(), targets_BT.flatten(), ignore_index=IGNORED, reduction="sum")
         return loss_sum, (targets_BT != IGNORED).sum()
 
     def _evaluate(self, batch: dict[str, Tensor], phase: str) -> None:
-        self._eval_sums = self._eval_sums + torch.stack(self.losses(batch, phase)).detach().double()
+        loss_sum, count = self.losses(batch, phase)
+        self._eval_sums = self._eval_sums + torch.stack((loss_sum.detach().double(), count.double()))
 
     def _log_evaluation(self, phase: str) -> None:
         loss_sum, count = self.trainer.strategy.reduce(self._eval_sums, reduce_op="sum")
         loss = loss_sum / count.clamp(min=1)
-        values = {f"{phase}/loss": loss, f"{phase}/perplexity": self.perplexity.compute()}
+        values = {f"{phase}/loss": loss, f"{phase}/perplexity": loss.exp()}
         bytes_per_token = getattr(getattr(self.trainer, "datamodule", None), "bytes_per_token", None)
         if bytes_per_token is not None:
             values[f"{phase}/bits_per_byte"] = loss / math.log(2) / bytes_per_token(phase)
         # logger=False: the run-record callback writes rows, with the step numbers that the rest of the project uses
         self.log_dict({k: v.float() for k, v in values.items()}, logger=False)
-        self.perplexity.reset()
         self._eval_sums = 0.0
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:

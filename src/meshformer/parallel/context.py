@@ -1,0 +1,104 @@
+"""Context parallel: each rank holds a stretch of every sequence, and attention alone sees across the cuts.
+
+`all_gather`: every rank gathers all keys and values and attends from its own queries: any number of heads, 2 tensors exchanged.
+`ulysses` (Jacobs et al. 2023): an all-to-all turns "some tokens, all heads" into "all tokens, some heads" before attention and another
+turns it back: less is sent, and kernels keep their causal fast path, but heads must divide by the axis.
+
+Shapes as in model/attention.py; t is one rank's share of T.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed._functional_collectives import all_gather_tensor, all_gather_tensor_autograd, all_to_all_single_autograd
+from torch.distributed.device_mesh import DeviceMesh
+
+from meshformer.model.attention import Attend, Mask
+from meshformer.model.position import Position
+
+
+class ContextAxis:
+    """Cuts batches along time and joins attention across the cuts. `mesh` is the one-dimensional context axis."""
+
+    def __init__(self, mesh: DeviceMesh, method: str):
+        self.group, self.rank, self.size = mesh.get_group(), mesh.get_local_rank(), mesh.size()
+        self.method = method
+        self._seen: tuple[Mask, Mask] | None = None
+        self._natural = True
+
+    def cut(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """This rank's stretch of every (B, T) tensor in the batch, and `positions` (1 or B, t) of what it holds."""
+        first = next(iter(batch.values()))
+        T = first.shape[1]
+        self._natural = "positions" not in batch
+        if self._natural:
+            batch = {**batch, "positions": torch.arange(T, device=first.device)[None]}
+        return {name: x.chunk(self.size, dim=1)[self.rank].contiguous() if x.ndim == 2 else x for name, x in batch.items()}
+
+    def apply(self, model: Any) -> None:
+        """Puts this axis around the attention kernel and the score bias of every block, in place."""
+        for block in model.blocks:
+            block.attention.attend = self._across(block.attention.attend)
+        if type(model.position).bias is Position.bias:
+            return  # there is none
+        whole = model.position.bias
+
+        def bias(q_positions_BT: Tensor, k_positions_BS: Tensor) -> Tensor | None:
+            keys_BS = self._gather(k_positions_BS)
+            if self.method == "all_gather":
+                return whole(q_positions_BT, keys_BS)
+            bias_BHTS = whole(self._gather(q_positions_BT), keys_BS)
+            return None if bias_BHTS is None else bias_BHTS.chunk(self.size, dim=1)[self.rank]
+
+        model.position.bias = bias
+
+    def _gather(self, x_Bt: Tensor) -> Tensor:
+        return all_gather_tensor(x_Bt.contiguous(), 1, self.group)
+
+    def _whole(self, mask: Mask) -> Mask:
+        """The mask over all keys (and, for Ulysses, all queries); the same for every layer of a forward pass."""
+        if self._seen is None or self._seen[0] is not mask:
+            whole = replace(mask, k_positions_BS=self._gather(mask.k_positions_BS))
+            if mask.k_documents_BS is not None:
+                whole = replace(whole, k_documents_BS=self._gather(mask.k_documents_BS))
+            if self.method == "ulysses":
+                documents = None if mask.q_documents_BT is None else self._gather(mask.q_documents_BT)
+                whole = replace(whole, q_positions_BT=whole.k_positions_BS, q_documents_BT=documents, natural=self._natural)
+            self._seen = (mask, whole)
+        return self._seen[1]
+
+    def _across(self, attend: Attend) -> Attend:
+        def all_gather(q_BHtD: Tensor, k_BKtD: Tensor, v_BKtD: Tensor, mask: Mask, bias: Tensor | None, dropout: float) -> Tensor:
+            both_2BKTD = all_gather_tensor_autograd(torch.stack((k_BKtD, v_BKtD)), 3, self.group)
+            return attend(q_BHtD, both_2BKTD[0], both_2BKTD[1], self._whole(mask), bias, dropout)
+
+        def ulysses(q_BHtD: Tensor, k_BKtD: Tensor, v_BKtD: Tensor, mask: Mask, bias: Tensor | None, dropout: float) -> Tensor:
+            q, k, v = (self._heads_for_time(x) for x in (q_BHtD, k_BKtD, v_BKtD))
+            return self._time_for_heads(attend(q, k, v, self._whole(mask), bias, dropout))
+
+        return all_gather if self.method == "all_gather" else ulysses
+
+    def _heads_for_time(self, x_BHtD: Tensor) -> Tensor:
+        """(B, H, t, D), all heads of some tokens → (B, H/n, T, D), some heads of all tokens."""
+        B, H, t, D = x_BHtD.shape
+        n = self.size
+        to_rank = x_BHtD.reshape(B, n, H // n, t, D).transpose(0, 1).contiguous()
+        from_rank = _all_to_all(to_rank, self.group).view(n, B, H // n, t, D)
+        return from_rank.permute(1, 2, 0, 3, 4).reshape(B, H // n, n * t, D)
+
+    def _time_for_heads(self, x_BhTD: Tensor) -> Tensor:
+        """The way back: (B, H/n, T, D) → (B, H, t, D)."""
+        B, h, T, D = x_BhTD.shape
+        n = self.size
+        to_rank = x_BhTD.reshape(B, h, n, T // n, D).permute(2, 0, 1, 3, 4).contiguous()
+        from_rank = _all_to_all(to_rank, self.group).view(n, B, h, T // n, D)
+        return from_rank.transpose(0, 1).reshape(B, n * h, T // n, D)
+
+
+def _all_to_all(x: Tensor, group: Any) -> Tensor:
+    return all_to_all_single_autograd(x, None, None, group)
+

@@ -1,0 +1,46 @@
+"""What trades memory for time inside a block, in any layout: activation checkpointing and torch.compile.
+
+Both wrap the block's `forward` on the instance, so no module is added and no name in a checkpoint changes. Compilation is inside, so that
+the compiled code is what is computed again; FSDP's hooks, which hang on the call, stay outside of both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+aten = torch.ops.aten
+# Expensive to compute again: matrix products, attention, and what other ranks must take part in. Everything else is cheap.
+KEPT = {
+    aten.mm.default,
+    aten.addmm.default,
+    aten.bmm.default,
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default,
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops._c10d_functional.all_gather_into_tensor.default,
+    torch.ops._c10d_functional.reduce_scatter_tensor.default,
+    torch.ops._c10d_functional.all_reduce.default,
+}
+
+
+def apply_levers(blocks: Iterable[Any], activation_checkpointing: str, compile: bool, backend: str = "inductor") -> None:
+    """`activation_checkpointing`: `none`; `full`: a block keeps its input alone and is computed again in the backward pass (Chen et al. 2016);
+    `selective`: it also keeps the results of the operations in KEPT."""
+    for block in blocks:
+        if compile:
+            block.forward = torch.compile(block.forward, backend=backend)
+        if activation_checkpointing == "full":
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        elif activation_checkpointing == "selective":
+            contexts = partial(create_selective_checkpoint_contexts, _policy)
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)
+
+
+def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operation in KEPT else CheckpointPolicy.PREFER_RECOMPUTE

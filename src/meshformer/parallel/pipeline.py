@@ -1,0 +1,265 @@
+"""Pipeline parallel: consecutive layers on consecutive processes, micro-batches passing through them (Huang et al. 2019, GPipe).
+
+Schedules are torch.distributed.pipelining's. Two things are ours: where the model is cut, and how the gradients that a schedule has
+computed reach Lightning's automatic optimisation (`Pipeline.losses`).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import (
+    PipelineScheduleMulti,
+    Schedule1F1B,
+    ScheduleGPipe,
+    ScheduleInterleaved1F1B,
+    ScheduleInterleavedZeroBubble,
+    ScheduleLoopedBFS,
+)
+from torch.distributed.tensor import DTensor
+
+SCHEDULES: dict[str, Any] = {
+    "gpipe": ScheduleGPipe,
+    "1f1b": Schedule1F1B,
+    "interleaved_1f1b": ScheduleInterleaved1F1B,
+    "interleaved_zero_bubble": ScheduleInterleavedZeroBubble,
+}
+
+
+# --- where to cut
+
+
+def balanced(costs: Sequence[float], last: float, stages: int) -> list[int]:
+    """How many of the consecutive blocks each stage holds, at least one each, so that the costliest stage is as cheap as can be.
+
+    `costs` of the blocks; `last` is what the head adds to the last stage. By dynamic programming over the cuts.
+    """
+    n = len(costs)
+    if stages > n:
+        raise ValueError(f"{stages} pipeline stages need as many blocks; the model has {n}")
+    before = [0.0]
+    for cost in costs:
+        before.append(before[-1] + cost)
+    best: dict[tuple[int, int], tuple[float, int]] = {(0, 0): (0.0, 0)}
+    for stage in range(1, stages + 1):
+        for end in range(stage, n + 1):
+            extra = last if stage == stages else 0.0
+            best[stage, end] = min(
+                (max(best[stage - 1, start][0], before[end] - before[start] + extra), start)
+                for start in range(stage - 1, end)
+                if (stage - 1, start) in best
+            )
+    counts, end = [], n
+    for stage in range(stages, 0, -1):
+        start = best[stage, end][1]
+        counts.append(end - start)
+        end = start
+    return counts[::-1]
+
+
+def stage_costs(model: Any, context_length: int) -> tuple[list[float], float]:
+    """Forward FLOPs a token of each block, and of the head; see model/count.py."""
+    scores = 4.0 * context_length * model.d_model
+    blocks = [2.0 * sum(p.numel() for p in block.parameters() if p.ndim == 2) + scores for block in model.blocks]
+    return blocks, 2.0 * model.head.weight.numel()
+
+
+def cut(model: Any, counts: Sequence[int], keep: Sequence[int]) -> list[Any]:
+    """Removes from `model`, in place, all but the stages `keep`; returns one view of it for each of them, sharing its modules.
+
+    Blocks keep their numbers and parameters their names. The first stage has the embedding and the positions' parameters, the last the final
+    norm and the head.
+    """
+    ends = [sum(counts[: i + 1]) for i in range(len(counts))]
+    last = len(counts) - 1
+    layers = {stage: {str(i) for i in range(ends[stage] - counts[stage], ends[stage])} for stage in keep}
+    for name in list(model.blocks._modules):
+        if not any(name in held for held in layers.values()):
+            del model.blocks._modules[name]  # `del model.blocks[i]` would number the others anew
+    if 0 not in keep:
+        model.embedding = None
+        _strip(model.position)
+    if last not in keep:
+        model.norm, model.head = None, None
+    views = []
+    for stage in keep:
+        view = copy.copy(model)
+        view._modules = dict(model._modules)
+        view.blocks = copy.copy(model.blocks)
+        view.blocks._modules = {name: block for name, block in model.blocks._modules.items() if name in layers[stage]}
+        if stage != 0:
+            view.embedding = None
+            view.position = copy.copy(model.position)
+            view.position._modules = dict(model.position._modules)
+            _strip(view.position)
+        if stage != last:
+            view.norm, view.head = None, None
+        views.append(view)
+    return views
+
+
+def _strip(position: nn.Module) -> None:
+    """Tables of positions serve the embedding alone, so only the first stage has them."""
+    for name, module in position._modules.items():
+        if module is not None and any(True for _ in module.parameters()):
+            position._modules[name] = None
+
+
+# --- running it
+
+
+class Stage(nn.Module):
+    """One stage as the schedules call it: hidden states in and out, everything else looked up by the micro-batch's number.
+
+    The precision context is opened here, so that the backward pass, which the schedule runs, is outside of it.
+    """
+
+    def __init__(self, part: Any, context: Callable[[], AbstractContextManager[Any]]):
+        super().__init__()
+        self.part, self.context = part, context
+        self.micro_inputs: list[dict[str, Any]] = []
+
+    def forward(self, x: Tensor, number: Tensor) -> Tensor:
+        first, *others = self.micro_inputs[int(number)].items()
+        name, tokens_BT = first
+        inputs = dict(others)
+        length = None if self.part.embedding is not None else tokens_BT.shape[1]
+        with self.context():
+            return self.part(x, length=length, **inputs)
+
+
+class _Deposit(torch.autograd.Function):
+    """The loss that Lightning sees. Its backward pass hands out the gradients that the schedule computed, times the gradient it is given:
+    division by the accumulation and every other factor on the loss keep their meaning."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, loss: Tensor, deposit: Callable[[Tensor], None]) -> Tensor:
+        ctx.deposit = deposit
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.deposit(gradients[0])
+        return None, None, None
+
+
+class Pipeline:
+    """Runs batches through the stages of this rank and its pipeline peers; put on `Task.pipeline` by the strategy."""
+
+    def __init__(self, task: Any, stages: list[nn.Module], numbers: list[int], n_stages: int, mesh: DeviceMesh, strategy: dict[str, Any]):
+        self.task, self.stages, self.numbers, self.n_stages = task, stages, numbers, n_stages
+        self.group, self.rank, self.size = mesh.get_group(), mesh.get_local_rank(), mesh.size()
+        self.schedule, self.microbatches = SCHEDULES[strategy["schedule"]], strategy["microbatches"]
+        self.has_first, self.has_last = 0 in numbers, n_stages - 1 in numbers
+        self.last_rank = (n_stages - 1) % self.size
+        self._made: dict[Any, Any] = {}
+        self._micro: list[dict[str, Tensor]] = []
+        self._phase = "train"
+        self._counts: dict[int, Tensor] = {}
+        self._checked = False
+
+    def losses(self, batch: dict[str, Tensor], phase: str) -> tuple[Tensor, Tensor]:
+        """(loss sum, count) of the batch, the same on every rank of the pipeline.
+
+        In training the schedule runs forward and backward passes here, and the returned loss carries a node that deposits the gradients
+        when Lightning calls backward. (Leaving them on the parameters would lose them: Lightning zeroes gradients in between.)
+        """
+        train = phase == "train" and torch.is_grad_enabled()
+        if not self._checked:
+            self._check_same(batch)
+        size = next(iter(batch.values())).shape[0]
+        n = self.microbatches if train else max(n for n in range(1, self.microbatches + 1) if size % n == 0)
+        cuts = {name: x.chunk(n) if x.shape[0] == size else [x] * n for name, x in batch.items()}
+        self._micro, self._phase = [{name: parts[i] for name, parts in cuts.items()} for i in range(n)], phase
+        for stage in self.stages:
+            stage.micro_inputs = [self.task.inputs(micro) for micro in self._micro]  # pyright: ignore[reportAttributeAccessIssue]
+        arguments = (next(iter(self.task.inputs(batch).values())),) if self.has_first else ()
+        losses: list[Tensor] = []
+        number = torch.arange(n)
+        keywords: dict[str, Any] = {"number": number, "return_outputs": False}
+        if self.has_last:
+            keywords |= {"target": number, "losses": losses}
+        schedule = self._schedule(train, n, batch)
+        parameters = [p for p in self.task.model.parameters() if p.requires_grad] if train else []
+        before = [p.grad for p in parameters]
+        for p in parameters:
+            p.grad = None
+        (schedule.step if train else schedule.eval)(*arguments, **keywords)
+        new = [p.grad for p in parameters]
+        for p, gradient in zip(parameters, before, strict=True):
+            p.grad = gradient
+        total = torch.zeros(2, dtype=torch.float64, device=self.task.device)
+        if self.has_last:
+            total[0] = torch.stack([loss.detach() for loss in losses]).double().sum()
+            total[1] = torch.stack(list(self._counts.values())).sum()
+        dist.broadcast(total, group=self.group, group_src=self.last_rank)
+        loss, count = total[0].float(), total[1].long()
+        if not train:
+            return loss, count
+
+        def deposit(factor: Tensor) -> None:
+            for p, gradient in zip(parameters, new, strict=True):
+                if gradient is not None:
+                    local(gradient).mul_(factor)
+                    p.grad = gradient if p.grad is None else p.grad.add_(gradient)
+
+        return _Deposit.apply(torch.zeros((), requires_grad=True, device=loss.device), loss, deposit), count  # pyright: ignore[reportReturnType]
+
+    def _schedule(self, train: bool, n: int, batch: dict[str, Tensor]) -> Any:
+        """Stages allocate their buffers for one shape, so each shape has stages and a schedule of its own."""
+        key = (train, n, torch.is_inference_mode_enabled(), *(tuple(x.shape) for x in batch.values()))
+        if key not in self._made:
+            multi = issubclass(self.schedule, PipelineScheduleMulti)
+            device = self.task.device
+            stages = [
+                PipelineStage(s, i, self.n_stages, device, group=self.group) for s, i in zip(self.stages, self.numbers, strict=True)
+            ]
+            make = self.schedule if train else ScheduleLoopedBFS if multi else ScheduleGPipe
+            # Losses are sums already: scaling by the micro-batches would divide what is pending once more at every call.
+            self._made[key] = make(stages if multi else stages[0], n_microbatches=n, loss_fn=self._loss, scale_grads=False)
+        return self._made[key]
+
+    def _loss(self, output: Tensor, number: Tensor) -> Tensor:
+        i = int(number)
+        with self.stages[-1].context():  # pyright: ignore[reportCallIssue]
+            loss, self._counts[i] = self.task.scored(output, self._micro[i], self._phase)
+        for other in [k for k in self._counts if k >= len(self._micro)]:
+            del self._counts[other]  # of a batch that had more micro-batches
+        return loss
+
+    def _check_same(self, batch: dict[str, Tensor]) -> None:
+        """Ranks of one pipeline must see the same batch; random augmentation seeded by rank, say, would train on mixtures silently."""
+        self._checked = True
+        sums = torch.stack([x.double().sum() for x in batch.values()])
+        both = torch.cat((sums, -sums))
+        dist.all_reduce(both, op=dist.ReduceOp.MAX, group=self.group)
+        if not torch.equal(both[: len(sums)], -both[len(sums) :]):
+            raise RuntimeError("the ranks of one pipeline were given different batches: augmentation must not depend on the process")
+
+    def add_tied(self) -> None:
+        """The first stage's embedding and the last stage's head are one matrix: both get the sum of their gradients."""
+        model, peer = self.task.model, self.last_rank if self.has_first else 0
+        if self.has_first == self.has_last:  # neither end is here (or both are: then it is one parameter)
+            return
+        gradient = (model.embedding.tokens if self.has_first else model.head).weight.grad
+        mine = local(gradient)
+        theirs = torch.empty_like(mine)
+        send = dist.P2POp(dist.isend, mine, group=self.group, group_peer=peer)
+        receive = dist.P2POp(dist.irecv, theirs, group=self.group, group_peer=peer)
+        for work in dist.batch_isend_irecv([send, receive]):
+            work.wait()
+        mine.add_(theirs)
+
+
+def local(x: Any) -> Tensor:
+    """This rank's piece of a parameter or gradient."""
+    return x.to_local() if isinstance(x, DTensor) else x
+

@@ -1,0 +1,270 @@
+"""The one Lightning strategy behind every layout that `single` and `ddp` are not: it cuts the model over a device mesh.
+
+Order of what is done to a model (torchtitan's, with the pipeline first): cut into pipeline stages → context → tensor → checkpointing and
+compilation → FSDP → memory → first values. The model is on torch's meta device until then, so a rank never holds more than its part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.utilities.optimizer import _optimizers_to_device
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies.parallel import ParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor.parallel import loss_parallel
+
+from meshformer.config.degrees import Degrees
+
+from .context import ContextAxis
+from .levers import apply_levers
+from .mesh import make_mesh
+from .pipeline import Pipeline, Stage, balanced, cut, local, stage_costs
+from .sharded import shard, without_reduction
+from .tensor import apply_tensor_parallel
+
+
+class MeshStrategy(ModelParallelStrategy):
+    """`settings` is a resolved `strategy` config node; `compile` and `context_length` come from elsewhere in the configuration.
+
+    `init_from`: a checkpoint whose weights the model starts from, set before `fit`.
+    """
+
+    def __init__(self, settings: dict[str, Any], compile: bool = False, context_length: int = 1):
+        super().__init__(timeout=timedelta(seconds=settings["timeout"]))
+        self.settings, self.compile, self.context_length = settings, compile, context_length
+        self.degrees = Degrees.from_config(settings)
+        self.init_from: Path | None = None
+        self.pipeline: Pipeline | None = None
+        self.context: ContextAxis | None = None
+        self._built = False
+        self._loss_parallel: AbstractContextManager[Any] = nullcontext()
+
+    # --- processes
+
+    def setup_environment(self) -> None:
+        ParallelStrategy.setup_environment(self)
+        self._setup_distributed()
+        if self._device_mesh is None:
+            self._device_mesh = make_mesh(self.degrees, self.root_device.type)
+        assert self.lightning_module is not None
+
+    def _get_process_group_backend(self) -> str:
+        # With parameters on the host (cpu_offload, asynchronous checkpoints) collectives on host tensors are needed too.
+        return "gloo" if self.root_device.type == "cpu" else "cpu:gloo,cuda:nccl"
+
+    def axis(self, name: str) -> DeviceMesh:
+        """One mesh axis, or a named group of them (see mesh.py)."""
+        return self.device_mesh[name]
+
+    @property
+    def averaged_over(self) -> int:
+        """By how many ranks' mean, rather than sum, a gradient arrives: FSDP averages, our own all-reduce does not."""
+        return self.degrees.data * self.degrees.context if self._uses_fsdp else 1
+
+    @property
+    def random_rank(self) -> int:
+        """Ranks that compute on different tokens, layers or parts of a layer draw different dropout; copies of one computation the same."""
+        axes = ["pipeline", "replicate", "shard", "context"] + ["tensor"] * self.settings["sequence_parallel"]
+        rank = 0
+        for name in axes:
+            rank = rank * getattr(self.degrees, name) + self.axis(name).get_local_rank()
+        return rank
+
+    @property
+    def is_first_token_rank(self) -> bool:
+        return self.axis("tokens").get_local_rank() == 0
+
+    @property
+    def _uses_fsdp(self) -> bool:
+        wanted = self.settings["param_dtype"] or self.settings["reduce_dtype"] or self.settings["cpu_offload"]
+        cut = self.degrees.shard * self.degrees.context > 1
+        return bool(wanted) or cut or (self.degrees.replicate > 1 and self.degrees.pipeline == 1)
+
+    # --- the model
+
+    def setup(self, trainer: Any) -> None:
+        assert self.accelerator is not None and self.lightning_module is not None
+        self.accelerator.setup(trainer)
+        if not self._built:
+            self._build(self.lightning_module)
+            self._built = True
+        self.barrier()
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.setup_optimizers(trainer)
+        self.setup_precision_plugin()
+        if trainer.state.fn == TrainerFn.FITTING and not self.settings["cpu_offload"]:
+            _optimizers_to_device(self.optimizers, self.root_device)
+
+    def _build(self, task: Any) -> None:
+        model, settings, degrees = self.precision_plugin.convert_module(task.model), self.settings, self.degrees
+        self.names = task.model_names
+        self.tied = model.tie_embeddings
+        parts, numbers = [model], [0]
+        n_stages = degrees.pipeline * settings["stages_per_rank"]
+        if degrees.pipeline > 1:
+            numbers = [self.axis("pipeline").get_local_rank() + k * degrees.pipeline for k in range(settings["stages_per_rank"])]
+            self.blocks_per_stage = settings["blocks_per_stage"] or balanced(*stage_costs(model, self.context_length), n_stages)
+            parts = cut(model, self.blocks_per_stage, numbers)
+        if degrees.context > 1:
+            self.context = ContextAxis(self.axis("context"), settings["context_method"])
+        for part in parts:  # views share blocks with nobody, and the whole model is the only part where there is no pipeline
+            if self.context is not None:
+                self.context.apply(part)
+            if degrees.tensor > 1:
+                apply_tensor_parallel(part, self.axis("tensor"), settings["sequence_parallel"], settings["loss_parallel"])
+            apply_levers(part.blocks, settings["activation_checkpointing"], self.compile)
+        stages = parts if degrees.pipeline == 1 else [Stage(part, self.precision_plugin.forward_context) for part in parts]
+        if self._uses_fsdp:
+            mesh = self.device_mesh["replicate", "sharded"] if degrees.replicate > 1 else self.axis("sharded")
+            reshard = settings["reshard_after_forward"]
+            for stage, part in zip(stages, parts, strict=True):
+                shard(stage, part.blocks, mesh, settings, degrees.pipeline == 1 if reshard == "auto" else reshard)
+        if degrees.pipeline > 1:
+            self.pipeline = Pipeline(task, stages, numbers, n_stages, self.axis("pipeline"), settings)
+            task.pipeline = self.pipeline.losses
+        model.to_empty(device="cpu" if settings["cpu_offload"] else self.root_device)
+        fill(model, task.seed, self.aliases)
+        if self.init_from is not None:
+            from meshformer.checkpoint.weights import load_weights
+
+            load_weights(model, self.init_from)
+        if degrees.tensor > 1 and settings["loss_parallel"]:
+            self._loss_parallel = loss_parallel()
+            self._loss_parallel.__enter__()
+        self.model = self.lightning_module
+        self._measure_pieces(task)
+
+    def _measure_pieces(self, task: Any) -> None:
+        """For each trained parameter: on how many ranks of its pipeline stage the same piece lies, for the norm of the whole gradient."""
+        ranks = self.world_size // self.degrees.pipeline
+        self._trained: list[tuple[nn.Parameter, float]] = []
+        for name, p in task.model.named_parameters():
+            pieces = 1
+            if isinstance(p, DTensor):
+                for size, placement in zip(p.device_mesh.shape, p.placements, strict=True):
+                    pieces *= size if placement.is_shard() or "Strided" in type(placement).__name__ else 1
+            weight = 0.0 if name in self.aliases else pieces / ranks
+            if p.requires_grad:
+                self._trained.append((p, weight))
+
+    @property
+    def aliases(self) -> dict[str, str]:
+        """Names that this rank's parameters have, and a whole tied model's do not, with the name of the same matrix there."""
+        head_alone = self.pipeline is not None and self.pipeline.has_last and not self.pipeline.has_first
+        return {"head.weight": "embedding.tokens.weight"} if self.tied and head_alone else {}
+
+    # --- a step
+
+    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
+        batch = super().batch_to_device(batch, device, dataloader_idx)
+        return batch if self.context is None else self.context.cut(batch)
+
+    @property
+    def _stages_open_precision(self) -> bool:
+        return self.pipeline is not None
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        return self._step("training_step", super().training_step, *args, **kwargs)
+
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        return self._step("validation_step", super().validation_step, *args, **kwargs)
+
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        return self._step("test_step", super().test_step, *args, **kwargs)
+
+    def _step(self, name: str, usual: Any, *args: Any, **kwargs: Any) -> Any:
+        # In a pipeline the schedule runs backward passes inside the step, which must be outside of autocast: stages open it themselves.
+        return usual(*args, **kwargs) if self.pipeline is None else getattr(self.lightning_module, name)(*args, **kwargs)
+
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """Lightning enters this for all but the last micro-batch of a step. (A pipeline's schedule reduces at its own end in any case.)"""
+        if self._uses_fsdp and self.settings["reduce_gradients"] == "last" and self.pipeline is None:
+            with without_reduction(self.lightning_module.model):  # pyright: ignore[reportOptionalMemberAccess, reportArgumentType]
+                yield
+        else:
+            yield
+
+    @torch.no_grad()
+    def finished_gradients(self) -> tuple[list[Tensor], Tensor]:
+        """This rank's pieces of the step's gradient, complete over all axes, and the norm of the whole gradient. A collective."""
+        held = [(p, weight) for p, weight in self._trained if p.grad is not None]
+        weights = [weight for _, weight in held]
+        for p, _ in held:
+            gradient: Any = p.grad
+            if isinstance(gradient, DTensor) and gradient.placements != p.placements:  # pyright: ignore[reportAttributeAccessIssue]
+                # Gains that met a cut sequence leave sums over a part of it, and an embedding's lookups whole tables.
+                p.grad = gradient.redistribute(placements=p.placements)  # pyright: ignore[reportAttributeAccessIssue]
+        gradients = [local(p.grad) for p, _ in held]
+        if self.pipeline is not None:
+            if self.tied:
+                self.pipeline.add_tied()
+            if self.degrees.replicate > 1 and not self._uses_fsdp:
+                self._all_reduce(gradients)
+        total = torch.zeros((), dtype=torch.float64, device=self.root_device)
+        if gradients:
+            squares = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)).double().square()
+            total += squares @ torch.tensor(weights, dtype=torch.float64, device=squares.device)
+        dist.all_reduce(total)
+        return gradients, total.sqrt().float()
+
+    def _all_reduce(self, pieces: list[Tensor]) -> None:
+        """Sums over `replicate`, all gradients in one go."""
+        flat = torch._utils._flatten_dense_tensors(pieces)
+        dist.all_reduce(flat, group=self.axis("replicate").get_group())
+        for piece, total in zip(pieces, torch._utils._unflatten_dense_tensors(flat, pieces), strict=True):
+            piece.copy_(total)
+
+    # --- what is measured
+
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        """Over the ranks that see different tokens: copies along tensor and pipeline must not count twice."""
+        return super().reduce(tensor, group if group is not None else self.axis("tokens").get_group(), reduce_op)
+
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        given = torch.tensor(int(decision), device=self.root_device)
+        dist.all_reduce(given, op=dist.ReduceOp.MIN if all else dist.ReduceOp.MAX)
+        return bool(given.item())
+
+    def whole_weights(self) -> dict[str, Tensor] | None:
+        """Every parameter, whole and on the host, by name: on global rank 0; None elsewhere. A collective, and as much memory as the model."""
+        task: Any = self.lightning_module
+        mine: dict[str, Tensor] = {}
+        for name, p in task.model.named_parameters():
+            full = p.full_tensor() if isinstance(p, DTensor) else p
+            if name not in self.aliases:
+                mine[name] = full.detach().cpu()
+        if self.pipeline is None:
+            return mine if self.global_rank == 0 else None
+        parts: list[Any] | None = [None] * self.pipeline.size if self.pipeline.rank == 0 else None
+        dist.gather_object(mine, parts, group=self.pipeline.group, group_dst=0)
+        if parts is None or self.global_rank != 0:
+            return None
+        return {name: value for part in parts for name, value in part.items()}
+
+    def teardown(self) -> None:
+        self._loss_parallel.__exit__(None, None, None)
+        self._loss_parallel = nullcontext()
+        super().teardown()
+
+
+@torch.no_grad()
+def fill(model: Any, seed: int, aliases: dict[str, str]) -> None:
+    """First values: each parameter's whole value is a function of (seed, name) alone, of which a rank takes its piece. No communication."""
+    for name, p in model.named_parameters():
+        value = model.initial_value(aliases.get(name, name), p.shape, seed)
+        if isinstance(p, DTensor):
+            piece = distribute_tensor(value.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
+            p.to_local().copy_(piece.to_local())
+        else:
+            p.copy_(value)

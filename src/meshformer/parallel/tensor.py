@@ -1,0 +1,103 @@
+"""Tensor parallel: every matrix of a Transformer cut by columns or rows over the `tensor` axis (Shoeybi et al. 2019, Megatron-LM).
+
+q, k, v, gate and up are cut by columns (output features: heads, hidden units), o and down by rows, so that a block needs one exchange after
+attention and one after the feed-forward network. Embedding and head are cut along the vocabulary. With sequence parallel (Korthikanti et al.
+2022) activations between those exchanges are cut along time: the all-reduce becomes a reduce-scatter and an all-gather of the same
+volume, and norms, residuals and their memory are shared out.
+
+The plan keys on module names. Parameters that are not cut become DTensors too, replicated, so that all live on one mesh.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    PrepareModuleInput,
+    PrepareModuleOutput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+
+
+class Replicated(ParallelStyle):
+    """The module computes the same on every rank: plain tensors in and out, parameters as replicated DTensors."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        def inward(_: nn.Module, inputs: tuple[Any, ...], mesh: DeviceMesh) -> tuple[Any, ...]:
+            return tuple(DTensor.from_local(x, mesh, (Replicate(),), run_check=False) if isinstance(x, Tensor) and not isinstance(x, DTensor) else x for x in inputs)
+
+        def outward(_: nn.Module, output: Any, mesh: DeviceMesh) -> Any:
+            return output.to_local() if isinstance(output, DTensor) else output
+
+        return distribute_module(module, device_mesh, None, inward, outward)  # pyright: ignore[reportArgumentType]
+
+
+def apply_tensor_parallel(model: Any, mesh: DeviceMesh, sequence_parallel: bool, loss_parallel: bool) -> None:
+    """Cuts a Transformer, or the part of one that this rank holds, in place. `mesh` is the one-dimensional tensor axis."""
+    between = Shard(1) if sequence_parallel else Replicate()  # activations (B, T, C) between the exchanges
+    norm = SequenceParallel(use_local_output=True) if sequence_parallel else Replicated()
+    whole: dict[str, ParallelStyle] = {}
+    if model.embedding is not None:
+        # Positions are added to whole sequences, so the cut along time comes after them.
+        whole["embedding.tokens"] = RowwiseParallel(input_layouts=Replicate(), output_layouts=Replicate())
+        if sequence_parallel:
+            whole["embedding"] = PrepareModuleOutput(output_layouts=Replicate(), desired_output_layouts=Shard(1))
+    if model.norm is not None:
+        whole["norm"] = norm
+    if model.head is not None:
+        out = Shard(-1) if loss_parallel else Replicate()
+        whole["head"] = ColwiseParallel(input_layouts=between, output_layouts=out, use_local_output=not loss_parallel)
+    for block in model.blocks:
+        parallelize_module(block, mesh, _block_plan(block, between, norm), src_data_rank=None)
+    parallelize_module(model, mesh, whole, src_data_rank=None)
+    if model.embedding is not None and model.head is not None:
+        model.tie_weights()  # each of the two was replaced by a parameter of its own
+    for module in model.modules():
+        if any(not isinstance(p, DTensor) for p in module.parameters(recurse=False)):
+            parallelize_module(module, mesh, Replicated(), src_data_rank=None)
+    _slice_heads_of_bias(model, mesh)
+
+
+def _block_plan(block: Any, between: Any, norm: ParallelStyle) -> dict[str, ParallelStyle]:
+    columns, rows = ColwiseParallel, lambda: RowwiseParallel(output_layouts=between)
+    # One gather (or one all-reduce of the gradient) for q, k and v together: they are handed the same DTensor.
+    plan: dict[str, Any] = {
+        "attention_norm": norm,
+        "attention": PrepareModuleInput(input_layouts=(between, *[None] * 5), desired_input_layouts=(Replicate(), *[None] * 5)),
+        "attention.q": columns(),
+        "attention.k": columns(),
+        "attention.v": columns(),
+        "attention.o": rows(),
+        "mlp_norm": norm,
+        "mlp": PrepareModuleInput(input_layouts=(between,), desired_input_layouts=(Replicate(),)),
+        "mlp.gate": columns(),
+        "mlp.up": columns(),
+        "mlp.down": rows(),
+    }
+    for name in ("q_norm", "k_norm"):  # (B, T, H, D): each rank norms its own heads with the one shared gain
+        plan[f"attention.{name}"] = SequenceParallel(sequence_dim=2, use_local_output=True)
+    return {name: style for name, style in plan.items() if _has(block, name)}
+
+
+def _has(module: nn.Module, name: str) -> bool:
+    for part in name.split("."):
+        module = getattr(module, part, None)  # pyright: ignore[reportAssignmentType]
+    return module is not None
+
+
+def _slice_heads_of_bias(model: Any, mesh: DeviceMesh) -> None:
+    """A bias of the scores (ALiBi) is computed for all heads; a rank adds the part of its own."""
+    whole, rank, size = model.position.bias, mesh.get_local_rank(), mesh.size()
+
+    def of_own_heads(q_positions_BT: Tensor, k_positions_BS: Tensor) -> Tensor | None:
+        bias_BHTS = whole(q_positions_BT, k_positions_BS)
+        return None if bias_BHTS is None else bias_BHTS.chunk(size, dim=1)[rank]
+
+    model.position.bias = of_own_heads
