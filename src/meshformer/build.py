@@ -12,7 +12,7 @@ import hydra.utils
 import lightning.pytorch as pl
 from lightning.pytorch.profilers import PassThroughProfiler
 
-from meshformer.callbacks import Checkpoint, ExactResume, ProgressBar, Rows, Samples
+from meshformer.callbacks import Checkpoint, ExactResume, Layout, ProgressBar, Rows, Samples
 from meshformer.checkpoint.lightning_io import FolderCheckpointIO
 from meshformer.config.allow import check_object, check_target
 from meshformer.data import TextData
@@ -100,7 +100,7 @@ def build_callbacks(config: Config, folder: Path, steps_per_epoch: int) -> list[
             callback.folder = folder / "samples"
     saving = [c for c in configured if isinstance(c, Checkpoint)]
     rows = Rows(folder, config["trainer"]["log_every_n_steps"])
-    progress = [ProgressBar(rows)] if config["trainer"]["progress"] else []
+    progress = [Layout(config["strategy"]), ProgressBar(rows)] if config["trainer"]["progress"] else []
     return [c for c in configured if c not in saving] + [ExactResume(steps_per_epoch), rows, *progress, *saving]
 
 
@@ -130,7 +130,7 @@ class _NoProfiler(PassThroughProfiler):
 def build_trainer(config: Config, folder: Path, max_steps: int, callbacks: list[pl.Callback], loggers: list[Any]) -> pl.Trainer:
     trainer = config["trainer"]
     accumulation = trainer["accumulate_grad_batches"]
-    return pl.Trainer(
+    made = pl.Trainer(
         accelerator=trainer["accelerator"],
         devices=trainer["devices"],
         num_nodes=trainer["num_nodes"],
@@ -157,3 +157,6 @@ def build_trainer(config: Config, folder: Path, max_steps: int, callbacks: list[
         enable_model_summary=False,
         use_distributed_sampler=False,  # the data room slices one global order itself
     )
+    # Between every two steps Lightning broadcasts whether rank 0 was told to stop, and waits for the answer. Each rank is told itself.
+    made.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+    return made

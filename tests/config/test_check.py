@@ -27,7 +27,7 @@ def _no_gpu(monkeypatch):
         ({"trainer.devices": 2}, "trainer.devices", "strategy=ddp"),
         ({"trainer.num_nodes": 2}, "trainer.num_nodes", "strategy=ddp"),
         ({"strategy.replicate": 2}, "strategy.replicate", "one copy"),
-        ({"strategy": {"name": "ddp", "replicate": 3}, "trainer.devices": 2}, "strategy.replicate", "multiply to 3"),
+        ({"strategy": {"name": "ddp", "replicate": 3}, "trainer.devices": 2}, "strategy.replicate", "pipeline 1 = 3, but"),
         ({"strategy": {"name": "ddp", "replicate": 3}, "trainer.num_nodes": 2}, "strategy.replicate", "multiple of 2"),
         ({**DDP, "data.batch_size": 7}, "data.batch_size", "6 and 8"),
         ({**DDP, "data.batch_size": 1}, "data.batch_size", "does is 2"),

@@ -91,6 +91,21 @@ def test_resume_goes_on_in_the_same_folder(calls, capsys):
     assert calls[2][0]["trainer"]["max_steps"] == 5000 and calls[2][0]["strategy"]["name"] == "ddp"
 
 
+def test_resume_and_finetuning_may_choose_another_layout(calls):
+    assert main(["train", "strategy=fsdp_tensor"]) == 0
+    folder = calls[0][1]
+    assert main(["train", "resume=last", "strategy=pipeline", "strategy.schedule=gpipe"]) == 0
+    assert main(["train", "resume=last", "strategy=hsdp", "strategy.schedule=1f1b"]) == 0
+    assert main(["train", "stage=finetune", f"stage.init_from={folder}", "strategy=tensor_pipeline"]) == 0
+    kept = ("name", "shard", "tensor", "pipeline", "schedule", "microbatches")
+    assert [(*(config["strategy"][key] for key in kept), config["trainer"]["devices"]) for config, _ in calls] == [
+        ("fsdp_tensor", 2, 2, 1, "1f1b", 1, 4),
+        ("pipeline", 1, 1, 2, "gpipe", 8, 2),
+        ("hsdp", 2, 1, 1, "1f1b", 1, 4),
+        ("tensor_pipeline", 1, 2, 2, "1f1b", 8, 4),
+    ]
+
+
 @pytest.mark.parametrize(
     ("override", "key"),
     [

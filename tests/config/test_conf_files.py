@@ -16,7 +16,7 @@ CONF = conf_dir()
 NEEDED = {
     "data=text": ["data.files={text}"],
     "data=hub": ["data.source.path=somebody/texts"],
-    "model=custom": ["model.n_layers=1", "model.n_heads=2", "model.d_model=8"],
+    "model=custom": ["model.n_layers=4", "model.n_heads=2", "model.d_model=8"],
     "stage=finetune": ["stage.init_from={run}"],
     "experiment=kjv_finetune": ["stage.init_from={run}"],
 }

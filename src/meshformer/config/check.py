@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
+from meshformer.config.check_layout import check_batch, check_cut, check_processes, check_settings
 from meshformer.config.errors import ConfigError
-from meshformer.config.resolve import visible_gpus
 from meshformer.config.suggest import did_you_mean
 
 Config = dict[str, Any]
@@ -23,50 +23,8 @@ SHAPES = (
 
 def check(config: Config) -> None:
     """Raise ConfigError for the first impossible combination, naming what to write instead."""
-    for part in (_layout, _batch, _precision, _length, _files, _model, _rates, _stage, _commands):
+    for part in (check_processes, check_settings, check_batch, _precision, _length, _files, _model, check_cut, _rates, _stage, _commands):
         part(config)
-
-
-def _layout(config: Config) -> None:
-    trainer, strategy = config["trainer"], config["strategy"]
-    devices, nodes = trainer["devices"], trainer["num_nodes"]
-    if strategy["name"] == "single" and devices * nodes != 1:
-        key, value = ("trainer.devices", devices) if devices != 1 else ("trainer.num_nodes", nodes)
-        raise ConfigError("strategy=single is one process", key, value, fix="Use strategy=ddp, or leave it out.")
-    if strategy["name"] == "single" and strategy["replicate"] != 1:
-        raise ConfigError(
-            "strategy=single holds one copy of the model", "strategy.replicate", strategy["replicate"], fix="Use strategy=ddp."
-        )
-    if strategy["replicate"] != devices * nodes:
-        raise ConfigError(
-            f"the degrees multiply to {strategy['replicate']}, but there are {devices * nodes} processes (trainer.devices={devices} × "
-            f"trainer.num_nodes={nodes})",
-            "strategy.replicate",
-            strategy["replicate"],
-            fix=f"Use strategy.replicate={devices * nodes} or -1.",
-        )
-    if trainer["accelerator"] == "gpu":
-        gpus = visible_gpus()
-        if not gpus:
-            raise ConfigError("no NVIDIA GPU that this torch can use is visible", "trainer.accelerator", "gpu", fix="Use cpu or auto.")
-        if devices > gpus:
-            raise ConfigError(f"only {gpus} GPUs are visible", "trainer.devices", devices, fix=f"Use at most {gpus}.")
-
-
-def _batch(config: Config) -> None:
-    batch = config["data"]["batch_size"]
-    replicate, accumulation = config["strategy"]["replicate"], config["trainer"]["accumulate_grad_batches"]
-    parts = replicate * accumulation
-    if batch % parts:
-        below, above = batch // parts * parts, (batch // parts + 1) * parts
-        raise ConfigError(
-            f"does not divide by {parts} (strategy.replicate={replicate} × trainer.accumulate_grad_batches={accumulation})",
-            "data.batch_size",
-            batch,
-            fix=f"The nearest sizes that do are {f'{below} and ' if below else ''}{above}."
-            if below
-            else f"The nearest size that does is {above}.",
-        )
 
 
 def _precision(config: Config) -> None:

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from meshformer.config.degrees import AXES, Degrees
 from meshformer.config.errors import ConfigError
 
-CPU_PROCESSES = 2  # of a data-parallel layout on a CPU, where nothing else says how many
+CPU_PROCESSES = 2  # along the axis with -1 on a CPU, where nothing else says how many
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def outside(env: Mapping[str, str] | None = None) -> Outside | None:
 
 
 def resolve(config: dict[str, Any], env: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """A copy of a validated configuration with accelerator, devices, replicate, threads, precision, data.files and paths settled."""
+    """A copy of a validated configuration with every `auto` and -1 of trainer and strategy, data.files and paths settled."""
     env = os.environ if env is None else env
     config = {**config, **{name: dict(config[name]) for name in ("trainer", "strategy", "data", "paths")}}
     trainer, strategy, data, paths = config["trainer"], config["strategy"], config["data"], config["paths"]
@@ -63,8 +64,7 @@ def resolve(config: dict[str, Any], env: Mapping[str, str] | None = None) -> dic
         _take_from_outside(trainer, around)
     if trainer["devices"] == "auto":
         trainer["devices"] = _devices(strategy, trainer["num_nodes"], gpus if on_gpu else 0)
-    if strategy["replicate"] == -1:
-        strategy["replicate"] = trainer["devices"] * trainer["num_nodes"]
+    _settle_strategy(strategy, trainer, data["batch_size"])
     if trainer["threads"] == "auto":
         trainer["threads"] = max(1, cores() // trainer["devices"])
     if trainer["precision"] == "auto":
@@ -112,15 +112,48 @@ def _torch_has_cuda() -> bool:
     return re.search(r"^cuda\b[^=]*=\s*['\"]", text, re.MULTILINE) is not None
 
 
+def microbatch_counts(samples: int, pipeline: int, schedule: str) -> list[int]:
+    """Into how many equal micro-batches a pipeline schedule can take `samples` (of one replica, at a time)."""
+    least = 1 if schedule == "gpipe" else pipeline
+    step = pipeline if schedule.startswith("interleaved") else 1
+    return [n for n in range(least, samples + 1) if samples % n == 0 and n % step == 0]
+
+
+def _degrees(strategy: dict[str, Any]) -> Degrees:
+    """`single` and `ddp` have copies alone: the check refuses whatever else is asked of them."""
+    given = Degrees.from_config(strategy)
+    return Degrees(given.replicate) if strategy["name"] in ("single", "ddp") else given
+
+
 def _devices(strategy: dict[str, Any], num_nodes: int, gpus: int) -> int:
     if strategy["name"] == "single":
         return 1
-    if strategy["replicate"] == -1:
-        return gpus or CPU_PROCESSES
-    if strategy["replicate"] % num_nodes:
-        fix = f"Use a multiple of {num_nodes}."
-        raise ConfigError(f"does not divide by trainer.num_nodes={num_nodes}", "strategy.replicate", strategy["replicate"], fix)
-    return strategy["replicate"] // num_nodes
+    degrees = _degrees(strategy)
+    if degrees.open_axis is not None:
+        return gpus or CPU_PROCESSES * degrees.fixed
+    if degrees.processes % num_nodes:
+        axis = max(AXES, key=lambda axis: getattr(degrees, axis))
+        message = f"{degrees} = {degrees.processes} does not divide by trainer.num_nodes={num_nodes}"
+        raise ConfigError(message, f"strategy.{axis}", getattr(degrees, axis), f"Use a multiple of {num_nodes}.")
+    return degrees.processes // num_nodes
+
+
+def _settle_strategy(strategy: dict[str, Any], trainer: dict[str, Any], batch_size: int) -> None:
+    degrees = _degrees(strategy)
+    if (axis := degrees.open_axis) is not None:
+        degrees = degrees.resolved(trainer["devices"] * trainer["num_nodes"], trainer["num_nodes"])
+        strategy[axis] = getattr(degrees, axis)
+    pipeline, schedule = degrees.pipeline, strategy["schedule"]
+    if strategy["reshard_after_forward"] == "auto":
+        strategy["reshard_after_forward"] = pipeline == 1  # in a pipeline every micro-batch would gather all parameters anew
+    if strategy["stages_per_rank"] == "auto":
+        strategy["stages_per_rank"] = 2 if pipeline > 1 and schedule.startswith("interleaved") else 1
+    if strategy["microbatches"] == "auto":
+        samples = max(1, batch_size // (degrees.data * trainer["accumulate_grad_batches"]))
+        counts = [n for n in microbatch_counts(samples, pipeline, schedule) if n <= 4 * pipeline]
+        # Where none suits the schedule, the check says so, about whichever divides.
+        counts = counts or [n for n in microbatch_counts(samples, 1, "gpipe") if n <= 4 * pipeline]
+        strategy["microbatches"] = counts[-1] if pipeline > 1 else 1
 
 
 def _take_from_outside(trainer: dict[str, Any], around: Outside) -> None:

@@ -7,6 +7,7 @@ new component is one Python file and one YAML file. Types are written as in type
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 MISSING = "???"
 # Nodes whose objects receive further arguments from build.py: there an argument may be absent. The others must be complete.
 FILLED_BY_BUILD = ("model", "task", "callbacks", "logger")
+# Names that torch and its papers use for pipeline schedules whose first and last stage are on one rank.
+V_SHAPED = re.compile(r"zbv|dualpipe|^v_|bubble_?v", re.IGNORECASE)
 HYDRA_KEYS = {"_target_", "_partial_", "_recursive_", "_convert_"}
 
 
@@ -74,9 +77,41 @@ class Stage:
 
 @dataclass
 class Strategy:
-    name: Literal["single", "ddp"]
+    """`single` and `ddp` are Lightning's own; every other name is the mesh strategy, of which only the degrees differ."""
+
+    name: Literal[
+        "single",
+        "ddp",
+        "fsdp",
+        "hsdp",
+        "tensor",
+        "context",
+        "pipeline",
+        "fsdp_tensor",
+        "fsdp_context",
+        "tensor_pipeline",
+        "fsdp_pipeline",
+        "mesh",
+    ]
     replicate: Literal[-1] | PositiveInt = 1
+    shard: Literal[-1] | PositiveInt = 1
+    context: Literal[-1] | PositiveInt = 1
+    tensor: Literal[-1] | PositiveInt = 1
+    pipeline: Literal[-1] | PositiveInt = 1
     timeout: PositiveFloat = 600
+    sequence_parallel: bool = True
+    loss_parallel: bool = False
+    context_method: Literal["all_gather", "ulysses"] = "all_gather"
+    schedule: Literal["gpipe", "1f1b", "interleaved_1f1b", "interleaved_zero_bubble"] = "1f1b"
+    microbatches: Literal["auto"] | PositiveInt = "auto"
+    stages_per_rank: Literal["auto"] | PositiveInt = "auto"
+    blocks_per_stage: list[PositiveInt] | None = None
+    activation_checkpointing: Literal["none", "full", "selective"] = "none"
+    param_dtype: Literal["float32", "bfloat16"] | None = None
+    reduce_dtype: Literal["float32", "bfloat16"] | None = None
+    reshard_after_forward: Literal["auto"] | bool = "auto"
+    cpu_offload: bool = False
+    reduce_gradients: Literal["last", "every"] = "last"
 
 
 @dataclass
@@ -225,6 +260,8 @@ def _typed(value: Any, annotation: Any, key: str) -> None:
         return  # filled from the tokenizer, which exists only once the text has been read
     if types.fits(value, annotation):
         return
+    if key == "strategy.schedule" and V_SHAPED.search(str(value)):
+        raise ConfigError("V-shaped schedules cannot evaluate in torch 2.13", key, value, fix="Use interleaved_zero_bubble.")
     choices = types.literals(annotation)
     fix = did_you_mean(value, choices) if choices and isinstance(value, str) else None
     expected = f"expected {types.describe(annotation)}"

@@ -42,3 +42,10 @@ def without_reduction(module: nn.Module) -> Iterator[None]:
     finally:
         for m in roots:
             m.set_requires_gradient_sync(True, recurse=False)
+
+
+def give_back(module: nn.Module) -> None:
+    """Whole parameters that an evaluation left behind make room for the shards again, so that `named_parameters` shows those."""
+    for m in module.modules():
+        if isinstance(m, FSDPModule):
+            m.reshard()

@@ -29,7 +29,7 @@ from .context import ContextAxis
 from .levers import apply_levers
 from .mesh import make_mesh
 from .pipeline import Pipeline, Stage, balanced, cut, local, stage_costs
-from .sharded import shard, without_reduction
+from .sharded import give_back, shard, without_reduction
 from .tensor import apply_tensor_parallel
 
 
@@ -124,6 +124,7 @@ class MeshStrategy(ModelParallelStrategy):
                 apply_tensor_parallel(part, self.axis("tensor"), settings["sequence_parallel"], settings["loss_parallel"])
             apply_levers(part.blocks, settings["activation_checkpointing"], self.compile)
         stages = parts if degrees.pipeline == 1 else [Stage(part, self.precision_plugin.forward_context) for part in parts]
+        self._stages = stages
         if self._uses_fsdp:
             mesh = self.device_mesh["replicate", "sharded"] if degrees.replicate > 1 else self.axis("sharded")
             reshard = settings["reshard_after_forward"]
@@ -239,6 +240,7 @@ class MeshStrategy(ModelParallelStrategy):
     def whole_weights(self) -> dict[str, Tensor] | None:
         """Every parameter, whole and on the host, by name: on global rank 0; None elsewhere. A collective, and as much memory as the model."""
         task: Any = self.lightning_module
+        self._give_back()
         mine: dict[str, Tensor] = {}
         for name, p in task.model.named_parameters():
             full = p.full_tensor() if isinstance(p, DTensor) else p
@@ -251,6 +253,10 @@ class MeshStrategy(ModelParallelStrategy):
         if parts is None or self.global_rank != 0:
             return None
         return {name: value for part in parts for name, value in part.items()}
+
+    def _give_back(self) -> None:
+        for stage in self._stages:
+            give_back(stage)
 
     def teardown(self) -> None:
         self._loss_parallel.__exit__(None, None, None)

@@ -1,0 +1,224 @@
+"""Layouts that cannot work: degrees against processes, settings that a layout would ignore, model and batch against degrees.
+
+On a resolved configuration; each function raises ConfigError for the first thing wrong.
+"""
+
+from __future__ import annotations
+
+from math import gcd
+from typing import Any
+
+from meshformer.config.degrees import AXES, Degrees
+from meshformer.config.errors import ConfigError
+from meshformer.config.resolve import microbatch_counts, visible_gpus
+
+Config = dict[str, Any]
+PLANNED = "meshformer.model.Transformer"  # the class that can be cut along tensor, context and pipeline
+# Setting -> the axis it is about and its value where that axis is not cut; then those that every mesh layout has.
+OF_AXIS = {
+    "loss_parallel": ("tensor", False),
+    "context_method": ("context", "all_gather"),
+    "schedule": ("pipeline", "1f1b"),
+    "microbatches": ("pipeline", 1),
+    "stages_per_rank": ("pipeline", 1),
+    "blocks_per_stage": ("pipeline", None),
+}
+OF_MESH = {
+    "sequence_parallel": True, "param_dtype": None, "reduce_dtype": None, "reshard_after_forward": True, "cpu_offload": False,
+    "reduce_gradients": "last",
+}  # fmt: skip
+
+
+def check_processes(config: Config) -> None:
+    """The degrees against trainer.devices, trainer.num_nodes and the visible GPUs."""
+    trainer, strategy = config["trainer"], config["strategy"]
+    devices, nodes = trainer["devices"], trainer["num_nodes"]
+    if strategy["name"] == "single" and devices * nodes != 1:
+        key, value = ("trainer.devices", devices) if devices != 1 else ("trainer.num_nodes", nodes)
+        raise ConfigError("strategy=single is one process", key, value, fix="Use strategy=ddp, or leave it out.")
+    if strategy["name"] in ("single", "ddp"):
+        _refuse_axes(strategy)
+    Degrees.from_config(strategy).resolved(devices * nodes, nodes)
+    if trainer["accelerator"] == "gpu":
+        gpus = visible_gpus()
+        if not gpus:
+            raise ConfigError("no NVIDIA GPU that this torch can use is visible", "trainer.accelerator", "gpu", fix="Use cpu or auto.")
+        if devices > gpus:
+            raise ConfigError(f"only {gpus} GPUs are visible", "trainer.devices", devices, fix=f"Use at most {gpus}.")
+
+
+def _refuse_axes(strategy: Config) -> None:
+    """Lightning's own strategies split nothing but the batch."""
+    name = strategy["name"]
+    for axis in AXES if name == "single" else AXES[1:]:
+        degree = strategy[axis]
+        if degree == 1:
+            continue
+        if name == "single":
+            message = "strategy=single holds one copy of the model" if axis == "replicate" else "strategy=single is one process"
+            fix = {"replicate": "ddp", "shard": "fsdp"}.get(axis, axis)
+            raise ConfigError(message, f"strategy.{axis}", degree, fix=f"Use strategy={fix}.")
+        message = "strategy=ddp holds whole copies of the model"
+        if axis == "pipeline":
+            message = "DDP in a pipeline dies in an internal assert or silently gives wrong gradients"
+        instead = "hsdp" if axis == "shard" else f"fsdp_{axis}"
+        fix = f"Use strategy={instead}, or strategy=mesh strategy.replicate={2 if degree == -1 else -1} strategy.{axis}={degree}."
+        raise ConfigError(message, f"strategy.{axis}", degree, fix=fix)
+
+
+def check_settings(config: Config) -> None:
+    """Settings that this layout would ignore or cannot serve."""
+    trainer, strategy = config["trainer"], config["strategy"]
+    name = strategy["name"]
+    for setting, (axis, usual) in OF_AXIS.items():
+        if strategy[axis] == 1 and strategy[setting] != usual:
+            message = f"is about the {axis} axis and would be ignored, as strategy.{axis} is 1"
+            fix = f"Leave it out, or use a layout with that axis, such as strategy={axis}."
+            raise ConfigError(message, f"strategy.{setting}", _plain(strategy[setting]), fix=fix)
+    if name in ("single", "ddp"):
+        for setting, usual in OF_MESH.items():
+            if strategy[setting] != usual:
+                message = f"strategy={name} has no such setting and would ignore it"
+                fix = "Leave it out, or use another layout, such as strategy=fsdp."
+                raise ConfigError(message, f"strategy.{setting}", _plain(strategy[setting]), fix=fix)
+        return
+    if trainer["precision"] == "16-mixed":
+        message = f"strategy={name} has no gradient scaler, without which half precision loses small gradients"
+        raise ConfigError(message, "trainer.precision", "16-mixed", fix="Use bf16-mixed, or strategy=ddp.")
+    if strategy["cpu_offload"] and trainer["accelerator"] == "cpu":
+        raise ConfigError("on a CPU there is nothing to offload from", "strategy.cpu_offload", "true", fix="Leave it out.")
+    target = config["model"]["_target_"]
+    for axis in ("tensor", "context", "pipeline"):
+        if strategy[axis] > 1 and target != PLANNED:
+            message = f"only {PLANNED} has a plan for strategy.{axis}={strategy[axis]}"
+            raise ConfigError(message, "model._target_", target, fix="Use strategy=fsdp or ddp, which work for any model.")
+
+
+def check_batch(config: Config) -> None:
+    """data.batch_size against the slices it is cut into."""
+    batch, accumulation = config["data"]["batch_size"], config["trainer"]["accumulate_grad_batches"]
+    degrees = Degrees.from_config(config["strategy"])
+    slices = degrees.data * accumulation
+    if batch % slices:
+        factors = [f"strategy.{axis}={getattr(degrees, axis)}" for axis in ("replicate", "shard") if getattr(degrees, axis) > 1]
+        factors += [f"trainer.accumulate_grad_batches={accumulation}"] if accumulation > 1 else []
+        sizes = _nearest(batch, slices)
+        fix = f"The nearest sizes that do are {' and '.join(sizes)}." if len(sizes) > 1 else f"The nearest size that does is {sizes[0]}."
+        raise ConfigError(f"does not divide by {slices} ({' × '.join(factors)})", "data.batch_size", batch, fix=fix)
+
+
+def check_cut(config: Config) -> None:
+    """The model, the sequence and the micro-batch against the tensor, context and pipeline axes."""
+    if config["model"]["_target_"] == PLANNED:
+        _tensor(config)
+        _context(config)
+        _pipeline(config)
+
+
+def _tensor(config: Config) -> None:
+    model, strategy, tensor = config["model"], config["strategy"], config["strategy"]["tensor"]
+    sizes = {"n_heads": model["n_heads"], "n_kv_heads": _kv_heads(model), "d_ff": model.get("d_ff") or feed_forward_width(model)}
+    for key, size in sizes.items():
+        if size % tensor:
+            usable = [n for n in _divisors(gcd(*sizes.values())) if n < tensor]
+            fix = f"Use strategy.tensor={_either(usable)}, or another model.{key}."
+            raise ConfigError(f"model.{key}={size} does not divide by it", "strategy.tensor", tensor, fix=fix)
+    parts, length = tensor * strategy["context"], config["data"]["context_length"]
+    if tensor > 1 and strategy["sequence_parallel"] and length % parts:
+        factors = " × ".join(f"strategy.{axis}={strategy[axis]}" for axis in ("tensor", "context") if strategy[axis] > 1)
+        message = f"does not divide by {parts} ({factors}), as sequence parallel must"
+        fix = f"Use {_either(_nearest(length, parts))}, or strategy.sequence_parallel=false."
+        raise ConfigError(message, "data.context_length", length, fix=fix)
+
+
+def _context(config: Config) -> None:
+    model, strategy = config["model"], config["strategy"]
+    context, tensor, length = strategy["context"], strategy["tensor"], config["data"]["context_length"]
+    if length % context:
+        fix = f"Use {_either(_nearest(length, context))}."
+        raise ConfigError(f"does not divide by strategy.context={context}", "data.context_length", length, fix=fix)
+    if strategy["context_method"] != "ulysses":
+        return
+    for key, heads in (("n_heads", model["n_heads"]), ("n_kv_heads", _kv_heads(model))):
+        if heads // tensor % context:
+            each = f"model.{key}={heads}" + (f" / strategy.tensor={tensor} = {heads // tensor}" if tensor > 1 else "")
+            message = f"ulysses shares out heads, and {each} does not divide by it"
+            usable = [n for n in _divisors(gcd(model["n_heads"] // tensor, _kv_heads(model) // tensor)) if n < context]
+            fix = f"Use strategy.context={_either(usable)}, or strategy.context_method=all_gather."
+            raise ConfigError(message, "strategy.context", context, fix=fix)
+
+
+def _pipeline(config: Config) -> None:
+    strategy, layers = config["strategy"], config["model"]["n_layers"]
+    pipeline, per_rank, schedule = strategy["pipeline"], strategy["stages_per_rank"], strategy["schedule"]
+    if pipeline == 1:
+        return
+    interleaved = schedule.startswith("interleaved")
+    if interleaved == (per_rank == 1):
+        needs = "at least 2 stages a process" if interleaved else "one stage a process"
+        fix = "Use strategy.schedule=1f1b, or 2 and more." if interleaved else "Leave it out, or use strategy.schedule=interleaved_1f1b."
+        raise ConfigError(f"strategy.schedule={schedule} has {needs}", "strategy.stages_per_rank", per_rank, fix=fix)
+    stages = pipeline * per_rank
+    product = f"strategy.pipeline={pipeline}" + (f" × strategy.stages_per_rank={per_rank} = {stages}" if per_rank > 1 else "")
+    if layers < stages:
+        fewer = f", or at most strategy.pipeline={layers // per_rank}" if layers // per_rank > 1 else ""
+        fewer += ", or strategy.schedule=1f1b" if interleaved and layers >= pipeline else ""
+        message = f"fewer layers than pipeline stages ({product}), each of which needs a block"
+        raise ConfigError(message, "model.n_layers", layers, fix=f"Use at least {stages}{fewer}.")
+    blocks = strategy["blocks_per_stage"]
+    if blocks is not None and (len(blocks) != stages or sum(blocks) != layers):
+        wrong = f"{len(blocks)} numbers for {stages} stages ({product})" if len(blocks) != stages else f"the sum is {sum(blocks)}"
+        fix = f"Give {stages} numbers that add up to model.n_layers={layers}, or null."
+        raise ConfigError(wrong, "strategy.blocks_per_stage", _plain(blocks), fix=fix)
+    _microbatches(config)
+
+
+def _microbatches(config: Config) -> None:
+    strategy, batch = config["strategy"], config["data"]["batch_size"]
+    pipeline, schedule, asked = strategy["pipeline"], strategy["schedule"], strategy["microbatches"]
+    slices = Degrees.from_config(strategy).data * config["trainer"]["accumulate_grad_batches"]
+    samples = batch // slices
+    usable = microbatch_counts(samples, pipeline, schedule)
+    if asked in usable:
+        return
+    have = f"data.batch_size={batch}" + (f" / {slices} = {samples}" if slices > 1 else "")
+    if samples % asked:
+        message = f"a replica's samples at a time, {have}, do not divide by it"
+    elif asked < pipeline:
+        message = f"{schedule} needs at least strategy.pipeline={pipeline} of them"
+    else:
+        message = f"{schedule} needs a multiple of strategy.pipeline={pipeline}"
+    if usable:
+        fix = f"Use {'auto, or ' if usable[0] <= 4 * pipeline else ''}{_either(usable)}."
+    else:
+        fix = f"No number suits {have}: use data.batch_size={_either(_nearest(batch, slices * pipeline))}."
+    raise ConfigError(message, "strategy.microbatches", asked, fix=fix)
+
+
+def feed_forward_width(model: Config) -> int:
+    """What the model takes where d_ff is null; the same as model/block.py, which imports torch."""
+    return -(-8 * model["d_model"] // 3 // 32) * 32 if model.get("activation") == "swiglu" else 4 * model["d_model"]
+
+
+def _kv_heads(model: Config) -> int:
+    return model.get("n_kv_heads") or model["n_heads"]
+
+
+def _nearest(value: int, step: int) -> list[str]:
+    """The multiples of `step` around a value that is none."""
+    below = value // step * step
+    return [str(n) for n in (below, below + step) if n]
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _either(choices: list[Any]) -> str:
+    *most, last = [str(choice) for choice in choices]
+    return f"{', '.join(most)} or {last}" if most else last
+
+
+def _plain(value: Any) -> str:
+    """As it is typed."""
+    return str(value).lower() if isinstance(value, bool) else str(value).replace(" ", "")
