@@ -17,10 +17,10 @@ TINY = [
 ]  # fmt: skip
 
 
-def text_file(folder: Path, words: int = 1500) -> Path:
+def text_file(folder: Path, words: int = 1500, letters: str = "abcdefghij") -> Path:
     """A text with some structure, the same every time."""
     draw = random.Random(0)
-    vocabulary = ["".join(draw.choices("abcdefghij", k=draw.randint(2, 6))) for _ in range(60)]
+    vocabulary = ["".join(draw.choices(letters, k=draw.randint(2, 6))) for _ in range(60)]
     path = Path(folder) / "text.txt"
     path.write_text(" ".join(draw.choice(vocabulary) for _ in range(words)) + "\n", encoding="utf-8")
     return path

@@ -1,48 +1,133 @@
-"""Every layout trains to the same loss and the same global gradient norm as one process: clipped SGD, which hides no wrong scale."""
+"""Every layout trains to the same loss and the same global gradient norm as one process: clipped SGD, which hides no wrong scale.
+
+The reference and every layout see the same batches, in which about half the targets are ignored, unevenly over ranks and micro-batches; the
+vocabulary (13) and most of the cuts it is exposed to are uneven; the first weights must be equal to the last bit.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from harness import run_ranks
 from jobs import run_tiny, text_file
+from meshformer.callbacks.samples import whole_model
+from meshformer.data.windows import Batches
+from meshformer.parallel import context, levers, pipeline, strategy, tensor
 from meshformer.tasks import LanguageModelling
 
 STEPS = 10
 PARITY = [
     f"trainer.max_steps={STEPS}",
+    "data.batch_size=16",
     "optimizer=sgd",
     "optimizer.lr=0.5",
     "schedule=constant",
+    "model.n_kv_heads=2",
     "model.zero_init=false",  # every parameter has a gradient from the first step on
     "trainer.gradient_clip_val=0.5",
     "trainer.val_check_interval=5",
+    "~callbacks.checkpoint",
 ]
 TOLERANCE = 5e-6
+Rows = list[dict[str, Any]]
+
+# (name, processes, overrides): every file under conf/strategy, and products that have none.
+LAYOUTS = [
+    ("ddp", 2, ["strategy=ddp"]),
+    ("fsdp", 2, ["strategy=fsdp"]),
+    ("hsdp", 4, ["strategy=hsdp"]),
+    ("tensor", 2, ["strategy=tensor"]),
+    ("context", 2, ["strategy=context"]),
+    ("pipeline", 2, ["strategy=pipeline"]),
+    ("fsdp_tensor", 4, ["strategy=fsdp_tensor"]),
+    ("fsdp_context", 4, ["strategy=fsdp_context"]),
+    ("tensor_pipeline", 4, ["strategy=tensor_pipeline"]),
+    ("fsdp_pipeline", 4, ["strategy=fsdp_pipeline"]),
+    ("mesh: shard × tensor × pipeline", 8, ["strategy=mesh", "strategy.shard=2", "strategy.tensor=2", "strategy.pipeline=2"]),
+]
+# What else a layout may be asked for, on as few processes as show it.
+VARIANTS = [
+    ("one rank", 1, ["strategy=tensor"]),
+    ("fsdp, three ranks", 3, ["strategy=fsdp", "data.batch_size=18"]),
+    ("no sequence parallel", 2, ["strategy=tensor", "strategy.sequence_parallel=false"]),
+    ("loss parallel", 2, ["strategy=tensor", "strategy.loss_parallel=true"]),
+    ("ulysses", 2, ["strategy=context", "strategy.context_method=ulysses"]),
+    (
+        "ulysses × tensor",
+        4,
+        ["strategy=mesh", "strategy.context=2", "strategy.tensor=2", "strategy.context_method=ulysses", "model.n_kv_heads=4"],
+    ),
+    ("gpipe", 2, ["strategy=pipeline", "strategy.schedule=gpipe"]),
+    ("interleaved 1f1b", 2, ["strategy=pipeline", "strategy.schedule=interleaved_1f1b", "model.n_layers=5"]),
+    ("zero bubble", 2, ["strategy=pipeline", "strategy.schedule=interleaved_zero_bubble", "model.n_layers=4"]),
+    ("zero bubble × shard", 4, ["strategy=fsdp_pipeline", "strategy.schedule=interleaved_zero_bubble", "model.n_layers=4"]),
+    ("cut by hand", 2, ["strategy=pipeline", "strategy.blocks_per_stage=[3,1]", "model.n_layers=4"]),
+    ("pipeline × replicate", 4, ["strategy=mesh", "strategy.replicate=2", "strategy.pipeline=2"]),
+    ("pipeline × context", 4, ["strategy=mesh", "strategy.context=2", "strategy.pipeline=2"]),
+    ("replicate × tensor", 4, ["strategy=mesh", "strategy.replicate=2", "strategy.tensor=2"]),
+    ("reduce every micro-batch", 2, ["strategy=fsdp", "strategy.reduce_gradients=every", "trainer.accumulate_grad_batches=2"]),
+    ("gathered parameters kept", 2, ["strategy=fsdp", "strategy.reshard_after_forward=false"]),
+    ("checkpointing, single", 1, ["strategy=single", "strategy.activation_checkpointing=full"]),
+    ("checkpointing, ddp", 2, ["strategy=ddp", "strategy.activation_checkpointing=selective"]),
+    ("checkpointing, fsdp", 2, ["strategy=fsdp", "strategy.activation_checkpointing=full"]),
+    ("checkpointing, tensor", 2, ["strategy=tensor", "strategy.activation_checkpointing=selective"]),
+    ("checkpointing, context", 2, ["strategy=context", "strategy.activation_checkpointing=full"]),
+    ("checkpointing, pipeline", 2, ["strategy=pipeline", "strategy.activation_checkpointing=full"]),
+    ("compiled, fsdp", 2, ["strategy=fsdp", "trainer.compile=true", "strategy.activation_checkpointing=full"]),
+    ("compiled, tensor", 2, ["strategy=tensor", "trainer.compile=true"]),
+    ("compiled, pipeline", 2, ["strategy=pipeline", "trainer.compile=true"]),
+]
+# Models whose parts meet the cuts in their own way.
+MODELS = {
+    "learned positions": ["model/position=learned"],
+    "alibi": ["model/position=alibi"],
+    "positional attention": ["model/position=positional_attention"],
+    "sinusoidal, post-norm, layer norm, biases": [
+        "model/position=sinusoidal", "model.norm_position=post", "model.norm=layer", "model.bias=true", "model.qk_norm=false",
+    ],
+    "swiglu, embedding norm, window": ["model.activation=swiglu", "model.embedding_norm=true", "model.window=5"],
+}  # fmt: skip
+CUTS = {
+    "tensor": (2, ["strategy=tensor"]),
+    "context": (2, ["strategy=context"]),
+    "ulysses": (2, ["strategy=context", "strategy.context_method=ulysses"]),
+    "pipeline": (2, ["strategy=pipeline"]),
+}
 
 
-def rows(folder: Path, name: str, overrides: tuple[str, ...], ignore: bool = False, break_it: Any = None) -> list[dict[str, Any]]:
-    if ignore:  # about half the targets, unevenly over ranks and micro-batches: the mean of means is then wrong
-        losses = LanguageModelling.losses
+def rows(folder: Path, name: str, overrides: list[str], ignore: bool = True, break_it: Callable[[], None] | None = None) -> Rows:
+    """Trains in folder/name; the rows, the first of which also holds the model's first weights. In a process of its own."""
+    levers.BACKEND = "aot_eager"
+    if ignore:
+        batches = Batches.__iter__
 
-        def some_ignored(self: Any, batch: dict[str, Any], phase: str) -> Any:
-            keep = (batch["tokens"] * 7 + batch["tokens"].cumsum(1)) % 11 < 2 + batch["tokens"][:, :1] % 9
-            return losses(self, {**batch, "targets": batch["targets"].masked_fill(~keep, -100)}, phase)
+        def some_ignored(self: Any) -> Any:
+            for batch in batches(self):
+                keep = (batch["tokens"] * 7 + batch["tokens"].cumsum(1)) % 11 < 2 + batch["tokens"][:, :1] % 9
+                yield {**batch, "targets": batch["targets"].masked_fill(~keep, -100)}
 
-        LanguageModelling.losses = some_ignored
-    try:
-        if break_it:
-            break_it()
-        return run_tiny(folder, name, *PARITY, *overrides)
-    finally:
-        if ignore:
-            LanguageModelling.losses = losses
+        Batches.__iter__ = some_ignored
+    weights: dict[str, torch.Tensor] = {}
+    started = LanguageModelling.on_train_start
+
+    def on_train_start(self: Any) -> None:
+        started(self)
+        model = whole_model(self)
+        weights.update({n: p.detach().clone() for n, p in model.named_parameters()} if model is not None else {})
+
+    LanguageModelling.on_train_start = on_train_start
+    if break_it:
+        break_it()
+    found = run_tiny(folder, name, *PARITY, *overrides)
+    return [{**found[0], "weights": weights}, *found[1:]]
 
 
-def differences(ours: list[dict[str, Any]], reference: list[dict[str, Any]]) -> dict[str, float]:
+def differences(ours: Rows, reference: Rows) -> dict[str, float]:
     """Largest difference over the steps: absolute for losses, relative for the gradient norm."""
     assert [r["step"] for r in ours] == [r["step"] for r in reference] == list(range(1, STEPS + 1))
     loss = max(abs(a["train/loss"] - b["train/loss"]) for a, b in zip(ours, reference, strict=True))
@@ -51,57 +136,146 @@ def differences(ours: list[dict[str, Any]], reference: list[dict[str, Any]]) -> 
     return {"loss": loss, "grad_norm": norm, "val": val}
 
 
-@pytest.mark.parametrize("ignore", [False, True], ids=["all tokens", "ignored tokens"])
-@pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_ddp_on_two_ranks_equals_one_process(tmp_path: Path, ignore: bool, accumulation: int, tied: bool) -> None:
-    text_file(tmp_path)
-    model = f"model.tie_embeddings={str(tied).lower()}"
-    reference = rows(tmp_path, "one", (model,), ignore)
-    layout = ("strategy=ddp", "trainer.devices=2", f"trainer.accumulate_grad_batches={accumulation}", model)
-    ours, _ = run_ranks(2, rows, tmp_path, "two", layout, ignore)
+class References:
+    """One process's rows for a model, trained once."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.known = folder, {}
+        text_file(folder, letters="abcdefghijk")
+
+    def __call__(self, overrides: list[str], ignore: bool = True) -> Rows:
+        own = [o for o in overrides if not o.startswith(("strategy", "trainer.accumulate", "trainer.compile"))]
+        key = (*own, ignore)
+        if key not in self.known:
+            (self.known[key],) = run_ranks(1, rows, self.folder, f"one-{len(self.known)}", own, ignore)
+        return self.known[key]
+
+
+@pytest.fixture(scope="module")
+def references(tmp_path_factory: pytest.TempPathFactory) -> References:
+    return References(tmp_path_factory.mktemp("parity"))
+
+
+def check_equal(references: References, processes: int, overrides: list[str], ignore: bool = True) -> None:
+    reference = references(overrides, ignore)
+    name = f"{len(list(references.folder.iterdir()))}"
+    ours = run_ranks(processes, rows, references.folder, name, [*overrides, f"trainer.devices={processes}"], ignore, timeout=240)[0]
     found = differences(ours, reference)
     assert max(found.values()) < TOLERANCE, found
+    assert ours[0]["weights"].keys() == reference[0]["weights"].keys()
+    for parameter, value in reference[0]["weights"].items():
+        assert torch.equal(ours[0]["weights"][parameter], value), parameter
     assert reference[-1]["train/loss"] < reference[0]["train/loss"] - 0.1, "the comparison needs training that moves"
     assert max(r["train/grad_norm"] for r in reference) > 0.5, "the comparison needs clipping that acts"
 
 
-def test_rows_of_several_steps_are_means_over_all_ranks(tmp_path: Path) -> None:
-    text_file(tmp_path)
+@pytest.mark.parametrize(("accumulation", "tied"), [(1, True), (2, False)], ids=["tied", "untied, accumulated"])
+@pytest.mark.parametrize(("processes", "overrides"), [case[1:] for case in LAYOUTS], ids=[case[0] for case in LAYOUTS])
+def test_layout_equals_one_process(references: References, processes: int, overrides: list[str], accumulation: int, tied: bool) -> None:
+    settings = [f"model.tie_embeddings={str(tied).lower()}", f"trainer.accumulate_grad_batches={accumulation}"]
+    check_equal(references, processes, [*overrides, *settings])
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp", "tensor", "context", "pipeline"])
+def test_accumulation_of_a_tied_model_and_a_whole_batch_of_an_untied_one(references: References, layout: str) -> None:
+    check_equal(references, 2, [f"strategy={layout}", "trainer.accumulate_grad_batches=2"])
+    check_equal(references, 2, [f"strategy={layout}", "model.tie_embeddings=false"], ignore=False)
+
+
+@pytest.mark.parametrize(("processes", "overrides"), [case[1:] for case in VARIANTS], ids=[case[0] for case in VARIANTS])
+def test_variant_equals_one_process(references: References, processes: int, overrides: list[str]) -> None:
+    check_equal(references, processes, overrides)
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("model", MODELS)
+def test_every_part_of_the_model_survives_the_cuts(references: References, model: str, cut: str) -> None:
+    processes, overrides = CUTS[cut]
+    check_equal(references, processes, [*overrides, *MODELS[model]])
+
+
+def test_rows_of_several_steps_are_means_over_all_ranks(references: References) -> None:
     every = "trainer.log_every_n_steps=5"
-    reference = rows(tmp_path, "one", (every,), True)
-    ours, _ = run_ranks(2, rows, tmp_path, "two", ("strategy=ddp", "trainer.devices=2", every), True)
-    assert [r["step"] for r in ours] == [r["step"] for r in reference] == [5, 10]
-    assert max(abs(a["train/loss"] - b["train/loss"]) for a, b in zip(ours, reference, strict=True)) < TOLERANCE
+    reference = references([every])
+    for layout in ("ddp", "context", "pipeline"):
+        ours = run_ranks(2, rows, references.folder, f"means-{layout}", [f"strategy={layout}", "trainer.devices=2", every])[0]
+        assert [r["step"] for r in ours] == [r["step"] for r in reference] == [5, 10]
+        assert max(abs(a["train/loss"] - b["train/loss"]) for a, b in zip(ours, reference, strict=True)) < TOLERANCE
 
 
-def test_accumulation_on_one_process_changes_nothing(tmp_path: Path) -> None:
-    text_file(tmp_path)
-    reference = rows(tmp_path, "one", (), True)
-    found = differences(rows(tmp_path, "four", ("trainer.accumulate_grad_batches=4",), True), reference)
+def test_accumulation_on_one_process_changes_nothing(references: References) -> None:
+    (ours,) = run_ranks(1, rows, references.folder, "four", ["trainer.accumulate_grad_batches=4"])
+    found = differences(ours, references([]))
     assert max(found.values()) < TOLERANCE, found
 
 
-@pytest.mark.parametrize("mistake", ["gradient scale", "mean of means"])
-def test_negative_control_a_wrong_weight_is_seen(tmp_path: Path, mistake: str) -> None:
-    """The suite would notice a gradient scaled by 1 %, and a mean of means instead of the mean over tokens."""
-    text_file(tmp_path)
-    reference = rows(tmp_path, "one", (), True)
+# --- the suite would notice
 
-    def wrong_scale() -> None:
-        step = LanguageModelling.training_step
-        LanguageModelling.training_step = lambda self, batch, index: 1.01 * step(self, batch, index)  # pyright: ignore
 
-    def mean_of_means() -> None:
-        step = LanguageModelling.losses
+def scale_by_a_hundredth() -> None:
+    step = LanguageModelling.training_step
+    LanguageModelling.training_step = lambda self, batch, index: 1.01 * step(self, batch, index)  # pyright: ignore
 
-        def means(self: Any, batch: dict[str, Any], phase: str) -> Any:
-            loss_sum, count = step(self, batch, phase)
-            return loss_sum / count * 64, count * 0 + 64
 
-        LanguageModelling.losses = means
+def mean_of_means() -> None:
+    score = LanguageModelling.score
 
-    broken = {"gradient scale": wrong_scale, "mean of means": mean_of_means}[mistake]
-    ours, _ = run_ranks(2, rows, tmp_path, "two", ("strategy=ddp", "trainer.devices=2"), True, broken)
-    found = differences(ours, reference)
-    assert found["grad_norm"] > 100 * TOLERANCE, found
+    def means(self: Any, output: Any, batch: dict[str, Any], phase: str) -> Any:
+        loss_sum, count = score(self, output, batch, phase)
+        return loss_sum / count * 64, count * 0 + 64
+
+    LanguageModelling.score = means
+
+
+def forget_that_fsdp_averages() -> None:
+    strategy.MeshStrategy.averaged_over = 1  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def forget_the_tied_matrix() -> None:
+    pipeline.Pipeline.add_tied = lambda self: None
+
+
+def clip_by_the_own_stage() -> None:
+    strategy.dist = type(
+        "dist", (), {"all_reduce": staticmethod(lambda *a, **k: None), "__getattr__": lambda s, n: getattr(torch.distributed, n)}
+    )()
+
+
+def start_every_stretch_at_zero() -> None:
+    cut = context.ContextAxis.cut
+    context.ContextAxis.cut = lambda self, batch: {**cut(self, batch), "positions": cut(self, batch)["positions"] * 0 + torch.arange(8)}
+
+
+def keep_the_gains_of_heads_apart() -> None:
+    tensor.SequenceParallel = lambda **options: tensor.Replicated()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def reseed_by_rank() -> None:
+    first = strategy.fill
+    strategy.fill = lambda model, seed, aliases: first(model, seed + torch.distributed.get_rank(), aliases)
+
+
+CONTROLS = [
+    ("ddp", scale_by_a_hundredth),
+    ("ddp", mean_of_means),
+    ("fsdp", scale_by_a_hundredth),
+    ("fsdp", forget_that_fsdp_averages),
+    ("fsdp", reseed_by_rank),
+    ("tensor", scale_by_a_hundredth),
+    ("tensor", keep_the_gains_of_heads_apart),
+    ("context", scale_by_a_hundredth),
+    ("context", start_every_stretch_at_zero),
+    ("pipeline", scale_by_a_hundredth),
+    ("pipeline", forget_the_tied_matrix),
+    ("pipeline", clip_by_the_own_stage),
+]
+
+
+@pytest.mark.parametrize(("layout", "mistake"), CONTROLS, ids=[f"{layout}, {mistake.__name__}" for layout, mistake in CONTROLS])
+def test_negative_control(references: References, layout: str, mistake: Callable[[], None]) -> None:
+    overrides = [f"strategy={layout}", "trainer.devices=2"] + ["strategy.sequence_parallel=false"] * (
+        mistake is keep_the_gains_of_heads_apart
+    )
+    ours = run_ranks(2, rows, references.folder, f"{layout}-{mistake.__name__}", overrides, True, mistake)[0]
+    found = differences(ours, references([]))
+    assert max(found.values()) > 100 * TOLERANCE, found

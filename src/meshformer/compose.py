@@ -25,9 +25,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from meshformer.config import ConfigError, check, resolve, validate
+from meshformer.checkpoint.find import checkpoints, is_complete
+from meshformer.config import ConfigError, check, did_you_mean, resolve, validate
 from meshformer.config.check import SHAPES
-from meshformer.config.paths import conf_dir
+from meshformer.config.paths import conf_dir, run_of
 from meshformer.record import RunNotFound, find_run
 
 Config = dict[str, Any]
@@ -97,10 +98,10 @@ def settle(config: Config, overrides: Sequence[str] = ()) -> Config:
     config = validate(config)
     if config["stage"]["name"] == "finetune" and config["resume"] is None:
         if config["fork"] is None and config["stage"]["init_from"] is not None:
-            source = locate(config["stage"]["init_from"], config["paths"]["runs"], "stage.init_from")
+            source = locate_weights(config["stage"]["init_from"], config["paths"]["runs"], "stage.init_from")
             config = {**config, "stage": {**config["stage"], "init_from": str(source)}}
         if (source := config["fork"] or config["stage"]["init_from"]) is not None:
-            config = validate(adopt(config, read_config(Path(source)), overrides))
+            config = validate(adopt(config, read_config(run_of(source)), overrides))
     config = resolve(config)
     check(config)
     return config
@@ -133,6 +134,17 @@ def locate(spec: str, runs: str, key: str) -> Path:
         return find_run(spec, runs).absolute()
     except RunNotFound as error:
         raise ConfigError(str(error), key, spec) from None
+
+
+def locate_weights(spec: str, runs: str, key: str) -> Path:
+    """The absolute path of what `spec` means: a checkpoint RUN/checkpoints/step-… that is there, or a run folder."""
+    path = Path(spec).expanduser().absolute()
+    if run_of(path) == path:
+        return locate(spec, runs, key)
+    if not is_complete(path):
+        have = [found.name for found in checkpoints(run_of(path))]
+        raise ConfigError("there is no such checkpoint, or not all of it", key, spec, fix=did_you_mean(path.name, have) if have else None)
+    return path
 
 
 def take(overrides: Sequence[str], *keys: str) -> tuple[dict[str, str], list[str]]:
@@ -191,6 +203,13 @@ def read_config(run: Path) -> Config:
     return config
 
 
+def combine(before: Sequence[str], overrides: Sequence[str]) -> list[str]:
+    """What a run was started with and what is typed now. Another strategy takes nothing from the settings of the one before it."""
+    if any(override.startswith("strategy=") for override in overrides):
+        before = [override for override in before if override.lstrip("+~").partition("=")[0].partition(".")[0] != "strategy"]
+    return [*before, *overrides]
+
+
 def recorded(hydra: Hydra, config_name: str, run: Path, overrides: Sequence[str], allowed: Sequence[str], refuse: Refuse) -> Config:
     """A run's recorded configuration, changed by new overrides (not settled yet).
 
@@ -200,7 +219,7 @@ def recorded(hydra: Hydra, config_name: str, run: Path, overrides: Sequence[str]
     config = read_config(run)
     before, _, _ = read_overrides(run)
     old = plain(compose_config(hydra, config_name, before))
-    new = plain(compose_config(hydra, config_name, [*before, *overrides]))
+    new = plain(compose_config(hydra, config_name, combine(before, overrides)))
     for key in differences(old, new):
         part = next((part for part in allowed if key == part or key.startswith(f"{part}.")), None)
         if part is None:

@@ -1,9 +1,10 @@
 import pytest
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from meshformer.config.errors import ConfigError
-from meshformer.optim import adamw, decay_groups, sgd, split_matrices
+from meshformer.optim import adamw, decay_groups, muon, sgd, split_matrices
 
 
 def network() -> nn.Module:
@@ -64,8 +65,62 @@ def test_frozen_parameters_are_in_no_group_and_all_frozen_is_an_error():
         decay_groups(model.named_parameters(), 0.1)
 
 
-def test_an_empty_group_is_left_out():
-    assert len(decay_groups(nn.Linear(3, 3, bias=False).named_parameters(), 0.1)) == 1
+def part_of(model: nn.Module, *names: str) -> list[tuple[str, nn.Parameter]]:
+    """What a pipeline rank holds."""
+    return [(name, p) for name, p in model.named_parameters() if name.startswith(names)]
+
+
+MAKE = {
+    "adamw": lambda pairs, **rest: adamw(pairs, **rest),
+    "adamw, not fused": lambda pairs, **rest: adamw(pairs, fused=False, **rest),
+    "sgd": lambda pairs, **rest: sgd(pairs, momentum=0.9, **rest),
+    "muon": lambda pairs, **rest: muon(pairs, **rest),
+}
+
+
+@pytest.mark.parametrize("make", MAKE)
+@pytest.mark.parametrize("part", [("head", "norm"), ("blocks.0.mlp",), ("blocks.0.attention_norm",), ("nothing",)])
+def test_groups_are_the_same_in_every_part_of_a_model_and_work_when_empty(make, part):
+    """Empty groups take steps, schedules, and a state dict's way there and back."""
+    model = network()
+    whole = MAKE[make](model.named_parameters())
+    pairs, names = part_of(model, *part), [name for name, _ in model.named_parameters()]
+    optimizer = MAKE[make](pairs, all_names=names)
+    settings = [{k: v for k, v in g.items() if k not in ("params", "param_names")} for g in whole.param_groups]
+    assert [{k: v for k, v in g.items() if k not in ("params", "param_names")} for g in optimizer.param_groups] == settings
+    assert len(settings) == (3 if make == "muon" else 2)
+    for of_part, of_whole in zip(optimizer.param_groups, whole.param_groups, strict=True):
+        assert of_part["param_names"] == [name for name in of_whole["param_names"] if name.startswith(part)]
+    schedule = LambdaLR(optimizer, lambda step: 1 / (step + 1))
+    for _, p in pairs:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    schedule.step()
+    again = MAKE[make](pairs, all_names=names)
+    again.load_state_dict(optimizer.state_dict())
+    again.step()
+    assert [g["lr"] for g in again.param_groups] == [g["lr"] / 2 for g in whole.param_groups]
+    assert [g["param_names"] for g in again.param_groups] == [g["param_names"] for g in optimizer.param_groups]
+
+
+def test_what_a_part_lacks_is_judged_by_the_whole():
+    model = network()
+    norms, names = part_of(model, "blocks.0.attention_norm"), [name for name, _ in model.named_parameters()]
+    decay_groups(norms, 0.1, ("bias", "mlp.up"), names)
+    with pytest.raises(ConfigError, match=r"optimizer\.no_decay=mlp\.up"):
+        decay_groups(norms, 0.1, ("bias", "mlp.up"))
+    with pytest.raises(ConfigError, match=r"optimizer\.no_decay=embeding.*Did you mean embedding\?"):
+        decay_groups(norms, 0.1, ("embeding",), names)
+    muon(norms, no_decay=("mlp.up",), all_names=names)
+    with pytest.raises(ConfigError, match="optimizer=adamw"):
+        muon(norms)
+    with pytest.raises(ConfigError, match="optimizer=adamw"):
+        muon(norms, all_names=[name for name in names if "blocks" not in name])
+
+
+def test_a_whole_model_has_both_groups_too():
+    decayed, others = decay_groups(nn.Linear(3, 3, bias=False).named_parameters(), 0.1)
+    assert names(decayed["params"]) == {"weight"} and others["params"] == []
 
 
 def test_a_pattern_that_fits_nothing_is_an_error_with_a_suggestion():

@@ -5,11 +5,11 @@ from typing import Literal
 
 import torch
 from torch.nn import Parameter
-from torch.optim import SGD, AdamW
 
 from meshformer.config.errors import ConfigError
 from meshformer.optim.groups import NO_DECAY, NamedParameters, decay_groups, split_matrices, trainable
 from meshformer.optim.muon import MuonAdamW
+from meshformer.optim.shardwise import ShardwiseAdamW, ShardwiseSGD
 
 
 def adamw(
@@ -20,16 +20,16 @@ def adamw(
     weight_decay: float = 0.1,
     no_decay: Sequence[str] = NO_DECAY,
     fused: bool | Literal["auto"] = "auto",
-) -> AdamW:
+    all_names: Sequence[str] | None = None,
+) -> ShardwiseAdamW:
     """AdamW (Loshchilov & Hutter 2019) with decay groups by name.
 
-    `fused="auto"` takes torch's one-kernel update on CPU and CUDA.
+    `fused="auto"` takes torch's one-kernel update on CPU and CUDA. `all_names`: see `decay_groups`.
     """
     _check(lr=lr, weight_decay=weight_decay)
-    groups = decay_groups(named_parameters, weight_decay, no_decay)
-    parameters = [parameter for group in groups for _, parameter in group["params"]]
-    first, second = _betas(betas, "optimizer.betas")
-    return _clippable(AdamW(groups, lr=lr, betas=(first, second), eps=eps, weight_decay=weight_decay, fused=use_fused(parameters, fused)))
+    groups = decay_groups(named_parameters, weight_decay, no_decay, all_names)
+    fused = use_fused([parameter for group in groups for _, parameter in group["params"]], fused)
+    return ShardwiseAdamW(groups, lr, betas=_betas(betas, "optimizer.betas"), eps=eps, weight_decay=weight_decay, fused=fused)
 
 
 def sgd(
@@ -39,16 +39,16 @@ def sgd(
     weight_decay: float = 0.0,
     nesterov: bool = False,
     no_decay: Sequence[str] = NO_DECAY,
-) -> SGD:
+    all_names: Sequence[str] | None = None,
+) -> ShardwiseSGD:
     """Stochastic gradient descent. Without momentum it shows gradient-scale errors that AdamW hides: for parity tests."""
     _check(lr=lr, momentum=momentum, weight_decay=weight_decay)
     if nesterov and momentum == 0:
         raise ConfigError(
             "Nesterov's look-ahead needs momentum", "optimizer.nesterov", nesterov, "Set optimizer.momentum, for example to 0.9."
         )
-    return SGD(
-        decay_groups(named_parameters, weight_decay, no_decay), lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov
-    )
+    groups = decay_groups(named_parameters, weight_decay, no_decay, all_names)
+    return ShardwiseSGD(groups, lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
 
 
 def muon(
@@ -67,26 +67,24 @@ def muon(
     adamw_weight_decay: float | None = None,
     no_decay: Sequence[str] = NO_DECAY,
     fused: bool | Literal["auto"] = "auto",
+    all_names: Sequence[str] | None = None,
 ) -> MuonAdamW:
     """Muon for the hidden matrices and AdamW for the rest, in one Optimizer (see `MuonAdamW` for the settings of Muon).
 
     `adamw_lr` and `adamw_weight_decay` default to `lr` and `weight_decay`: right with `scale="match_rms_adamw"`, which gives
     Muon's updates the size of AdamW's; with `scale="original"` give AdamW a smaller rate of its own. Schedules multiply both.
-    Groups, in order: matrices, AdamW decayed, AdamW not decayed. Raises ConfigError when the model has no hidden matrix.
+    Three groups, in order and in every layout: matrices, AdamW decayed, AdamW not decayed. `all_names`: see `decay_groups`.
+    Raises ConfigError when the model has no hidden matrix.
     """
     _check(lr=lr, momentum=momentum, weight_decay=weight_decay, adamw_lr=adamw_lr, adamw_weight_decay=adamw_weight_decay)
-    named = trainable(named_parameters)
-    matrices, others = split_matrices(named)
-    if not matrices:
-        raise ConfigError("Muon found no 2-D weight below `blocks` to train", fix="Use optimizer=adamw for this model.")
-    groups: list[dict] = [{"params": matrices, "method": "muon", "lr": lr, "weight_decay": weight_decay}]
-    if others:
-        rate = lr if adamw_lr is None else adamw_lr
-        decay = weight_decay if adamw_weight_decay is None else adamw_weight_decay
-        # Patterns may rightly fit matrices alone, so they are checked against all names before the split.
-        decay_groups(named, decay, no_decay)
-        fitting = [pattern for pattern in no_decay if any(pattern in name for name, _ in others)]
-        groups += [{**group, "method": "adamw", "lr": rate} for group in decay_groups(others, decay, fitting)]
+    named = trainable(named_parameters, all_names)
+    matrices, others = split_matrices(named, all_names=all_names)
+    groups: list[dict] = [{"params": matrices, "param_names": [], "method": "muon", "lr": lr, "weight_decay": weight_decay}]
+    rate = lr if adamw_lr is None else adamw_lr
+    decay = weight_decay if adamw_weight_decay is None else adamw_weight_decay
+    # Patterns may rightly fit matrices alone, so they are checked against all names.
+    rest = decay_groups(others, decay, no_decay, all_names or [name for name, _ in named])
+    groups += [{**group, "method": "adamw", "lr": rate} for group in rest]
     return MuonAdamW(
         groups,
         lr=lr,
@@ -109,13 +107,6 @@ def use_fused(parameters: Iterable[Parameter], fused: bool | Literal["auto"]) ->
     if fused != "auto":
         raise ConfigError("unknown choice of kernel", "optimizer.fused", fused, "Use auto, true or false.")
     return all(parameter.device.type in ("cpu", "cuda") and torch.is_floating_point(parameter) for parameter in parameters)
-
-
-def _clippable(optimizer: AdamW) -> AdamW:
-    # A fused optimizer announces that it unscales 16-mixed gradients inside its own step, so Lightning refuses to clip them.
-    # Without the announcement the scaler unscales first, clipping works, and the fused step is the same.
-    optimizer._step_supports_amp_scaling = False  # pyright: ignore[reportAttributeAccessIssue]
-    return optimizer
 
 
 def _betas(betas: Sequence[float], key: str) -> tuple[float, float]:

@@ -11,14 +11,16 @@ Exploiting the symmetry of the Gram matrices by blocks was tried and gains nothi
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
-from torch.optim.adamw import adamw as functional_adamw
+from torch.distributed.tensor import DTensor
 
 from meshformer.config.errors import ConfigError
+from meshformer.optim.owners import on_owners
+from meshformer.optim.shardwise import ShardwiseOptimizer, gradient_pieces, pieces, update_by_adamw
 
 # (a, b, c) of each iteration, the last one repeated. `jordan` maximises the slope at zero and leaves singular values in about
 # 0.7 … 1.2. `polar_express` (Amsel et al. 2025, their table with its 2 % safety margin) is the fastest uniform
@@ -45,7 +47,7 @@ EPS = 1e-7
 GRAM_RATIO = 1.5
 
 
-class MuonAdamW(Optimizer):
+class MuonAdamW(ShardwiseOptimizer):
     """One optimizer over groups with `method="muon"` (2-D parameters) or `method="adamw"`.
 
     Args:
@@ -56,6 +58,9 @@ class MuonAdamW(Optimizer):
         coefficients: `jordan` (torch.optim.Muon's) or `polar_express`; `iterations` of them, 5 as a rule.
         dtype: of the orthogonalisation; `auto` is bfloat16 where the device multiplies it natively, else float32.
         betas, eps, fused: AdamW's.
+
+    Of sharded parameters (DTensors, however cut) each rank averages its piece of the gradient; every matrix is put together on one rank,
+    orthogonalised there, and its pieces returned, so that the update is one process's. (Orthogonalising pieces would run, and be wrong.)
 
     State, by parameter: `momentum_buffer`, or AdamW's `step`, `exp_avg`, `exp_avg_sq`, as torch.optim's own classes keep them.
     """
@@ -91,66 +96,58 @@ class MuonAdamW(Optimizer):
             if group["method"] == "muon" and any(p.ndim != 2 for p in group["params"]):
                 raise ValueError("a muon group holds 2-D parameters only")
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Update every parameter that has a gradient; returns what `closure` returns (Lightning runs the training step in it)."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            parameters = [p for p in group["params"] if p.grad is not None]
-            if parameters:
-                (self._muon if group["method"] == "muon" else self._adamw)(group, parameters)
-        return loss
+    def update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        if group["method"] == "muon":
+            self._muon(parameters, group)
+        else:
+            update_by_adamw(parameters, self.state, group)
 
-    def _muon(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+    def _muon(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         lr, momentum = float(group["lr"]), group["momentum"]
-        gradients: list[Tensor] = [p.grad for p in parameters]  # pyright: ignore[reportAssignmentType]
-        buffers = []
+        held, gradients = pieces(parameters), gradient_pieces(parameters)
         for p in parameters:
-            state = self.state[p]
-            if not state:
-                state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-            buffers.append(state["momentum_buffer"])
+            if not self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        buffers = pieces([self.state[p]["momentum_buffer"] for p in parameters])
         torch._foreach_lerp_(buffers, gradients, 1 - momentum)
-        updates = torch._foreach_lerp(gradients, buffers, momentum) if group["nesterov"] else buffers
+        updates = list(torch._foreach_lerp(gradients, buffers, momentum)) if group["nesterov"] else buffers
         if group["weight_decay"]:
-            torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
-        same: dict[tuple, list[int]] = {}
-        for index, p in enumerate(parameters):
-            same.setdefault((p.shape, p.dtype, p.device), []).append(index)
-        for (shape, dtype, device), indices in same.items():
-            stacked = torch.stack([updates[index] for index in indices]).to(orthogonalisation_dtype(group["dtype"], device, dtype))
-            directions = orthogonalise(stacked, group["coefficients"], group["iterations"]).to(dtype)
+            torch._foreach_mul_(held, 1 - lr * group["weight_decay"])
+        directions = _directions(parameters, updates, group)
+        for (shape, dtype, _), indices in _alike(parameters).items():
             length = lr * SCALES[group["scale"]](*shape)
-            torch._foreach_add_([parameters[index] for index in indices], list(directions.unbind()), alpha=-length)
+            torch._foreach_add_([held[i] for i in indices], [directions[i].to(dtype) for i in indices], alpha=-length)
 
-    def _adamw(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
-        for p in parameters:
-            state = self.state[p]
-            if not state:
-                # The fused kernel counts its steps on the device; elsewhere a CPU counter spares a transfer.
-                state["step"] = torch.zeros((), dtype=torch.float32, device=p.device if group["fused"] else "cpu")
-                state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-                state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-        states = [self.state[p] for p in parameters]
-        functional_adamw(
-            parameters,
-            [p.grad for p in parameters],  # pyright: ignore[reportArgumentType]
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [],
-            [state["step"] for state in states],
-            fused=group["fused"],
-            amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )
+
+def _directions(parameters: list[Tensor], updates: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
+    """This rank's piece of each orthogonalised update, in the type that it was computed in; `updates` are its pieces of them."""
+    together: dict[tuple, list[int]] = {}
+    for i, p in enumerate(parameters):
+        together.setdefault((p.device_mesh if isinstance(p, DTensor) else None, p.dtype, p.device), []).append(i)
+    work = partial(_orthogonalised, coefficients=group["coefficients"], iterations=group["iterations"])
+    found: dict[int, Tensor] = {}
+    for (mesh, dtype, device), indices in together.items():
+        kind = orthogonalisation_dtype(group["dtype"], device, dtype)
+        given = [updates[i].to(kind) for i in indices]
+        some = work(given) if mesh is None else on_owners(work, given, [parameters[i] for i in indices])  # pyright: ignore[reportArgumentType]
+        found.update(zip(indices, some, strict=True))
+    return [found[i] for i in range(len(parameters))]
+
+
+def _orthogonalised(matrices: list[Tensor], coefficients: str, iterations: int) -> list[Tensor]:
+    """Each of several matrices, the alike in one batch."""
+    found: dict[int, Tensor] = {}
+    for indices in _alike(matrices).values():
+        batch = orthogonalise(torch.stack([matrices[i] for i in indices]), coefficients, iterations)
+        found.update(zip(indices, batch.unbind(), strict=True))
+    return [found[i] for i in range(len(matrices))]
+
+
+def _alike(tensors: list[Tensor]) -> dict[tuple[torch.Size, torch.dtype, torch.device], list[int]]:
+    same: dict[tuple[torch.Size, torch.dtype, torch.device], list[int]] = {}
+    for i, x in enumerate(tensors):
+        same.setdefault((x.shape, x.dtype, x.device), []).append(i)
+    return same
 
 
 def orthogonalise(matrices: Tensor, coefficients: str = "jordan", iterations: int = 5) -> Tensor:

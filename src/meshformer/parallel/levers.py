@@ -29,12 +29,15 @@ KEPT = {
 }
 
 
-def apply_levers(blocks: Iterable[Any], activation_checkpointing: str, compile: bool, backend: str = "inductor") -> None:
+BACKEND = "inductor"  # of torch.compile
+
+
+def apply_levers(blocks: Iterable[Any], activation_checkpointing: str, compile: bool) -> None:
     """`activation_checkpointing`: `none`; `full`: a block keeps its input alone and is computed again in the backward pass (Chen et al. 2016);
     `selective`: it also keeps the results of the operations in KEPT."""
     for block in blocks:
         if compile:
-            block.forward = torch.compile(block.forward, backend=backend)
+            block.forward = torch.compile(block.forward, backend=BACKEND)
         if activation_checkpointing == "full":
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         elif activation_checkpointing == "selective":
