@@ -1,4 +1,4 @@
-"""`python -m meshformer.bench [speed] [learning] [speedrun] [finetune]`: prints figures with the date and the machine they were measured on."""
+"""`python -m meshformer.bench [speed] [learning] [speedrun] [finetune] [layouts] [pipeline]`: prints figures with the date and the machine they were measured on."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from pathlib import Path
 
 import torch
 
-from meshformer.bench import learning, speed
+from meshformer.bench import layouts, learning, speed
 
 MEASUREMENTS = {
     "speed": speed.report,
     "learning": learning.report_learning,
     "speedrun": learning.report_speedrun,
     "finetune": learning.report_finetune,
+    "layouts": layouts.report_layouts,
+    "pipeline": layouts.report_pipeline,
 }
 
 

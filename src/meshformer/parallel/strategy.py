@@ -107,7 +107,6 @@ class MeshStrategy(ModelParallelStrategy):
 
     def _build(self, task: Any) -> None:
         model, settings, degrees = self.precision_plugin.convert_module(task.model), self.settings, self.degrees
-        self.names = task.model_names
         self.tied = model.tie_embeddings
         parts, numbers = [model], [0]
         n_stages = degrees.pipeline * settings["stages_per_rank"]
@@ -132,8 +131,10 @@ class MeshStrategy(ModelParallelStrategy):
                 shard(stage, part.blocks, mesh, settings, degrees.pipeline == 1 if reshard == "auto" else reshard)
         if degrees.pipeline > 1:
             self.pipeline = Pipeline(task, stages, numbers, n_stages, self.axis("pipeline"), settings)
-            task.pipeline = self.pipeline.losses
+            task.pipeline, task.aliases = self.pipeline.losses, self.aliases
         model.to_empty(device="cpu" if settings["cpu_offload"] else self.root_device)
+        if not self._uses_fsdp and model.embedding is not None and model.head is not None:
+            model.tie_weights()  # plain tensors were replaced by new ones, each by its own
         fill(model, task.seed, self.aliases)
         if self.init_from is not None:
             from meshformer.checkpoint.weights import load_weights

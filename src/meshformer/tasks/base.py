@@ -7,6 +7,7 @@ or ranks hold different numbers of counted tokens, which the usual mean of means
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -42,6 +43,7 @@ class Task(pl.LightningModule):
         self.model: Any = None
         # Where this process holds a part of the model only, the strategy puts the function here that runs all parts: (batch, phase) -> losses.
         self.pipeline: Callable[[dict[str, Tensor], str], tuple[Tensor, Tensor]] | None = None
+        self.aliases: dict[str, str] = {}  # names here of what has another name in the whole model: set by the strategy
         self._restored = (0.0, 0.0)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -71,7 +73,7 @@ class Task(pl.LightningModule):
     def configure_model(self) -> None:
         if self.model is None:
             self.model = self.make_model()
-            self.model_names = [name for name, _ in self.model.named_parameters()]
+            self.trained_names = [name for name, p in self.model.named_parameters() if p.requires_grad]
 
     # --- one training step
 
@@ -150,10 +152,11 @@ class Task(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         assert self.make_optimizer is not None
-        if self.pipeline is None:
-            optimizer = self.make_optimizer(self.model.named_parameters())
-        else:  # a part of the model: what its optimizer refuses depends on the whole
-            optimizer = self.make_optimizer(self.model.named_parameters(), all_names=self.model_names)
+        named = [(self.aliases.get(name, name), p) for name, p in self.model.named_parameters()]
+        if self.pipeline is None or "all_names" not in inspect.signature(self.make_optimizer).parameters:
+            optimizer = self.make_optimizer(named)
+        else:  # a part of the model: what the optimizer refuses, and its groups, depend on the whole
+            optimizer = self.make_optimizer(named, all_names=self.trained_names)
         if self.make_schedule is None:
             return optimizer
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.make_schedule(self.max_steps))
