@@ -1,4 +1,4 @@
-"""The command `meshformer`: train, evaluate, generate. Composes and checks before a folder is made or a process started; imports no torch.
+"""The command `meshformer`: train, evaluate, generate, convert. Composes and checks before a folder is made or a process started; imports no torch.
 
 Exit codes: 0 done, 1 a job failed, 2 something to mend in the command or configuration, 130 Ctrl-C.
 """
@@ -10,7 +10,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-COMMANDS = ("train", "evaluate", "generate")
+COMMANDS = ("train", "evaluate", "generate", "convert")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,20 +11,24 @@ import torch
 from meshformer.build import build_data, build_model, build_task, build_trainer
 from meshformer.checkpoint.find import latest_checkpoint
 from meshformer.checkpoint.weights import load_weights
+from meshformer.config.paths import run_of
 from meshformer.data import load_tokenizer
 from meshformer.train import quiet_libraries
 
 
 def evaluate(config: dict[str, Any], options: dict[str, Any]) -> dict[str, float]:
-    """Metrics of the newest checkpoint of `options["run"]` on `options["split"]` (val or test), in one process."""
+    """Metrics of `options["run"]`, a run folder (its newest checkpoint) or a checkpoint in one, on the split `options["split"]` (val or test).
+
+    In one process, whatever layout the run was trained in.
+    """
     quiet_libraries()
     torch.set_num_threads(config["trainer"]["threads"])
-    run = Path(options["run"])
-    data = build_data(config, load_tokenizer(run / "tokenizer.json"))
+    source = Path(options["run"])
+    data = build_data(config, load_tokenizer(run_of(source) / "tokenizer.json"))
     data.prepare_data()
     task: Any = build_task(config, max_steps=1)
     task.configure_model()
-    checkpoint = latest_checkpoint(run)
+    checkpoint = latest_checkpoint(source)
     load_weights(task.model, checkpoint)
     with tempfile.TemporaryDirectory() as scratch:
         trainer = build_trainer(config, Path(scratch), 1, [], [])
@@ -37,8 +41,8 @@ def evaluate(config: dict[str, Any], options: dict[str, Any]) -> dict[str, float
     return metrics
 
 
-def load_run(config: dict[str, Any], run: Path) -> tuple[Any, Any]:
-    """(model, tokenizer) of a run's newest checkpoint, ready to use."""
+def load_run(config: dict[str, Any], source: Path) -> tuple[Any, Any]:
+    """(model, tokenizer) of a run's newest checkpoint, or of a checkpoint in it, ready to use."""
     model = build_model(config)
-    load_weights(model, latest_checkpoint(run))
-    return model.eval(), load_tokenizer(run / "tokenizer.json")
+    load_weights(model, latest_checkpoint(source))
+    return model.eval(), load_tokenizer(run_of(source) / "tokenizer.json")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +11,25 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
 from meshformer.checkpoint.find import checkpoint_name, checkpoints
+from meshformer.checkpoint.lightning_io import FolderCheckpointIO
 
 
 class Checkpoint(Callback):
-    """Saves RUN/checkpoints/step-… every `every_n_steps` optimizer steps and at the end; keeps the `keep_last` newest.
+    """Saves RUN/checkpoints/step-… every `every_n_steps` optimizer steps and at the end; keeps the `keep_last` newest, and all single files.
 
-    Where a step is also validated, the save comes after the validation, so that a resumed run neither repeats nor misses it. State: none.
+    `asynchronous`: training goes on while the checkpoint is written, from a copy in the host's memory. What fails then is raised at the next
+    save or at the end. Where a step is also validated, the save comes after the validation, so that a resumed run neither repeats nor misses it.
+    State: none.
     """
 
-    def __init__(self, every_n_steps: int = 500, keep_last: int = 3):
-        self.every_n_steps, self.keep_last = every_n_steps, keep_last
-        self.folder: Path | None = None  # set by train.py: RUN/checkpoints
+    def __init__(self, every_n_steps: int = 500, keep_last: int = 3, asynchronous: bool = False):
+        self.every_n_steps, self.keep_last, self.asynchronous = every_n_steps, keep_last, asynchronous
+        self.folder: Path | None = None  # set by build.py: RUN/checkpoints
         self.saved_step = -1
+
+    def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+        io = self._io(trainer)
+        io.asynchronous, io.then = self.asynchronous, self._remove_old
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self.saved_step = trainer.global_step  # what we start from is on disk already, or is the untrained model
@@ -40,19 +48,36 @@ class Checkpoint(Callback):
         if trainer.global_step != self.saved_step:
             self._save(trainer)
 
+    def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
+        # (Where training ends well, Lightning's teardown of the CheckpointIO waits, and raises.)
+        try:
+            self._io(trainer).wait()
+        except Exception as error:  # the exception that ends the run is the one to be raised
+            if trainer.is_global_zero:
+                print(f"a checkpoint was lost: {error}", file=sys.stderr)
+
     def _validates_now(self, trainer: pl.Trainer) -> bool:
         every = trainer.val_check_batch
         batches = trainer.fit_loop.epoch_loop.total_batch_idx + 1
         return bool(trainer.enable_validation and every and batches % every == 0)
 
+    def _io(self, trainer: pl.Trainer) -> FolderCheckpointIO:
+        io = trainer.strategy.checkpoint_io
+        assert isinstance(io, FolderCheckpointIO), "build.py gives the Trainer a FolderCheckpointIO"
+        return io
+
     def _save(self, trainer: pl.Trainer) -> None:
-        assert self.folder is not None, "train.py sets Checkpoint.folder"
+        assert self.folder is not None, "build.py sets Checkpoint.folder"
         self.saved_step = trainer.global_step
         trainer.save_checkpoint(self.folder / checkpoint_name(self.saved_step))
-        if trainer.is_global_zero and self.keep_last > 0:
-            for old in checkpoints(self.folder.parent)[: -self.keep_last]:
-                # Renamed first: a kill in the middle must not leave a folder that looks complete.
-                shutil.rmtree(old.rename(old.with_name(old.name + ".tmp")))
+
+    def _remove_old(self) -> None:
+        """Called by the process that has completed a checkpoint."""
+        assert self.folder is not None
+        folders = [old for old in checkpoints(self.folder.parent) if old.is_dir()]  # single files were put there by hand
+        for old in folders[: -self.keep_last] if self.keep_last > 0 else []:
+            # Renamed first: a kill in the middle must not leave a folder that looks complete.
+            shutil.rmtree(old.rename(old.with_name(old.name + ".tmp")))
 
 
 class ExactResume(Callback):

@@ -1,74 +1,191 @@
 """A checkpoint is a folder in torch's distributed format (DCP), in every layout, one process included.
 
     step-00000500/
-        .metadata, __0_0.distcp   tensors, keyed by name: `model.<parameter>`, `optimizer.<parameter>.<state>`
-        trainer.pt                everything else: plain containers only, read with weights_only=True
+        .metadata, __0_0.distcp …   tensors, keyed by name: `model.<parameter>`, `optimizer.<parameter>.<state>`; a file for each process
+        trainer.pt                  everything else: plain containers only, read with weights_only=True
 
 Keys are names, never positions in a list or coordinates in a mesh, so that any layout can read what any other wrote.
 The folder is written aside and renamed when it is complete: a killed process leaves the old checkpoints and at most a `.tmp` folder.
+
+The readers below take single files (see single_file.py) as well. They communicate with nobody: each process reads what it needs.
 """
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
-import warnings
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from meshformer.config.errors import ConfigError
 
+from . import single_file
 from .find import PARTS, REST
+from .pieces import LoadPieces, Piece, SavePieces, pieces_of
+from .ranks import Ranks
+
+State = tuple[dict[str, Piece], bytes]
+SHOWN = 6  # problems named in a message
+
+# --- writing
 
 
-def write_folder(path: Path, tensors: dict[str, torch.Tensor], rest: dict[str, Any]) -> None:
-    """Writes one process's complete state. An existing folder of this name is replaced once the new one is complete."""
+def write_folder(path: Path, tensors: Mapping[str, Tensor], rest: dict[str, Any], group: dist.ProcessGroup | None = None) -> None:
+    """Writes a complete checkpoint; an existing folder of this name is replaced once the new one is complete.
+
+    With `group`, all of its ranks call this, each with what it holds: pieces (DTensors on any mesh) and whole tensors, under names that may differ
+    between ranks (pipeline stages). A whole tensor that several ranks hold must be the same on each. `rest` counts on the first rank alone.
+    What fails on one rank raises on all, and the old checkpoints stay. Without `group`, this process writes everything.
+    """
+    write_state(path, lambda: state_of(tensors, rest, group), group)
+
+
+def state_of(tensors: Mapping[str, Tensor], rest: dict[str, Any], group: dist.ProcessGroup | None = None) -> State:
+    """This rank's pieces, and `rest` as the bytes of trainer.pt: b"" on all but the group's first rank."""
+    buffer = io.BytesIO()
+    if group is None or dist.get_rank(group) == 0:
+        torch.save(rest, buffer)
+    return pieces_of(tensors), buffer.getvalue()
+
+
+def write_state(path: Path, state: Callable[[], State], group: dist.ProcessGroup | None = None) -> None:
+    """`write_folder` of what `state()` returns, which may fail on some ranks like anything else here."""
     path = Path(path)
     aside = path.with_name(path.name + ".tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is what is meant
-        dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(aside, single_file_per_rank=True, sync_files=True), no_dist=True)
-    with open(aside / REST, "wb") as file:
-        torch.save(rest, file)
-        file.flush()
-        os.fsync(file.fileno())
+    ranks = Ranks(group, f"the checkpoint {path} could not be written")
+    writer = dcp.FileSystemWriter(aside, single_file_per_rank=True, sync_files=True)
+    planner = SavePieces()
+
+    def begin() -> None:
+        nonlocal pieces, rest
+        pieces, rest = state()
+        if ranks.is_first:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+
+    def plan() -> Any:
+        planner.set_up_planner(pieces, writer.storage_meta(), ranks.is_first)
+        writer.set_up_storage_writer(ranks.is_first, rank=ranks.rank)
+        return writer.prepare_local_plan(planner.create_local_plan())
+
+    def plan_together(plans: list[Any]) -> list[Any]:
+        nonlocal metadata
+        plans, metadata = planner.create_global_plan(plans)
+        return writer.prepare_global_plan(plans)
+
+    def write() -> Any:
+        with single_file.naming_the_cause():
+            return writer.write_data(planner.finish_plan(mine), planner).value()
+
+    def finish(written: list[Any]) -> list[None]:
+        assert metadata is not None
+        writer.finish(metadata, written)
+        with open(aside / REST, "wb") as file:
+            file.write(rest)
+            file.flush()
+            os.fsync(file.fileno())
+        _replace(path, aside)
+        return [None] * len(written)
+
+    pieces, rest = {}, b""
+    metadata: Metadata | None = None
+    try:
+        ranks.step(begin)
+        mine = ranks.step(plan, plan_together)
+        ranks.step(write, finish)
+    except Exception:
+        if ranks.is_first:
+            shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def _replace(path: Path, aside: Path) -> None:
     old = path.with_name(path.name + ".old.tmp")
     shutil.rmtree(old, ignore_errors=True)
     if path.exists():
         path.rename(old)
     os.replace(aside, path)
     shutil.rmtree(old, ignore_errors=True)
-    parent = os.open(path.parent, os.O_RDONLY)
-    os.fsync(parent)  # the rename itself
-    os.close(parent)
+    single_file.sync_folder(path.parent)  # the rename itself
+
+
+# --- reading
 
 
 def tensor_sizes(path: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
     """Shape and type of every tensor in the checkpoint, without reading them. ConfigError when it is not a complete checkpoint."""
+    if single_file.is_single(path):
+        return {k: (x.shape, x.dtype) for k, x in single_file.load(path)[0].items()}
     _check_is_checkpoint(path)
     metadata = dcp.FileSystemReader(path).read_metadata()
     return {k: (m.size, m.properties.dtype) for k, m in metadata.state_dict_metadata.items() if isinstance(m, TensorStorageMetadata)}
 
 
-def read_tensors(path: Path, prefix: str = "") -> dict[str, torch.Tensor]:
-    """Every tensor whose key starts with `prefix`, whole and on the CPU, in one process, whatever layout wrote it."""
-    sizes = tensor_sizes(path)
-    tensors = {key: torch.empty(size, dtype=dtype) for key, (size, dtype) in sizes.items() if key.startswith(prefix)}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is what is meant
-        dcp.load(tensors, storage_reader=dcp.FileSystemReader(path), no_dist=True)
+def read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
+    """Every tensor whose key starts with `prefix`, whole and on the CPU, whatever layout wrote it."""
+    tensors = {key: torch.empty(size, dtype=dtype) for key, (size, dtype) in tensor_sizes(path).items() if key.startswith(prefix)}
+    _fill(path, pieces_of(tensors))
     return tensors
 
 
+def read_into(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Fills the given tensors, by key, in place: plain ones with the whole, DTensors with this process's piece, converted to their type.
+
+    ConfigError lists the keys that the checkpoint lacks and the tensors of another shape.
+    """
+    sizes = {key: size for key, (size, _) in tensor_sizes(path).items()}
+    refuse_misfits(misfits(sizes, {key: x.shape for key, x in tensors.items()}), f"the tensors in {path} do not fit")
+    _fill(path, pieces_of(tensors))
+
+
 def read_rest(path: Path) -> dict[str, Any]:
+    """What is no tensor: counters, hyper-parameters of the optimizer, the position in the data."""
+    if single_file.is_single(path):
+        rest = single_file.load(path)[1]
+        if rest is None:
+            raise ConfigError(f"{path} holds weights alone, no state of a training run", fix="Name the checkpoint that it was made from.")
+        return rest
     _check_is_checkpoint(path)
     return torch.load(Path(path) / REST, map_location="cpu", weights_only=True)
+
+
+@torch.no_grad()
+def _fill(path: Path, pieces: dict[str, Piece]) -> None:
+    if single_file.is_single(path):
+        whole = single_file.load(path)[0]
+        for key, piece in pieces.items():
+            piece.data.copy_(whole[key][piece.slices])
+        return
+    reader, planner = dcp.FileSystemReader(path), LoadPieces()
+    metadata = reader.read_metadata()
+    planner.set_up_planner(pieces, metadata)
+    reader.set_up_storage_reader(metadata, True)
+    reader.read_data(planner.create_local_plan(), planner).wait()
+
+
+def misfits(saved: Mapping[str, torch.Size], wanted: Mapping[str, torch.Size], extra: Iterable[str] = ()) -> list[str]:
+    """What keeps tensors of the shapes `saved` from filling those of the shapes `wanted`, in words; `extra` are names that nobody wants."""
+    problems = [f"{k}: missing in the checkpoint" for k in wanted.keys() - saved.keys()] + [f"{k}: unknown to the model" for k in extra]
+    problems += [
+        f"{k}: {tuple(saved[k])} in the checkpoint, {tuple(wanted[k])} in the model"
+        for k in wanted.keys() & saved.keys()
+        if saved[k] != wanted[k]
+    ]
+    return sorted(problems)
+
+
+def refuse_misfits(problems: list[str], message: str) -> None:
+    if problems:
+        shown = "; ".join(problems[:SHOWN]) + (f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else "")
+        raise ConfigError(f"{message}: {shown}", fix="use the model settings that the run was trained with")
 
 
 def _check_is_checkpoint(path: Path) -> None:

@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
-from meshformer.config.errors import ConfigError
-
-from .folder import read_tensors
+from .folder import misfits, read_into, refuse_misfits, tensor_sizes
 
 
-def load_weights(model: nn.Module, checkpoint: Path) -> None:
-    """Copies the checkpoint's `model.*` tensors into `model`. ConfigError lists every tensor that is missing, extra or of another shape."""
-    weights = {k.removeprefix("model."): v for k, v in read_tensors(checkpoint, "model.").items()}
-    own = model.state_dict()
-    problems = [f"{k}: missing in the checkpoint" for k in own.keys() - weights.keys()]
-    problems += [f"{k}: unknown to the model" for k in weights.keys() - own.keys()]
-    problems += [
-        f"{k}: {tuple(weights[k].shape)} in the checkpoint, {tuple(own[k].shape)} in the model"
-        for k in own.keys() & weights.keys()
-        if own[k].shape != weights[k].shape
-    ]
-    if problems:
-        shown = "; ".join(sorted(problems)[:6]) + (f"; and {len(problems) - 6} more" if len(problems) > 6 else "")
-        raise ConfigError(
-            f"the weights in {checkpoint} do not fit this model: {shown}", fix="use the model settings that the run was trained with"
-        )
-    model.load_state_dict(weights)
+def load_weights(model: nn.Module, checkpoint: Path, partial: bool = False, aliases: Mapping[str, str] | None = None) -> None:
+    """Copies the checkpoint's `model.*` tensors into `model`, whose parameters may be DTensors; each process reads its pieces, no communication.
+
+    `partial`: the model is a part of the one that was saved (a pipeline rank's), so the checkpoint may hold more. `aliases` are {own name: name
+    in the checkpoint} for names that the checkpoint lacks: the head of a tied model, say, where it is held without the embedding.
+    ConfigError lists every tensor that is missing, extra or of another shape.
+    """
+    saved = {key.removeprefix("model."): size for key, (size, _) in tensor_sizes(checkpoint).items() if key.startswith("model.")}
+    own: dict[str, Any] = model.state_dict(keep_vars=True)
+    source = {name: name if name in saved else (aliases or {}).get(name, name) for name in own}
+    # Of a parameter with two names (tied weights) one is enough.
+    found = {id(x) for name, x in own.items() if source[name] in saved}
+    wanted = {source[name]: x for name, x in own.items() if source[name] in saved or id(x) not in found}
+    extra = [] if partial else saved.keys() - wanted.keys()
+    problems = misfits(saved, {name: x.shape for name, x in wanted.items()}, extra)
+    refuse_misfits(problems, f"the weights in {checkpoint} do not fit this model")
+    once = {id(x): name for name, x in wanted.items()}
+    read_into(checkpoint, {f"model.{name}": wanted[name] for name in once.values()})

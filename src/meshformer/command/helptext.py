@@ -13,8 +13,10 @@ meshformer: train a Transformer on real text, every setting an override.
   meshformer train [OVERRIDES]                  train; prints the run folder
   meshformer evaluate run=RUN [OVERRIDES]       loss, perplexity and bits per byte on a part of the data
   meshformer generate run=RUN prompt=TEXT       continue a text
+  meshformer convert run=RUN to=FORMAT          a checkpoint as one file, as weights for other programs, or as a folder again
 
-RUN is a run folder, the end of its name, or `last`. An override is group=option or key=value."""
+RUN is a run folder, the end of its name, or `last`; where weights are read, a checkpoint RUN/checkpoints/step-… too.
+An override is group=option or key=value."""
 
 EXAMPLES = {
     "train": """\
@@ -36,6 +38,15 @@ Options: run, prompt, max_tokens, temperature, top_k, top_p, seed, count
 Examples
   meshformer generate run=last prompt='ROMEO: '
   meshformer generate run=last temperature=0.5 top_k=20 max_tokens=1000 count=3""",
+    "convert": """\
+Options: run, to, checkpoint (a step; else the newest), output (else RUN/exports/step-…)
+  to=single         one .ckpt file with everything; in RUN/checkpoints/ it is read like the folders there
+  to=safetensors    the weights alone
+  to=sharded        a checkpoint folder, of a .ckpt file or of another folder
+Examples
+  meshformer convert run=last to=safetensors
+  meshformer convert run=last to=single checkpoint=500 output=step-500.ckpt
+  meshformer convert run=step-00000500.ckpt to=sharded""",
 }
 
 FLAGS = """\

@@ -21,8 +21,10 @@ from omegaconf import DictConfig, OmegaConf, read_write
 
 from meshformer import compose
 from meshformer.checkpoint.find import checkpoints
+from meshformer.command.conversion import source_and_target
 from meshformer.command.folders import claim_folder, shared_folder
-from meshformer.config import ConfigError, Evaluate, Generate, validate
+from meshformer.config import ConfigError, Convert, Evaluate, Generate, validate
+from meshformer.config.paths import run_of
 from meshformer.config.resolve import outside
 from meshformer.explain import EXPLAINED, explain
 from meshformer.record import atomic_write_text
@@ -32,7 +34,7 @@ SHOWING = ("cfg", "info", "shell_completion", "hydra_help")
 
 
 def run_command(command: str, argv: Sequence[str]) -> int:
-    """Run `train`, `evaluate` or `generate` with Hydra's flags and overrides; return the exit code."""
+    """Run `train`, `evaluate`, `generate` or `convert` with Hydra's flags and overrides; return the exit code."""
     args = _parse(argv)
     config_name = args.config_name or command
     overrides: list[str] = list(args.overrides)
@@ -46,6 +48,8 @@ def run_command(command: str, argv: Sequence[str]) -> int:
         if any(getattr(args, name) for name in SHOWING):
             _show(hydra, args, config_name, overrides)
             return 0
+        if command == "convert":
+            return _convert(hydra, config_name, overrides, args.multirun)
         if command != "train":
             return _use_run(command, hydra, config_name, overrides, args.multirun)
         if args.multirun or compose.value_of(overrides, "hydra.mode") == "MULTIRUN":
@@ -113,7 +117,7 @@ def _train_from(args: argparse.Namespace, run_of: dict[str, str], overrides: lis
     if key == "resume" and any(override.startswith("hydra.run.dir=") for override in overrides):
         raise ConfigError("a resumed run stays in its folder", "hydra.run.dir", fix="Use fork= for a new one.")
     config_dir, name = args.config_dir or config_dir, args.config_name or config_name or "train"
-    both = [*before, *overrides]
+    both = compose.combine(before, overrides)
     hydra = compose.make_hydra(config_dir)
     with _explained(hydra, name, both):
         if any(getattr(args, show) for show in SHOWING):
@@ -189,10 +193,11 @@ def _use_run(command: str, hydra: Hydra, config_name: str, overrides: list[str],
         text, overrides = compose.take(overrides, "prompt")
     options = compose.plain(compose.compose_config(hydra, config_name, overrides))
     options = validate({**options, **text}, Evaluate if command == "evaluate" else Generate)
-    run = compose.locate(options["run"], options["paths"]["runs"], "run")
+    source = compose.locate_weights(options["run"], options["paths"]["runs"], "run")
+    run = run_of(source)
     if not checkpoints(run):
         raise ConfigError("there is no checkpoint in that run to read", "run", options["run"])
-    options["run"] = str(run)
+    options["run"] = str(source)
     config = _changed(run, changes) if changes else compose.read_config(run)
     config["allow"] = options["allow"]
     # One process reads a run, whatever layout wrote it.
@@ -213,6 +218,19 @@ def _use_run(command: str, hydra: Hydra, config_name: str, overrides: list[str],
     else:
         from meshformer.generate import generate as use
     use({**config, "resume": None}, options)
+    return 0
+
+
+def _convert(hydra: Hydra, config_name: str, overrides: list[str], multirun: bool) -> int:
+    if multirun:
+        raise ConfigError("meshformer convert reads one checkpoint", "--multirun", fix="Leave -m out.")
+    text, overrides = compose.take(overrides, "output")  # a path: not Hydra's to read
+    options = compose.plain(compose.compose_config(hydra, config_name, overrides))
+    options = validate({**options, **text}, Convert)
+    source, target = source_and_target(options)
+    from meshformer.convert import convert  # imports torch
+
+    convert(source, target, options["to"])
     return 0
 
 

@@ -4,7 +4,7 @@ from meshformer.config.allow import check_object, check_target
 from meshformer.config.check import check
 from meshformer.config.errors import ConfigError
 from meshformer.config.resolve import resolve
-from meshformer.config.schema import Evaluate, Generate, Root, validate
+from meshformer.config.schema import Convert, Evaluate, Generate, Root, validate
 from meshformer.config.suggest import did_you_mean
 
-__all__ = ["ConfigError", "Evaluate", "Generate", "Root", "check", "check_object", "check_target", "did_you_mean", "resolve", "validate"]
+__all__ = ["ConfigError", "Convert", "Evaluate", "Generate", "Root", "check", "check_object", "check_target", "did_you_mean", "resolve", "validate"]

@@ -10,6 +10,7 @@ import yaml
 
 from meshformer.config.check_layout import check_batch, check_cut, check_processes, check_settings
 from meshformer.config.errors import ConfigError
+from meshformer.config.paths import run_of
 from meshformer.config.suggest import did_you_mean
 
 Config = dict[str, Any]
@@ -118,7 +119,7 @@ def _stage(config: Config) -> None:
         raise ConfigError(
             "stage=finetune needs weights to start from", "stage.init_from", fix="Add stage.init_from=RUN, a run folder or last."
         )
-    recorded = Path(source) / "config.yaml"
+    recorded = run_of(source) / "config.yaml"
     if not recorded.is_file():
         raise ConfigError("is not a run folder: it holds no config.yaml", "stage.init_from", source)
     before = yaml.safe_load(recorded.read_text(encoding="utf-8"))

@@ -168,6 +168,17 @@ class Generate:
     allow: list[str] = field(default_factory=list)
 
 
+@dataclass
+class Convert:
+    """Options of `meshformer convert`."""
+
+    run: str
+    to: Literal["sharded", "single", "safetensors"]
+    paths: RunsPath
+    checkpoint: Count | str | None = None
+    output: str | None = None
+
+
 SECTIONS: dict[str, type] = {c.__name__: c for c in (Paths, Trainer, Data, Stage, Strategy, RunsPath)}
 
 

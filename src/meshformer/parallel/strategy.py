@@ -23,6 +23,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.parallel import loss_parallel
 
+from meshformer.checkpoint.folder import read_rest
+from meshformer.checkpoint.lightning_io import FolderCheckpointIO, split
+from meshformer.checkpoint.optimizer import complete_groups, read_optimizer
+from meshformer.checkpoint.weights import load_weights
 from meshformer.config.degrees import Degrees
 
 from .context import ContextAxis
@@ -56,6 +60,8 @@ class MeshStrategy(ModelParallelStrategy):
         self._setup_distributed()
         if self._device_mesh is None:
             self._device_mesh = make_mesh(self.degrees, self.root_device.type)
+            # Checkpoints are agreed upon by the hosts, possibly while training communicates in other groups.
+            self._hosts = dist.new_group(backend="gloo", timeout=self._timeout)
         assert self.lightning_module is not None
 
     def _get_process_group_backend(self) -> str:
@@ -137,9 +143,7 @@ class MeshStrategy(ModelParallelStrategy):
             model.tie_weights()  # plain tensors were replaced by new ones, each by its own
         fill(model, task.seed, self.aliases)
         if self.init_from is not None:
-            from meshformer.checkpoint.weights import load_weights
-
-            load_weights(model, self.init_from)
+            load_weights(model, self.init_from, partial=self.pipeline is not None, aliases=self.aliases)
         if degrees.tensor > 1 and settings["loss_parallel"]:
             self._loss_parallel = loss_parallel()
             self._loss_parallel.__enter__()
@@ -255,11 +259,45 @@ class MeshStrategy(ModelParallelStrategy):
             return None
         return {name: value for part in parts for name, value in part.items()}
 
+    # --- checkpoints: every rank writes and reads its own pieces, by name
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        self._give_back()
+        assert self.lightning_module is not None
+        return self.lightning_module.state_dict()
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        return getattr(optimizer, "_optimizer", optimizer).state_dict()
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        tensors, rest = split(checkpoint, skip=set(self.aliases.values()))
+        for optimizer in rest["optimizer_states"]:
+            groups: list[Any] = [None] * self.world_size
+            dist.all_gather_object(groups, optimizer["param_groups"], group=self._hosts)
+            optimizer["param_groups"] = complete_groups(groups, self.lightning_module.trained_names)  # pyright: ignore
+        self._checkpoints.write(Path(self.broadcast(filepath)), tensors, rest, self._hosts)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        path, task = Path(self.broadcast(checkpoint_path)), self.lightning_module
+        assert task is not None
+        self._give_back()
+        load_weights(task.model, path, partial=self.pipeline is not None, aliases=self.aliases)  # pyright: ignore[reportArgumentType]
+        rest = read_rest(path)
+        for optimizer, saved in zip(self.optimizers, rest["optimizer_states"], strict=False):
+            optimizer.load_state_dict(read_optimizer(path, optimizer, saved["param_groups"]))
+        return rest
+
+    @property
+    def _checkpoints(self) -> FolderCheckpointIO:
+        assert isinstance(self.checkpoint_io, FolderCheckpointIO), "build.py gives the Trainer a FolderCheckpointIO"
+        return self.checkpoint_io
+
     def _give_back(self) -> None:
         for stage in self._stages:
             give_back(stage)
 
     def teardown(self) -> None:
+        self.checkpoint_io.teardown()
         self._loss_parallel.__exit__(None, None, None)
         self._loss_parallel = nullcontext()
         super().teardown()

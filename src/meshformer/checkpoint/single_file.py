@@ -1,0 +1,127 @@
+"""Checkpoints as single files, for moving and publishing; `meshformer convert` makes them of the folders that training writes.
+
+`.ckpt`           all of a checkpoint under the folder's keys: torch.save of {"tensors": {key: tensor}, "rest": {…}}, read with weights_only=True
+`.safetensors`    the weights alone, under the names of the model's parameters. Tied weights are stored once; the metadata say under which
+                  names they are to be found too, and this module's reader shows them under both.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from meshformer.config.errors import ConfigError
+
+from .find import SINGLE, WEIGHTS
+
+DAMAGED = (RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError, safetensors.SafetensorError)
+
+
+def is_single(path: Path) -> bool:
+    return Path(path).suffix in (SINGLE, WEIGHTS)
+
+
+def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """(tensors by key, rest); `rest` is None for weights alone. Tensors are views of the file: only what is used of them is read.
+
+    ConfigError when it is not such a file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"{path} is not there", fix="Name a file that `meshformer convert` made.")
+    try:
+        if path.suffix == WEIGHTS:
+            with safetensors.safe_open(path, framework="pt") as file:
+                tied = json.loads((file.metadata() or {}).get("tied", "{}"))
+            weights = safetensors.torch.load_file(path)
+            weights |= {name: weights[first] for name, first in tied.items()}
+            return {f"model.{name}": x for name, x in weights.items()}, None
+        held = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return held["tensors"], held["rest"]
+    except DAMAGED as error:
+        raise ConfigError(
+            f"{path} cannot be read as a checkpoint ({_first_line(error)})", fix="Name a file made by `meshformer convert`."
+        ) from error
+
+
+def write_single(path: Path, tensors: Mapping[str, Tensor], rest: dict[str, Any]) -> None:
+    """A complete checkpoint in one file; appears under its name when it is complete."""
+    whole = {
+        key: x if x.untyped_storage().nbytes() == x.nbytes else x.clone() for key, x in tensors.items()
+    }  # a view would bring its storage
+
+    def write(aside: Path) -> None:
+        with naming_the_cause(), open(aside, "wb") as file:
+            torch.save({"tensors": whole, "rest": rest}, file)
+
+    _atomically(path, write)
+
+
+def write_weights(path: Path, tensors: Mapping[str, Tensor], tied: Mapping[str, str], about: Mapping[str, Any]) -> None:
+    """The tensors `model.*` as safetensors. `tied`: {name: the name of the same weights}; `about` goes to the metadata, as JSON."""
+    weights = {key.removeprefix("model."): x.contiguous() for key, x in tensors.items() if key.startswith("model.")}
+    metadata = {"format": "pt", "names": json.dumps(list(weights)), "tied": json.dumps(dict(tied))}
+    metadata |= {key: json.dumps(value) for key, value in about.items()}
+    stored = {name: x for name, x in weights.items() if name not in tied}
+    _atomically(path, lambda aside: safetensors.torch.save_file(stored, aside, metadata=metadata))
+
+
+def tied_weights(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> dict[str, str]:
+    """{name: first name} of weights that a checkpoint holds under two names: an optimizer lists a parameter once, by its first."""
+    listed = [name for state in rest["optimizer_states"] for group in state["param_groups"] for name in group["param_names"]]
+    weights = {key.removeprefix("model."): x for key, x in tensors.items() if key.startswith("model.")}
+    same = {
+        name: next((first for first in listed if weights[first].shape == x.shape and torch.equal(weights[first], x)), None)
+        for name, x in weights.items()
+        if name not in listed
+    }
+    return {name: first for name, first in same.items() if first is not None}
+
+
+def _atomically(path: Path, write: Callable[[Path], None]) -> None:
+    path = Path(path)
+    aside = path.with_name(path.name + ".tmp")
+    try:
+        write(aside)
+        with open(aside, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+@contextmanager
+def naming_the_cause() -> Iterator[None]:
+    """When a disk is full, torch's archives raise "unexpected pos 704 vs 598": raises the error behind that instead."""
+    try:
+        yield
+    except RuntimeError as error:
+        cause = error.__context__
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__context__
+        if cause is None:
+            raise
+        raise cause from None
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames in it survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -1,0 +1,71 @@
+"""Which file or folder `meshformer convert` reads and which it writes. No torch: what is wrong with either is found first."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from meshformer import compose
+from meshformer.checkpoint.find import SINGLE, WEIGHTS, checkpoints, is_complete, step_of
+from meshformer.config import ConfigError, did_you_mean
+from meshformer.config.paths import run_of
+
+SUFFIX = {"sharded": "", "single": SINGLE, "safetensors": WEIGHTS}
+
+
+def source_and_target(options: dict[str, Any]) -> tuple[Path, Path]:
+    """(checkpoint to read, path to write) of the options of `meshformer convert`. ConfigError for what cannot be."""
+    source = _source(options["run"], options["checkpoint"], options["paths"]["runs"])
+    if source.suffix == WEIGHTS:
+        raise ConfigError(
+            "it holds weights alone, and a checkpoint also holds the optimizer's state and the position in the data",
+            "run",
+            options["run"],
+            fix="Name the run, checkpoint folder or .ckpt file that it was made from.",
+        )
+    return source, _target(source, options["to"], options["output"])
+
+
+def _source(spec: str, checkpoint: int | str | None, runs: str) -> Path:
+    path = Path(spec).expanduser().absolute()
+    is_file = path.suffix in (SINGLE, WEIGHTS)
+    if is_file and not path.is_file():
+        raise ConfigError("there is no such file", "run", spec)
+    if not is_file and not (path.is_dir() and is_complete(path)):
+        path = compose.locate_weights(spec, runs, "run")
+    found = checkpoints(path)
+    if is_file or is_complete(path):
+        if checkpoint is not None:
+            raise ConfigError("run= names a checkpoint already", "checkpoint", checkpoint, fix="Leave it out.")
+        return path
+    if not found:
+        raise ConfigError("there is no checkpoint in that run to read", "run", spec)
+    if checkpoint is None:
+        return found[-1]
+    chosen = [one for one in found if checkpoint in (step_of(one), one.name)]
+    if not chosen:
+        raise ConfigError(
+            "the run has no such checkpoint",
+            "checkpoint",
+            checkpoint,
+            fix=did_you_mean(str(checkpoint), [str(step_of(one)) for one in found]),
+        )
+    return chosen[-1]
+
+
+def _target(source: Path, to: str, output: str | None) -> Path:
+    suffix = SUFFIX[to]
+    if output is None:
+        folder = run_of(source) / "exports" if run_of(source) != source else source.parent
+        target = folder / (source.name.removesuffix(SINGLE) + suffix)
+    else:
+        target = Path(output).expanduser().absolute()
+        if (target.suffix if target.suffix in (SINGLE, WEIGHTS) else "") != suffix:
+            named = f"ends in {suffix}" if suffix else "is a folder, so it has no such ending"
+            raise ConfigError(f"what to={to} writes {named}", "output", output, fix=f"Use output={target.with_suffix(suffix)}.")
+    if target.exists():
+        raise ConfigError("it is there already", "output", str(target), fix="Name another with output=…, or remove it.")
+    around = next(parent for parent in target.parents if parent.exists())
+    if not around.is_dir():
+        raise ConfigError(f"{around} is a file", "output", str(target))
+    return target

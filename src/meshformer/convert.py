@@ -1,0 +1,56 @@
+"""`meshformer convert`: a checkpoint in another format, in one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+from meshformer.checkpoint.folder import read_rest, read_tensors, write_folder
+from meshformer.checkpoint.single_file import tied_weights, write_single, write_weights
+from meshformer.config.errors import ConfigError
+from meshformer.config.paths import run_of
+
+
+def convert(source: Path, target: Path, to: str) -> None:
+    """Writes the checkpoint `source` (a folder or a .ckpt file) to the path `target`, which must be free, and prints how to use it.
+
+    `to`: sharded (a folder), single (one file), safetensors (the weights alone). Tensors keep their types and bits. As much memory is needed
+    as the checkpoint is large.
+    """
+    tensors, rest = read_tensors(source), read_rest(source)
+    step = rest.get("step")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if to == "sharded":
+            write_folder(target, tensors, rest)
+        elif to == "single":
+            write_single(target, tensors, rest)
+        else:
+            about = {"step": step, "model": _model_settings(run_of(source))}
+            write_weights(target, tensors, tied_weights(tensors, rest), {k: v for k, v in about.items() if v is not None})
+    except (OSError, RuntimeError) as error:  # torch's archives report a full disk as the latter
+        raise ConfigError(f"it cannot be written ({error})", "output", str(target)) from error
+    print(_told(target, to, step))
+
+
+def _model_settings(run: Path) -> dict | None:
+    """What the model was built from, where it is known: the names of its parameters alone do not say."""
+    file = run / "config.yaml"
+    return yaml.safe_load(file.read_text(encoding="utf-8"))["model"] if file.is_file() else None
+
+
+def _told(target: Path, to: str, step: int | None) -> str:
+    files = list(target.iterdir()) if target.is_dir() else [target]
+    size = sum(file.stat().st_size for file in files) / 1e6
+    what = "weights" if to == "safetensors" else "weights, optimizer state and position"
+    uses = {
+        "safetensors": [("load", f"safetensors.torch.load_file({str(target)!r})")],
+        "single": [
+            ("load", f"torch.load({str(target)!r}, weights_only=True)"),
+            ("in a run", "move it to checkpoints/ of the run folder; resume, evaluate, generate and finetune read it there"),
+        ],
+        "sharded": [("in a run", "move it to checkpoints/ of the run folder; resume, evaluate, generate and finetune read it there")],
+    }
+    lines = [f"{target}", f"  {what} of step {step}, {size:.1f} MB"]
+    return "\n".join([*lines, *(f"  {name:<9} {how}" for name, how in uses[to])])
