@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
-# name -> sizes of its axes (replicate, shard, tensor). 7 rows and 5 over 2, 3 and 4 processes are uneven everywhere; the gain of 3 leaves some without any.
+# name -> sizes of its axes (replicate, shard, tensor). 7 rows and 5 are uneven over 2, 3 and 4 processes; the gain of 3 leaves some without any.
 LAYOUTS = {
     "one": (1, 1, 1),
     "shard 2": (1, 2, 1),

@@ -138,7 +138,9 @@ def evaluated(capsys: pytest.CaptureFixture[str], run: Path) -> tuple[str, float
     return lines[0], next(float(line.split()[1]) for line in lines if line.startswith("  val/loss"))
 
 
-def test_evaluate_and_generate_read_a_named_checkpoint(run: Path, only_single: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluate_and_generate_read_a_named_checkpoint(
+    run: Path, only_single: Path, work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = work / "run" / "checkpoints" / STEP
     shown, loss = evaluated(capsys, folder)
     newest = evaluated(capsys, work / "run")
@@ -174,7 +176,13 @@ def test_finetune_starts_from_a_named_checkpoint(
     only_single: Path, work: Path, tmp_path: Path, source: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoint = work / "run" / "checkpoints" / STEP if source == "folder" else only_single / "checkpoints" / f"{STEP}.ckpt"
-    settings = [*TINY, f"data.files=[{work}/text.txt]", f"paths.data={work}/cache", f"hydra.run.dir={tmp_path}/tuned", "trainer.max_steps=1"]
+    settings = [
+        *TINY,
+        f"data.files=[{work}/text.txt]",
+        f"paths.data={work}/cache",
+        f"hydra.run.dir={tmp_path}/tuned",
+        "trainer.max_steps=1",
+    ]
     assert main(["train", *settings, "stage=finetune", f"stage.init_from={checkpoint}", "stage.lr_scale=1e-9"]) == 0
     assert read_config(tmp_path / "tuned")["stage"]["init_from"] == str(checkpoint)
     tuned = read_metrics(tmp_path / "tuned" / "metrics.csv")[-1]["val/loss"]
@@ -208,7 +216,10 @@ def test_mistakes_are_one_sentence_without_torch(work: Path, words: list[str], m
     before = sorted(p for p in work.rglob("*"))
     script = "import sys; from meshformer.cli import main; c = main(sys.argv[1:]); print('TORCH', 'torch' in sys.modules); sys.exit(c)"
     done = subprocess.run(
-        [sys.executable, "-c", script, "convert", *(word.format(run=work / "run") for word in words)], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", script, "convert", *(word.format(run=work / "run") for word in words)],
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert done.returncode == 2, done.stderr
     assert message in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -108,27 +109,85 @@ def test_multirun_gives_every_point_processes_and_a_folder_of_its_own(work: Path
     assert json.loads((work / "sweep" / "1" / "run.json").read_text())["layout"]["processes"] == 2
 
 
-def test_a_failing_rank_ends_the_job_with_its_own_words(work: Path) -> None:
-    (work / "broken_task.py").write_text(
-        "import os\n"
+def broken_task(work: Path, mistake: str) -> list[str]:
+    """Settings of a task in which rank 1 does `mistake` in the third step."""
+    name = f"broken_{abs(hash(mistake))}"
+    (work / f"{name}.py").write_text(
+        "import os, time\n"
         "from meshformer.tasks import LanguageModelling\n"
         "class Broken(LanguageModelling):\n"
         "    def losses(self, batch, phase):\n"
         "        if os.environ['RANK'] == '1' and self.trainer.global_step == 2:\n"
-        "            raise RuntimeError('the widget fell off')\n"
+        f"            {mistake}\n"
         "        return super().losses(batch, phase)\n"
     )
-    command = settings(
-        work, "strategy=ddp", "trainer.devices=2", f"hydra.run.dir={work}/failed", "task._target_=broken_task.Broken", "allow=[broken_task]"
-    )
+    return [f"task._target_={name}.Broken", f"allow=[{name}]"]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "pipeline"])
+def test_a_failing_rank_ends_the_job_with_its_own_words(work: Path, strategy: str) -> None:
+    task = broken_task(work, "raise RuntimeError('the widget fell off')")
+    command = settings(work, f"strategy={strategy}", "trainer.devices=2", f"hydra.run.dir={work}/failed-{strategy}", *task)
     begun = time.monotonic()
-    path = f"{ROOT / 'src'}{os.pathsep}{work}"
-    done = start([*CLI, *command], PYTHONPATH=path)
+    done = start([*CLI, *command], PYTHONPATH=f"{ROOT / 'src'}{os.pathsep}{work}")
     assert done.returncode == 1
     assert "rank 1 failed: RuntimeError: the widget fell off" in done.stderr
     assert "in losses" in done.stderr, "the failing rank's own traceback is shown"
-    assert time.monotonic() - begun < 120
-    assert json.loads((work / "failed" / "run.json").read_text())["state"] == "failed"
+    assert time.monotonic() - begun < 60
+    assert json.loads((work / f"failed-{strategy}" / "run.json").read_text())["state"] == "failed"
+
+
+def test_a_hung_rank_ends_the_job_after_the_timeout(work: Path) -> None:
+    task = broken_task(work, "time.sleep(600)")
+    folder = work / "hung"
+    command = settings(work, "strategy=fsdp", "trainer.devices=2", "strategy.timeout=5", f"hydra.run.dir={folder}", *task)
+    begun = time.monotonic()
+    done = start([*CLI, *command], PYTHONPATH=f"{ROOT / 'src'}{os.pathsep}{work}")
+    assert done.returncode == 1
+    assert "rank 0 waited for rank 1, longer than strategy.timeout allows" in done.stderr, done.stderr
+    assert time.monotonic() - begun < 60
+    record = json.loads((folder / "run.json").read_text())
+    assert record["state"] == "failed"
+
+
+def test_srun_from_outside_trains_in_one_folder(work: Path) -> None:
+    """What srun sets, set by hand: two tasks on one node."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [*CLI, *settings(work, "strategy=tensor", "trainer.devices=2", f"hydra.run.dir={work}/srun")]
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "TORCHELASTIC", "SLURM"))}
+    tasks = []
+    for rank in range(2):
+        slurm = {
+            "SLURM_JOB_ID": "77", "SLURM_JOB_NAME": "train", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2",
+            "SLURM_STEP_NUM_NODES": "1", "SLURM_NNODES": "1", "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_NODEID": "0",
+            "SLURM_NTASKS_PER_NODE": "2", "SLURM_JOB_NODELIST": "localhost", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        }  # fmt: skip
+        env = clean | {"PYTHONPATH": f"{ROOT / 'src'}", "OMP_NUM_THREADS": "1"} | slurm
+        tasks.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env))
+    ends = [task.communicate(timeout=180) for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0], ends
+    assert sum(out.count("run folder") for out, _ in ends) == 1
+    assert json.loads((work / "srun" / "run.json").read_text())["layout"]["tensor"] == 2
+
+
+def test_torchrun_on_two_nodes_trains_a_product_of_axes(work: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    nodes = []
+    for node in range(2):
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node-rank={node}", "--nproc-per-node=2"]
+        torchrun += ["--master-addr=127.0.0.1", f"--master-port={port}", "-m", "meshformer.cli", "train"]
+        command = settings(work, "strategy=hsdp", "trainer.num_nodes=2", "trainer.devices=2", f"hydra.run.dir={work}/nodes2")
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "TORCHELASTIC"))}
+        env = clean | {"PYTHONPATH": f"{ROOT / 'src'}", "OMP_NUM_THREADS": "1"}
+        nodes.append(subprocess.Popen([*torchrun, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env))
+    ends = [node.communicate(timeout=180) for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], ends
+    layout = json.loads((work / "nodes2" / "run.json").read_text())["layout"]
+    assert (layout["replicate"], layout["shard"], layout["processes"]) == (2, 2, 4)
 
 
 def test_ctrl_c_exits_130_and_the_record_says_so(work: Path) -> None:

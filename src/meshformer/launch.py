@@ -20,6 +20,7 @@ from meshformer.config.errors import ConfigError
 from meshformer.config.resolve import outside
 from meshformer.record.run_json import RunRecord
 
+TIMED_OUT = ("Timed out waiting", "Watchdog caught collective operation timeout", "Timed out after")  # gloo's words, and NCCL's
 PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
 
@@ -50,7 +51,8 @@ def _launch_agent(config: dict[str, Any], folder: Path, processes: int) -> dict[
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     multiprocessing.set_forkserver_preload(["meshformer.train"])  # imported once, before the ranks are forked
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     agent = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -66,7 +68,11 @@ def _launch_agent(config: dict[str, Any], folder: Path, processes: int) -> dict[
     try:
         results = elastic_launch(agent, _worker)(config, str(folder), str(errors), os.getpid())
     except (ChildFailedError, SignalException) as failure:
-        cause = _first_cause(errors, failure) if isinstance(failure, ChildFailedError) else JobFailed("stopped by a signal to the command")
+        cause = (
+            _first_cause(errors, failure, processes)
+            if isinstance(failure, ChildFailedError)
+            else JobFailed("stopped by a signal to the command")
+        )
         record = RunRecord(folder)
         if record.fields.get("state") == "running":  # a rank that is killed cannot write its own end
             record.finish("failed", error=str(cause))
@@ -107,7 +113,7 @@ def _leave_with(launcher: int) -> None:
             os._exit(1)
 
 
-def _first_cause(errors: Path, failure: Exception) -> Exception:
+def _first_cause(errors: Path, failure: Exception, processes: int) -> Exception:
     notes = [json.loads(p.read_text()) for p in errors.glob("*.json")] if errors.is_dir() else []
     # A failing rank may close its connections before its own error is noted: that its peers lost it is never the cause.
     notes.sort(key=lambda note: (any(words in note["message"] for words in PEER_LOST), note["time"]))
@@ -116,6 +122,12 @@ def _first_cause(errors: Path, failure: Exception) -> Exception:
     first = notes[0]
     if first["config"] is not None:
         return ConfigError(*first["config"])
+    if any(words in first["message"] for words in TIMED_OUT):
+        silent = sorted(set(range(processes)) - {note["rank"] for note in notes})
+        of = f"rank{'s' * (len(silent) > 1)} {', '.join(map(str, silent))}" if silent else "another rank"
+        return JobFailed(
+            f"rank {first['rank']} waited for {of}, longer than strategy.timeout allows: hung, or slower than that", first["traceback"]
+        )
     return JobFailed(f"rank {first['rank']} failed: {first['type']}: {first['message']}", first["traceback"])
 
 

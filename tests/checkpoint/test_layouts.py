@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import pickle
 import resource
 import signal
 import threading
@@ -194,6 +195,24 @@ def test_values_take_the_type_of_what_they_are_read_into(tmp_path: Path) -> None
     x = torch.zeros(2, dtype=torch.bfloat16)
     read_into(tmp_path / "a", {"x": x})
     assert x.tolist() == [1.0, 2.5]
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return (print, ("executed",))
+
+
+def test_a_strangers_checkpoint_runs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_folder(tmp_path / "a", states(Net()), REST)
+    whole = (tmp_path / "a" / ".metadata").read_bytes()
+    for content in (pickle.dumps(Evil()), pickle.dumps({"a": 1}), whole[:-20], b""):
+        (tmp_path / "a" / ".metadata").write_bytes(content)
+        with pytest.raises(ConfigError, match="is damaged"):
+            read_tensors(tmp_path / "a")
+    torch.save({"a": Evil()}, tmp_path / "a" / "trainer.pt")
+    with pytest.raises(pickle.UnpicklingError):
+        read_rest(tmp_path / "a")
+    assert "executed" not in capsys.readouterr().out
 
 
 # --- parts of a model

@@ -1,4 +1,4 @@
-"""`python -m meshformer.bench [speed] [learning] [speedrun] [finetune] [layouts] [pipeline]`: prints figures with the date and the machine they were measured on."""
+"""`python -m meshformer.bench [speed] [learning] [speedrun] [finetune] [layouts] [pipeline]`: figures, with the date and the machine."""
 
 from __future__ import annotations
 

@@ -51,7 +51,11 @@ def report_layouts(options: argparse.Namespace) -> None:
                     Path(scratch), f"{turn}-{index}", *COMMON, *SIZE, *settings,
                     f"trainer.max_steps={STEPS}", f"trainer.log_every_n_steps={EVERY}",
                 )  # fmt: skip
-                rates = [float(row["train/tokens_per_second"]) for row in read_metrics(folder / "metrics.csv") if "train/tokens_per_second" in row]
+                rates = [
+                    float(row["train/tokens_per_second"])
+                    for row in read_metrics(folder / "metrics.csv")
+                    if "train/tokens_per_second" in row
+                ]
                 times[name].append(16 * 128 / statistics.median(rates[WARM_UP_ROWS:]))
     print(f"  {', '.join(SIZE)}; 2 ranks, 1 thread each, gloo")
     for name, measured in times.items():

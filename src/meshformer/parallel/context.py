@@ -101,4 +101,3 @@ class ContextAxis:
 
 def _all_to_all(x: Tensor, group: Any) -> Tensor:
     return all_to_all_single_autograd(x, None, None, group)
-

@@ -128,8 +128,7 @@ class Stage(nn.Module):
         self.micro_inputs: list[dict[str, Any]] = []
 
     def forward(self, x: Tensor, number: Tensor) -> Tensor:
-        first, *others = self.micro_inputs[int(number)].items()
-        name, tokens_BT = first
+        (_, tokens_BT), *others = self.micro_inputs[int(number)].items()
         inputs = dict(others)
         length = None if self.part.embedding is not None else tokens_BT.shape[1]
         with self.context():
@@ -154,7 +153,7 @@ class _Deposit(torch.autograd.Function):
 class Pipeline:
     """Runs batches through the stages of this rank and its pipeline peers; put on `Task.pipeline` by the strategy."""
 
-    def __init__(self, task: Any, stages: list[nn.Module], numbers: list[int], n_stages: int, mesh: DeviceMesh, strategy: dict[str, Any]):
+    def __init__(self, task: Any, stages: list[Any], numbers: list[int], n_stages: int, mesh: DeviceMesh, strategy: dict[str, Any]):
         self.task, self.stages, self.numbers, self.n_stages = task, stages, numbers, n_stages
         self.group, self.rank, self.size = mesh.get_group(), mesh.get_local_rank(), mesh.size()
         self.schedule, self.microbatches = SCHEDULES[strategy["schedule"]], strategy["microbatches"]
@@ -180,7 +179,7 @@ class Pipeline:
         cuts = {name: x.chunk(n) if x.shape[0] == size else [x] * n for name, x in batch.items()}
         self._micro, self._phase = [{name: parts[i] for name, parts in cuts.items()} for i in range(n)], phase
         for stage in self.stages:
-            stage.micro_inputs = [self.task.inputs(micro) for micro in self._micro]  # pyright: ignore[reportAttributeAccessIssue]
+            stage.micro_inputs = [self.task.inputs(micro) for micro in self._micro]
         arguments = (next(iter(self.task.inputs(batch).values())),) if self.has_first else ()
         losses: list[Tensor] = []
         number = torch.arange(n)
@@ -219,17 +218,15 @@ class Pipeline:
         if key not in self._made:
             multi = issubclass(self.schedule, PipelineScheduleMulti)
             device = self.task.device
-            stages = [
-                PipelineStage(s, i, self.n_stages, device, group=self.group) for s, i in zip(self.stages, self.numbers, strict=True)
-            ]
-            make = self.schedule if train else ScheduleLoopedBFS if multi else ScheduleGPipe
+            stages = [PipelineStage(s, i, self.n_stages, device, group=self.group) for s, i in zip(self.stages, self.numbers, strict=True)]
+            make: Any = self.schedule if train else ScheduleLoopedBFS if multi else ScheduleGPipe
             # Losses are sums already: scaling by the micro-batches would divide what is pending once more at every call.
             self._made[key] = make(stages if multi else stages[0], n_microbatches=n, loss_fn=self._loss, scale_grads=False)
         return self._made[key]
 
     def _loss(self, output: Tensor, number: Tensor) -> Tensor:
         i = int(number)
-        with self.stages[-1].context():  # pyright: ignore[reportCallIssue]
+        with self.stages[-1].context():
             loss, self._counts[i] = self.task.scored(output, self._micro[i], self._phase)
         for other in [k for k in self._counts if k >= len(self._micro)]:
             del self._counts[other]  # of a batch that had more micro-batches
@@ -262,4 +259,3 @@ class Pipeline:
 def local(x: Any) -> Tensor:
     """This rank's piece of a parameter or gradient."""
     return x.to_local() if isinstance(x, DTensor) else x
-

@@ -18,7 +18,8 @@ from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.parallel import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor, nn
+from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.parallel import loss_parallel
@@ -61,7 +62,7 @@ class MeshStrategy(ModelParallelStrategy):
         if self._device_mesh is None:
             self._device_mesh = make_mesh(self.degrees, self.root_device.type)
             # Checkpoints are agreed upon by the hosts, possibly while training communicates in other groups.
-            self._hosts = dist.new_group(backend="gloo", timeout=self._timeout)
+            self._hosts: Any = dist.new_group(backend="gloo", timeout=self._timeout)
         assert self.lightning_module is not None
 
     def _get_process_group_backend(self) -> str:
@@ -112,7 +113,8 @@ class MeshStrategy(ModelParallelStrategy):
             _optimizers_to_device(self.optimizers, self.root_device)
 
     def _build(self, task: Any) -> None:
-        model, settings, degrees = self.precision_plugin.convert_module(task.model), self.settings, self.degrees
+        settings, degrees = self.settings, self.degrees
+        model: Any = self.precision_plugin.convert_module(task.model)
         self.tied = model.tie_embeddings
         parts, numbers = [model], [0]
         n_stages = degrees.pipeline * settings["stages_per_rank"]
@@ -128,7 +130,9 @@ class MeshStrategy(ModelParallelStrategy):
             if degrees.tensor > 1:
                 apply_tensor_parallel(part, self.axis("tensor"), settings["sequence_parallel"], settings["loss_parallel"])
             apply_levers(part.blocks, settings["activation_checkpointing"], self.compile)
-        stages = parts if degrees.pipeline == 1 else [Stage(part, self.precision_plugin.forward_context) for part in parts]
+        stages: list[Any] = list(parts)
+        if degrees.pipeline > 1:
+            stages = [Stage(part, self.precision_plugin.forward_context) for part in parts]
         self._stages = stages
         if self._uses_fsdp:
             mesh = self.device_mesh["replicate", "sharded"] if degrees.replicate > 1 else self.axis("sharded")
@@ -153,7 +157,7 @@ class MeshStrategy(ModelParallelStrategy):
     def _measure_pieces(self, task: Any) -> None:
         """For each trained parameter: on how many ranks of its pipeline stage the same piece lies, for the norm of the whole gradient."""
         ranks = self.world_size // self.degrees.pipeline
-        self._trained: list[tuple[nn.Parameter, float]] = []
+        self._trained: list[tuple[Any, float]] = []
         for name, p in task.model.named_parameters():
             pieces = 1
             if isinstance(p, DTensor):
@@ -174,10 +178,6 @@ class MeshStrategy(ModelParallelStrategy):
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
         batch = super().batch_to_device(batch, device, dataloader_idx)
         return batch if self.context is None else self.context.cut(batch)
-
-    @property
-    def _stages_open_precision(self) -> bool:
-        return self.pipeline is not None
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         return self._step("training_step", super().training_step, *args, **kwargs)
@@ -226,9 +226,9 @@ class MeshStrategy(ModelParallelStrategy):
 
     def _all_reduce(self, pieces: list[Tensor]) -> None:
         """Sums over `replicate`, all gradients in one go."""
-        flat = torch._utils._flatten_dense_tensors(pieces)
+        flat = _flatten_dense_tensors(pieces)
         dist.all_reduce(flat, group=self.axis("replicate").get_group())
-        for piece, total in zip(pieces, torch._utils._unflatten_dense_tensors(flat, pieces), strict=True):
+        for piece, total in zip(pieces, _unflatten_dense_tensors(flat, pieces), strict=True):
             piece.copy_(total)
 
     # --- what is measured

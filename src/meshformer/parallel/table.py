@@ -17,7 +17,8 @@ def axes_table(degrees: Degrees, settings: dict[str, Any], blocks_per_stage: lis
         "replicate": "samples; each copy holds what the other axes leave",
         "shard": "samples; parameters, gradients and optimizer state in equal parts",
         "context": f"every sequence, in stretches of time ({exact.get(settings.get('context_method', ''), '')})",
-        "tensor": "heads, hidden units and vocabulary of every layer" + "; activations along time" * bool(settings.get("sequence_parallel")),
+        "tensor": "heads, hidden units and vocabulary of every layer"
+        + "; activations along time" * bool(settings.get("sequence_parallel")),
     }
     return [(axis, getattr(degrees, axis), text) for axis, text in texts.items() if getattr(degrees, axis) > 1]
 

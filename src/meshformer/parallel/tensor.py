@@ -31,7 +31,10 @@ class Replicated(ParallelStyle):
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         def inward(_: nn.Module, inputs: tuple[Any, ...], mesh: DeviceMesh) -> tuple[Any, ...]:
-            return tuple(DTensor.from_local(x, mesh, (Replicate(),), run_check=False) if isinstance(x, Tensor) and not isinstance(x, DTensor) else x for x in inputs)
+            return tuple(
+                DTensor.from_local(x, mesh, (Replicate(),), run_check=False) if isinstance(x, Tensor) and not isinstance(x, DTensor) else x
+                for x in inputs
+            )
 
         def outward(_: nn.Module, output: Any, mesh: DeviceMesh) -> Any:
             return output.to_local() if isinstance(output, DTensor) else output
