@@ -194,6 +194,23 @@ def test_every_part_of_the_model_survives_the_cuts(references: References, model
     check_equal(references, processes, [*overrides, *MODELS[model]])
 
 
+# Rounding to 8 bits is noise of 1e-3 in the gradient of a small batch, and steps of a high rate amplify it: a larger batch, a lower rate.
+BF16 = ["trainer.precision=bf16-mixed", "optimizer.lr=0.02", "model.d_model=64", "data.context_length=32", "data.batch_size=32"]
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp", "tensor", "context", "pipeline"])
+def test_bf16_layout_equals_one_bf16_process(references: References, layout: str) -> None:
+    ours = run_ranks(2, rows, references.folder, f"bf16-{layout}", [f"strategy={layout}", "trainer.devices=2", *BF16])[0]
+    found = differences(ours, references(BF16))
+    assert max(found.values()) < 1e-3, found
+
+
+def test_negative_control_in_bf16(references: References) -> None:
+    overrides = ["strategy=fsdp", "trainer.devices=2", *BF16]
+    ours = run_ranks(2, rows, references.folder, "bf16-wrong", overrides, True, scale_by_a_hundredth)[0]
+    assert differences(ours, references(BF16))["grad_norm"] > 5e-3
+
+
 def test_rows_of_several_steps_are_means_over_all_ranks(references: References) -> None:
     every = "trainer.log_every_n_steps=5"
     reference = references([every])

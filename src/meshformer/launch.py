@@ -123,8 +123,9 @@ def _first_cause(errors: Path, failure: Exception, processes: int) -> Exception:
     if first["config"] is not None:
         return ConfigError(*first["config"])
     if any(words in first["message"] for words in TIMED_OUT):
-        silent = sorted(set(range(processes)) - {note["rank"] for note in notes})
-        of = f"rank{'s' * (len(silent) > 1)} {', '.join(map(str, silent))}" if silent else "another rank"
+        waited = {note["rank"] for note in notes if any(words in note["message"] for words in TIMED_OUT)}
+        others = set(range(processes)) - waited  # all that did not wait, but for those that the agent stopped before they gave up
+        of = f"rank {others.pop()}" if len(others) == 1 else "another rank"
         return JobFailed(
             f"rank {first['rank']} waited for {of}, longer than strategy.timeout allows: hung, or slower than that", first["traceback"]
         )

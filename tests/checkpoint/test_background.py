@@ -141,6 +141,25 @@ def test_ddp_saves_in_the_background_too(synchronous: Path) -> None:
     assert_same(synchronous / "ddp-background", synchronous / "ddp")
 
 
+def run_on_a_slow_disk(folder: Path, name: str, *settings: str) -> None:
+    write = dcp.FileSystemWriter.write_data
+
+    def slow(self: Any, *arguments: Any) -> Any:
+        time.sleep(0.3)  # several steps long: the next save must find this one unfinished
+        return write(self, *arguments)
+
+    dcp.FileSystemWriter.write_data = slow  # pyright: ignore[reportAttributeAccessIssue]
+    run_tiny(folder, name, *settings)
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "pipeline"])
+def test_a_run_in_pieces_saves_in_the_background_too(synchronous: Path, strategy: str) -> None:
+    layout = (f"strategy={strategy}", "trainer.devices=2")
+    run_ranks(2, run_tiny, synchronous, strategy, *SETTINGS, *layout)
+    run_ranks(2, run_on_a_slow_disk, synchronous, f"{strategy}-background", *SETTINGS, *layout, ASYNCHRONOUS, timeout=60)
+    assert_same(synchronous / f"{strategy}-background", synchronous / strategy)
+
+
 def test_old_checkpoints_are_removed_only_when_the_new_one_is_complete(synchronous: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[str]] = []
     write = dcp.FileSystemWriter.write_data
