@@ -139,7 +139,7 @@ def quiet_libraries() -> None:
     """Lightning's start-up lines and hints repeat what the run record says, on every rank."""
     import logging
 
-    for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning"):
+    for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "torch.distributed.tensor"):
         logging.getLogger(name).setLevel(logging.ERROR)
     if not sys.warnoptions:
         warnings.filterwarnings("ignore", module=r"(lightning|torch)\b.*")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,8 +17,6 @@ from meshformer.parallel.table import axes_table, pieces
 
 class Layout(Callback):
     """Prints the mesh (axis, degree, what it splits) and what each rank holds. `settings` is the strategy config node. State: none."""
-
-    MOST_ROWS = 8
 
     def __init__(self, settings: dict[str, Any]):
         self.settings = settings
@@ -34,18 +33,19 @@ class Layout(Callback):
     def _show(self, trainer: pl.Trainer, everyone: list[dict[str, int]]) -> None:
         degrees = Degrees.from_config(self.settings)
         device = str(trainer.strategy.root_device).partition(":")[0]
-        mesh = Table("axis", "degree", "splits", title=f"{trainer.world_size} processes on {device}: {degrees}", title_justify="left")
+        mesh = Table("axis", "degree", "splits", title=f"{trainer.world_size} processes on {device}", title_justify="left")
         for axis, degree, text in axes_table(degrees, self.settings, getattr(trainer.strategy, "blocks_per_stage", None)):
             mesh.add_row(axis, str(degree), text)
-        memory = Table("rank", "parameters", "weights", "gradients", "optimizer", "together")
+        memory = Table("ranks", "parameters each", "weights", "gradients", "optimizer", "together")
         for column in memory.columns[1:]:
             column.justify = "right"
-        for rank, held in enumerate(everyone[: self.MOST_ROWS]):
+        first = 0
+        for held, same in itertools.groupby(everyone):
+            count = len(list(same))
             parts = [held["bytes"], held["gradients"], held["optimizer"]]
-            memory.add_row(str(rank), f"{held['parameters']:,}", *map(_size, [*parts, sum(parts)]))
-        if len(everyone) > self.MOST_ROWS:
-            most = max(sum(v for k, v in held.items() if k != "parameters") for held in everyone)
-            memory.add_row("…", "", "", "", "", f"at most {_size(most)}")
+            ranks = f"{first}–{first + count - 1}" if count > 1 else str(first)
+            memory.add_row(ranks, f"{held['parameters']:,}", *map(_size, [*parts, sum(parts)]))
+            first += count
         console = Console(stderr=True)
         console.print(mesh)
         console.print(memory)

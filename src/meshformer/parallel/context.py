@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed._functional_collectives import all_gather_tensor, all_gather_tensor_autograd, all_to_all_single_autograd
+from torch.distributed._functional_collectives import all_gather_single, all_gather_single_autograd, all_to_all_single_autograd
 from torch.distributed.device_mesh import DeviceMesh
 
 from meshformer.model.attention import Attend, Mask
@@ -57,7 +57,7 @@ class ContextAxis:
         model.position.bias = bias
 
     def _gather(self, x_Bt: Tensor) -> Tensor:
-        return all_gather_tensor(x_Bt.contiguous(), 1, self.group)
+        return all_gather_single(x_Bt.contiguous(), 1, self.group)
 
     def _whole(self, mask: Mask) -> Mask:
         """The mask over all keys (and, for Ulysses, all queries); the same for every layer of a forward pass."""
@@ -73,7 +73,7 @@ class ContextAxis:
 
     def _across(self, attend: Attend) -> Attend:
         def all_gather(q_BHtD: Tensor, k_BKtD: Tensor, v_BKtD: Tensor, mask: Mask, bias: Tensor | None, dropout: float) -> Tensor:
-            both_2BKTD = all_gather_tensor_autograd(torch.stack((k_BKtD, v_BKtD)), 3, self.group)
+            both_2BKTD = all_gather_single_autograd(torch.stack((k_BKtD, v_BKtD)), 3, self.group)
             return attend(q_BHtD, both_2BKTD[0], both_2BKTD[1], self._whole(mask), bias, dropout)
 
         def ulysses(q_BHtD: Tensor, k_BKtD: Tensor, v_BKtD: Tensor, mask: Mask, bias: Tensor | None, dropout: float) -> Tensor:
