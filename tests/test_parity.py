@@ -54,6 +54,7 @@ LAYOUTS = [
 VARIANTS = [
     ("one rank", 1, ["strategy=tensor"]),
     ("fsdp, three ranks", 3, ["strategy=fsdp", "data.batch_size=18"]),
+    ("mesh: uneven shard 3 × tensor 2", 6, ["strategy=mesh", "strategy.shard=3", "strategy.tensor=2", "data.batch_size=18"]),
     ("no sequence parallel", 2, ["strategy=tensor", "strategy.sequence_parallel=false"]),
     ("loss parallel", 2, ["strategy=tensor", "strategy.loss_parallel=true"]),
     ("ulysses", 2, ["strategy=context", "strategy.context_method=ulysses"]),

@@ -18,6 +18,7 @@ from meshformer.checkpoint.find import latest_checkpoint
 from meshformer.checkpoint.folder import read_rest
 from meshformer.checkpoint.weights import load_weights
 from meshformer.config.errors import ConfigError
+from meshformer.config.paths import run_of
 from meshformer.data import TextData, load_tokenizer
 from meshformer.model import parameter_count, training_flops_per_token
 from meshformer.parallel.levers import apply_levers
@@ -37,7 +38,7 @@ def train(config: Config, folder: Path) -> dict[str, float]:
     init_from = config["stage"]["init_from"] if not continued else None  # a continued run has its weights already
     tokenizer = None  # made from the data, except in fine-tuning, which keeps the ids that the weights were trained with
     if config["stage"]["name"] == "finetune":
-        tokenizer = load_tokenizer(Path(continued or config["stage"]["init_from"]) / "tokenizer.json")
+        tokenizer = load_tokenizer(run_of(continued or config["stage"]["init_from"]) / "tokenizer.json")
     data = build_data(config, tokenizer)
     data.prepare_data()
     max_steps = total_steps(config, data.steps_per_epoch)

@@ -29,6 +29,7 @@ from meshformer.config.errors import ConfigError
 
 from . import single_file
 from .find import PARTS, REST
+from .metadata import read_metadata
 from .pieces import LoadPieces, Piece, SavePieces, pieces_of
 from .ranks import Ranks
 
@@ -125,7 +126,7 @@ def tensor_sizes(path: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
     if single_file.is_single(path):
         return {k: (x.shape, x.dtype) for k, x in single_file.load(path)[0].items()}
     _check_is_checkpoint(path)
-    metadata = dcp.FileSystemReader(path).read_metadata()
+    metadata = read_metadata(path)
     return {k: (m.size, m.properties.dtype) for k, m in metadata.state_dict_metadata.items() if isinstance(m, TensorStorageMetadata)}
 
 
@@ -165,7 +166,7 @@ def _fill(path: Path, pieces: dict[str, Piece]) -> None:
             piece.data.copy_(whole[key][piece.slices])
         return
     reader, planner = dcp.FileSystemReader(path), LoadPieces()
-    metadata = reader.read_metadata()
+    metadata = read_metadata(path)
     planner.set_up_planner(pieces, metadata)
     reader.set_up_storage_reader(metadata, True)
     reader.read_data(planner.create_local_plan(), planner).wait()

@@ -7,4 +7,16 @@ from meshformer.config.resolve import resolve
 from meshformer.config.schema import Convert, Evaluate, Generate, Root, validate
 from meshformer.config.suggest import did_you_mean
 
-__all__ = ["ConfigError", "Convert", "Evaluate", "Generate", "Root", "check", "check_object", "check_target", "did_you_mean", "resolve", "validate"]
+__all__ = [
+    "ConfigError",
+    "Convert",
+    "Evaluate",
+    "Generate",
+    "Root",
+    "check",
+    "check_object",
+    "check_target",
+    "did_you_mean",
+    "resolve",
+    "validate",
+]

@@ -21,12 +21,13 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import loss_parallel
 
 from meshformer.checkpoint.folder import read_rest
 from meshformer.checkpoint.lightning_io import FolderCheckpointIO, split
 from meshformer.checkpoint.optimizer import complete_groups, read_optimizer
+from meshformer.checkpoint.pieces import piece_of
 from meshformer.checkpoint.weights import load_weights
 from meshformer.config.degrees import Degrees
 
@@ -270,6 +271,7 @@ class MeshStrategy(ModelParallelStrategy):
         return getattr(optimizer, "_optimizer", optimizer).state_dict()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        self._checkpoints.wait()  # a save in the background communicates among the hosts as well
         tensors, rest = split(checkpoint, skip=set(self.aliases.values()))
         for optimizer in rest["optimizer_states"]:
             groups: list[Any] = [None] * self.world_size
@@ -308,8 +310,6 @@ def fill(model: Any, seed: int, aliases: dict[str, str]) -> None:
     """First values: each parameter's whole value is a function of (seed, name) alone, of which a rank takes its piece. No communication."""
     for name, p in model.named_parameters():
         value = model.initial_value(aliases.get(name, name), p.shape, seed)
-        if isinstance(p, DTensor):
-            piece = distribute_tensor(value.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
-            p.to_local().copy_(piece.to_local())
-        else:
-            p.copy_(value)
+        piece = piece_of(p)
+        if piece is not None:
+            piece.data.copy_(value[piece.slices])
