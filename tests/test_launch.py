@@ -87,8 +87,11 @@ def test_a_killed_rank_is_recorded_as_a_failure(work: Path) -> None:
     ranks = ranks_of(job.pid)
     assert len(ranks) == 2
     ranks[-1].kill()
+    begun = time.monotonic()
     _, err = job.communicate(timeout=90)
+    assert time.monotonic() - begun < 30
     assert job.returncode == 1, err
+    assert not any(rank.is_running() for rank in ranks)
     assert json.loads((folder / "run.json").read_text())["state"] == "failed"
 
 
