@@ -157,6 +157,8 @@ def build_trainer(config: Config, folder: Path, max_steps: int, callbacks: list[
         enable_model_summary=False,
         use_distributed_sampler=False,  # the data room slices one global order itself
     )
-    # Between every two steps Lightning broadcasts whether rank 0 was told to stop, and waits for the answer. Each rank is told itself.
+    # Signals are callbacks.Preemption's. Lightning's handlers communicate from inside a handler, and its loop broadcasts between every two
+    # steps whether rank 0 was told to stop, and waits for the answer.
+    made._signal_connector.register_signal_handlers = lambda: None
     made.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
     return made

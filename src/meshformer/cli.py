@@ -1,6 +1,6 @@
 """The command `meshformer`: train, evaluate, generate, convert. Composes and checks before a folder is made or a process started; imports no torch.
 
-Exit codes: 0 done, 1 a job failed, 2 something to mend in the command or configuration, 130 Ctrl-C.
+Exit codes: 0 done, 1 a job failed, 2 something to mend in the command or configuration, 75 preempted and saved, 130 Ctrl-C.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ COMMANDS = ("train", "evaluate", "generate", "convert")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    from meshformer.config.errors import ConfigError
+    from meshformer.config.errors import ConfigError, Stopped
 
     try:
         return _dispatch(arguments)
@@ -25,6 +25,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return stopped.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

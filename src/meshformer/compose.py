@@ -37,7 +37,7 @@ Refuse = Callable[[str, Any], ConfigError]
 # What a resumed run may change (CONTRACTS 6); everything else would make it another run.
 RESUMABLE = (
     "strategy", "trainer.devices", "trainer.num_nodes", "trainer.accelerator", "trainer.threads", "trainer.max_steps", "trainer.max_epochs",
-    "trainer.accumulate_grad_batches", "trainer.progress", "callbacks", "logger", "paths", "data.source.cache", "allow",
+    "trainer.accumulate_grad_batches", "trainer.progress", "callbacks", "logger", "paths", "launch", "data.source.cache", "allow",
 )  # fmt: skip
 EVALUABLE = ("trainer.threads", "trainer.precision", "trainer.accelerator", "trainer.limit_val_batches", "data", "paths", "allow")
 PER_MACHINE = (

@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
+import sys
 import threading
 import time
 import traceback
@@ -16,7 +18,8 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from meshformer.config.errors import ConfigError
+from meshformer.checkpoint.find import checkpoints
+from meshformer.config.errors import ConfigError, Stopped
 from meshformer.config.resolve import outside
 from meshformer.record.run_json import RunRecord
 
@@ -60,46 +63,96 @@ def _launch_agent(config: dict[str, Any], folder: Path, processes: int) -> dict[
         run_id=uuid.uuid4().hex,
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
-        max_restarts=0,
+        max_restarts=config["launch"]["max_restarts"],
         monitor_interval=0.1,
         start_method="forkserver",
+        signals_to_handle="SIGHUP,SIGQUIT",  # the others are ours: see _PassingOn
     )
-    errors = folder / ".errors"
-    try:
-        results = elastic_launch(agent, _worker)(config, str(folder), str(errors), os.getpid())
-    except (ChildFailedError, SignalException) as failure:
-        cause = (
-            _first_cause(errors, failure, processes)
-            if isinstance(failure, ChildFailedError)
-            else JobFailed("stopped by a signal to the command")
-        )
-        record = RunRecord(folder)
-        if record.fields.get("state") == "running":  # a rank that is killed cannot write its own end
-            record.finish("failed", error=str(cause))
-        raise cause from None
-    finally:
-        _remove(errors)
-    return results[0]
+    if config["launch"]["max_restarts"]:
+        # torch 2.13 keeps one store over all restarts, so new ranks find the addresses of the dead. Without sharing, each start has its own.
+        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    notes = folder / ".ranks"
+    _remove(notes)
+    notes.mkdir()
+    with _PassingOn(notes) as passing:
+        try:
+            results = elastic_launch(agent, _worker)(config, str(folder), str(notes), os.getpid())
+        except (ChildFailedError, SignalException, KeyboardInterrupt) as failure:
+            cause = (
+                _first_cause(notes, failure, processes)
+                if isinstance(failure, ChildFailedError)
+                else JobFailed("stopped at once by a signal")
+            )
+            record = RunRecord(folder)
+            if record.fields.get("state") == "running":  # a rank that is killed cannot write its own end
+                record.finish("failed", error=str(cause))
+            raise cause from None
+        finally:
+            _remove(notes)
+    first = results[0]
+    if "stopped" in first:
+        reason, *rest = first["stopped"]
+        raise Stopped(passing.asked or reason, *rest)
+    return first
 
 
-def _worker(config: dict[str, Any], folder: str, errors: str, launcher: int) -> dict[str, float]:
-    """One rank. Its error, if any, is left in a file: the parent shows the earliest, which is the cause of the others."""
+class _PassingOn:
+    """The first SIGTERM, SIGUSR1 or Ctrl-C asks the ranks to stop after their step, saved; the next ends everything at once."""
+
+    def __init__(self, notes: Path):
+        self.notes, self.asked = notes, None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> _PassingOn:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._pass_on)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _pass_on(self, number: int, frame: Any) -> None:
+        if self.asked:
+            raise KeyboardInterrupt  # the agent kills its ranks on the way out
+        self.asked = "interrupted" if number == signal.SIGINT else "preempted"
+        print("stopping after this step; once more to stop at once", file=sys.stderr, flush=True)
+        for file in self.notes.glob("*.pid"):
+            try:
+                os.kill(int(file.read_text()), signal.SIGUSR1)
+            except (ProcessLookupError, ValueError):
+                continue
+
+
+def _worker(config: dict[str, Any], folder: str, notes: str, launcher: int) -> dict[str, Any]:
+    """One rank. Its error, if any, is left in a file: the parent shows the earliest, which is the cause of the others.
+
+    What restarting cannot mend (a stop that was asked for, a mistake in the configuration) is returned instead.
+    """
     threading.Thread(target=_leave_with, args=(launcher,), daemon=True).start()
+    rank = os.environ["RANK"]
     try:
+        from meshformer.callbacks.preemption import StopSignals
         from meshformer.train import train
 
-        return train(config, Path(folder))
+        with StopSignals(by_agent=True) as signals:
+            (Path(notes) / f"{rank}.pid").write_text(str(os.getpid()))
+            if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and checkpoints(Path(folder)):
+                config = {**config, "resume": folder}
+            return train(config, Path(folder), signals)
+    except Stopped as stopped:
+        return {"stopped": list(stopped.args)}
     except BaseException as error:
-        Path(errors).mkdir(exist_ok=True)
         note = {
             "time": time.time(),
-            "rank": int(os.environ["RANK"]),
+            "rank": int(rank),
             "type": type(error).__name__,
             "message": str(error),
             "config": list(error.args) if isinstance(error, ConfigError) else None,
             "traceback": traceback.format_exc(),
         }
-        (Path(errors) / f"{os.environ['RANK']}.json").write_text(json.dumps(note, default=str))
+        (Path(notes) / f"{rank}.json").write_text(json.dumps(note, default=str))
         raise SystemExit(1) from None
 
 
@@ -113,8 +166,8 @@ def _leave_with(launcher: int) -> None:
             os._exit(1)
 
 
-def _first_cause(errors: Path, failure: Exception, processes: int) -> Exception:
-    notes = [json.loads(p.read_text()) for p in errors.glob("*.json")] if errors.is_dir() else []
+def _first_cause(folder: Path, failure: Exception, processes: int) -> Exception:
+    notes = [json.loads(p.read_text()) for p in folder.glob("*.json")]
     # A failing rank may close its connections before its own error is noted: that its peers lost it is never the cause.
     notes.sort(key=lambda note: (any(words in note["message"] for words in PEER_LOST), note["time"]))
     if not notes:

@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 import yaml
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from meshformer.build import build_callbacks, build_data, build_loggers, build_task, build_trainer
 from meshformer.callbacks import Rows
+from meshformer.callbacks.preemption import Preemption, StopSignals
 from meshformer.callbacks.samples import continuation
 from meshformer.checkpoint.find import latest_checkpoint
 from meshformer.checkpoint.folder import read_rest
 from meshformer.checkpoint.weights import load_weights
-from meshformer.config.errors import ConfigError
+from meshformer.config.errors import ConfigError, Stopped
 from meshformer.config.paths import run_of
 from meshformer.data import TextData, load_tokenizer
 from meshformer.model import parameter_count, training_flops_per_token
@@ -29,8 +29,16 @@ from meshformer.record.run_json import RunRecord
 Config = dict[str, Any]
 
 
-def train(config: Config, folder: Path) -> dict[str, float]:
-    """Trains in `folder`; returns the final metrics. The same on every rank; rank 0 writes."""
+def train(config: Config, folder: Path, signals: StopSignals | None = None) -> dict[str, float]:
+    """Trains in `folder`; returns the final metrics. The same on every rank; rank 0 writes.
+
+    Raises Stopped, on every rank, where `signals` (default: those to this process) asked for it and the run was saved.
+    """
+    with signals or StopSignals(by_agent=False) as listening:
+        return _train(config, folder, listening)
+
+
+def _train(config: Config, folder: Path, signals: StopSignals) -> dict[str, float]:
     quiet_libraries()
     torch.set_num_threads(config["trainer"]["threads"])
     folder = Path(folder)
@@ -49,7 +57,7 @@ def train(config: Config, folder: Path) -> dict[str, float]:
     loggers = build_loggers(config, folder)
     callbacks = build_callbacks(config, folder, data.steps_per_epoch)
     rows = next(callback for callback in callbacks if isinstance(callback, Rows))
-    trainer = build_trainer(config, folder, max_steps, callbacks, loggers)
+    trainer = build_trainer(config, folder, max_steps, [*callbacks, Preemption(signals)], loggers)
     task: Any = build_task(config, max_steps)
     strategy: Any = trainer.strategy
     weights = latest_checkpoint(Path(init_from), key="stage.init_from") if init_from else None
@@ -84,13 +92,11 @@ def train(config: Config, folder: Path) -> dict[str, float]:
         if rows.validated_step != trainer.global_step:  # the last step was not a validation step
             trainer.validate(task, datamodule=data, verbose=False)
     except BaseException as error:
-        # Lightning turns Ctrl-C into exit code 1; callers, and the shell, should see what it was. (A SIGTERMException is a SystemExit too.)
-        stopped = type(error) is SystemExit and trainer.interrupted
-        cause = KeyboardInterrupt("stopped by Ctrl-C") if stopped else error
-        reason: BaseException | str = "stopped by SIGTERM" if isinstance(cause, SIGTERMException) else cause
         if record:
-            record.finish("failed", error=reason)
-        raise cause from None if stopped else error.__cause__
+            record.finish("preempted" if isinstance(error, Stopped) else "failed", error=error)
+        if isinstance(error, Stopped) and trainer.is_global_zero:
+            print(f"continue with  meshformer train resume={folder}", file=sys.stderr, flush=True)
+        raise
     final = {k: float(v) for k, v in trainer.callback_metrics.items()}
     final = {**rows.latest, **final}
     text = continuation(task, data.tokenizer, "\n", 400, temperature=0.8, top_p=0.95, seed=1)  # takes every rank

@@ -1,8 +1,8 @@
-"""The one exception that means "the user can mend this": shown as a sentence, without a stack trace, exit code 2."""
+"""The exceptions with a meaning for the command: what the user can mend (exit code 2), and a run that was told to stop."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 
 class ConfigError(Exception):
@@ -33,6 +33,24 @@ class ConfigError(Exception):
         if place and not what.startswith(place):
             what = f"{place}: {what}"
         return f"{what} {_sentence(self.fix)}" if self.fix else what
+
+
+class Stopped(Exception):
+    """Training was told to stop and did, at a step boundary. `reason` is preempted or interrupted (Ctrl-C); `saved`: at this very step."""
+
+    CODES: ClassVar[dict[str, int]] = {"preempted": 75, "interrupted": 130}  # 75 is the EX_TEMPFAIL of sysexits.h: try again later
+
+    def __init__(self, reason: str, step: int, saved: bool) -> None:
+        super().__init__(reason, step, saved)
+        self.reason, self.step, self.saved = reason, step, saved
+
+    @property
+    def exit_code(self) -> int:
+        return self.CODES[self.reason]
+
+    def __str__(self) -> str:
+        why = "Ctrl-C" if self.reason == "interrupted" else "a signal to stop"
+        return f"stopped by {why} after step {self.step}, {'saved' if self.saved else 'not saved: callbacks.checkpoint is off'}"
 
 
 def _sentence(text: str) -> str:

@@ -115,6 +115,11 @@ class Strategy:
 
 
 @dataclass
+class Launch:
+    max_restarts: Count = 0
+
+
+@dataclass
 class Root:
     """What `meshformer train` runs on; also config.yaml."""
 
@@ -129,6 +134,7 @@ class Root:
     task: Target
     stage: Stage
     strategy: Strategy
+    launch: Launch = field(default_factory=lambda: {"max_restarts": 0})  # pyright: ignore[reportAssignmentType]  # configs are dicts
     callbacks: Targets = field(default_factory=dict)
     logger: Targets = field(default_factory=dict)
     allow: list[str] = field(default_factory=list)
@@ -179,7 +185,7 @@ class Convert:
     output: str | None = None
 
 
-SECTIONS: dict[str, type] = {c.__name__: c for c in (Paths, Trainer, Data, Stage, Strategy, RunsPath)}
+SECTIONS: dict[str, type] = {c.__name__: c for c in (Paths, Trainer, Data, Stage, Strategy, Launch, RunsPath)}
 
 
 def validate(config: dict[str, Any], schema: type = Root) -> dict[str, Any]:

@@ -1,0 +1,105 @@
+"""A run that is told to stop ends at a step boundary, saved: preemption by a scheduler, and Ctrl-C."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import Callback
+
+from meshformer.config.errors import Stopped
+
+from .checkpoint import Checkpoint
+
+REASONS = (None, "preempted", "interrupted")  # the number that ranks agree on is the place in here
+ASKING = {signal.SIGUSR1: "preempted", signal.SIGTERM: "preempted", signal.SIGINT: "interrupted"}
+
+
+class StopSignals:
+    """SIGTERM, SIGUSR1 and Ctrl-C only set a flag; the one after that ends the process at once, whatever it is doing.
+
+    `by_agent`: in a rank of our own elastic agent SIGTERM means leave now, and Ctrl-C, which the terminal sends to every process, is the
+    parent's to pass on (as SIGUSR1).
+    """
+
+    def __init__(self, by_agent: bool):
+        self.by_agent = by_agent
+        self.asked: str | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():  # in a notebook's or a test's thread signals are not ours
+            self._before = {number: signal.getsignal(number) for number in ASKING}
+            leave = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.SIG_IGN} if self.by_agent else {}
+            for number in ASKING:
+                signal.signal(number, leave.get(number, self._ask))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.asked = ASKING[signal.Signals(number)]
+        for again in ASKING:  # the default ends a process even inside a collective that never returns
+            signal.signal(again, signal.SIG_DFL)
+
+
+class Preemption(Callback):
+    """Ends training after the step in which all ranks have heard that one was told to stop: saves, then raises Stopped on every rank.
+
+    Ranks agree by one integer a step, summed among the hosts while the next step runs, so nobody waits for it. Where the step is also to be
+    validated, it is, so that the resumed run misses nothing. State: none.
+    """
+
+    def __init__(self, signals: StopSignals):
+        self.signals = signals
+        self._pending: tuple[Any, torch.Tensor] | None = None
+        self._group: Any = None
+        self._reason: str | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._reason, self._pending = None, None
+        if trainer.world_size > 1 and self._group is None:
+            self._group = dist.new_group(backend="gloo")
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        self._reason = self._reason or self._agreed()
+        if self._reason and not any(c._validates_now(trainer) for c in self._savers(trainer)):
+            self._stop(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if self._reason and trainer.state.fn == "fit":
+            self._stop(trainer)
+
+    def _agreed(self) -> str | None:
+        """What the ranks asked for one step ago, the same on all of them; in one process, what was asked for by now."""
+        if self._group is None:
+            return self.signals.asked
+        agreed = 0
+        if self._pending is not None:
+            work, asked = self._pending
+            work.wait()
+            agreed = int(asked)
+        asked = torch.tensor(REASONS.index(self.signals.asked))
+        self._pending = (dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=self._group, async_op=True), asked)
+        return REASONS[agreed]
+
+    def _savers(self, trainer: pl.Trainer) -> list[Checkpoint]:
+        return [c for c in trainer.callbacks if isinstance(c, Checkpoint)]  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _stop(self, trainer: pl.Trainer) -> None:
+        step, savers = trainer.global_step, self._savers(trainer)
+        for saver in savers:
+            if saver.saved_step != step:
+                saver._save(trainer)
+        if savers:
+            trainer.strategy.checkpoint_io.wait()  # pyright: ignore[reportAttributeAccessIssue]
+        raise Stopped(self._reason or "", step, bool(savers))

@@ -1,0 +1,120 @@
+"""Told to stop, a run ends at a step boundary, saved, and goes on as if it had not."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from jobs import TINY, run_tiny, text_file
+from meshformer.checkpoint.find import latest_checkpoint, step_of
+from meshformer.record.metrics_csv import read_metrics
+
+ROOT = Path(__file__).parents[1]
+CLI = [sys.executable, "-m", "meshformer.cli", "train"]
+LAYOUTS = {
+    "single": ["strategy=single"],
+    "pipeline": ["strategy=pipeline", "trainer.devices=2"],
+    "ddp": ["strategy=ddp", "trainer.devices=2"],
+}
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("preemption")
+    text_file(folder)
+    return folder
+
+
+def settings(work: Path, *overrides: str) -> list[str]:
+    paths = [f"data.files=[{work}/text.txt]", f"paths.data={work}/cache", f"paths.runs={work}/runs"]
+    return [*TINY, *paths, "schedule=constant", "callbacks.checkpoint.every_n_steps=100000", *overrides]
+
+
+def begin(command: list[str], folder: Path, rows: int = 4) -> subprocess.Popen[str]:
+    """Starts `command` and returns when the run in `folder` has logged some steps."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "TORCHELASTIC", "SLURM"))}
+    env = clean | {"PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{folder.parent}", "OMP_NUM_THREADS": "1"}
+    job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    metrics, end = folder / "metrics.csv", time.monotonic() + 120
+    while time.monotonic() < end and job.poll() is None and not (metrics.is_file() and len(metrics.read_text().splitlines()) > rows):
+        time.sleep(0.05)
+    assert job.poll() is None, job.communicate()
+    return job
+
+
+@pytest.mark.parametrize(
+    ("layout", "number", "code"),
+    [("single", signal.SIGTERM, 75), ("single", signal.SIGINT, 130), ("pipeline", signal.SIGUSR1, 75), ("ddp", signal.SIGTERM, 75)],
+)
+def test_a_signal_stops_the_run_saved_and_it_goes_on_exactly(work: Path, layout: str, number: signal.Signals, code: int) -> None:
+    folder = work / f"{layout}-{number.name}"
+    command = [*CLI, *settings(work, *LAYOUTS[layout], f"hydra.run.dir={folder}", "trainer.max_steps=100000")]
+    job = begin(command, folder)
+    job.send_signal(number)
+    _, err = job.communicate(timeout=60)
+    assert job.returncode == code, err
+    assert "Traceback" not in err
+    assert "saved" in err and f"resume={folder}" in err
+    record = json.loads((folder / "run.json").read_text())
+    step = step_of(latest_checkpoint(folder))
+    assert record["state"] == "preempted" and f"after step {step}" in record["error"]["message"]
+    assert not (folder / ".ranks").exists()
+    more = subprocess.run(
+        [*CLI, f"resume={folder}", f"trainer.max_steps={step + 3}", "strategy=single", "trainer.devices=1"], capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": f"{ROOT / 'src'}", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert more.returncode == 0, more.stderr
+    resumed = read_metrics(folder / "metrics.csv")
+    expected = run_tiny(work, f"whole-{folder.name}", "schedule=constant", f"trainer.max_steps={step + 3}")
+    assert [r["step"] for r in resumed] == list(range(1, step + 4))
+    assert max(abs(a["train/loss"] - b["train/loss"]) for a, b in zip(resumed, expected, strict=True)) < 1e-5
+
+
+def test_a_second_signal_ends_the_job_at_once(work: Path) -> None:
+    folder = work / "twice"
+    (work / "slow_task.py").write_text(
+        "import time\n"
+        "from meshformer.tasks import LanguageModelling\n"
+        "class Slow(LanguageModelling):\n"
+        "    def losses(self, batch, phase):\n"
+        "        if self.trainer.global_step == 6:\n"
+        "            time.sleep(600)\n"
+        "        return super().losses(batch, phase)\n"
+    )
+    command = [*CLI, *settings(work, "strategy=ddp", "trainer.devices=2", f"hydra.run.dir={folder}", "trainer.max_steps=100000")]
+    job = begin([*command, "task._target_=slow_task.Slow", "allow=[slow_task]"], folder)
+    processes = psutil.Process(job.pid).children(recursive=True)
+    job.send_signal(signal.SIGTERM)
+    time.sleep(1)
+    assert job.poll() is None, "the step in progress never ends, so the first signal waits"
+    job.send_signal(signal.SIGTERM)
+    begun = time.monotonic()
+    job.communicate(timeout=60)
+    assert job.returncode not in (0, 75)
+    assert time.monotonic() - begun < 30
+    _, alive = psutil.wait_procs(processes, timeout=5)
+    assert not alive
+
+
+def test_a_dead_rank_starts_again_from_the_newest_checkpoint(work: Path) -> None:
+    folder = work / "restarted"
+    overrides = ["strategy=ddp", "trainer.devices=2", f"hydra.run.dir={folder}", "trainer.max_steps=400", "launch.max_restarts=1"]
+    job = begin([*CLI, *settings(work, *overrides), "callbacks.checkpoint.every_n_steps=10"], folder, rows=25)
+    ranks = [rank for server in psutil.Process(job.pid).children() for rank in server.children()]
+    ranks[-1].kill()
+    _, err = job.communicate(timeout=180)
+    assert job.returncode == 0, err
+    record = json.loads((folder / "run.json").read_text())
+    assert record["state"] == "finished" and [segment["state"] for segment in record["segments"]] == ["failed"]
+    rows = read_metrics(folder / "metrics.csv")
+    expected = run_tiny(work, "never-died", "schedule=constant", "trainer.max_steps=400")
+    assert [r["step"] for r in rows] == list(range(1, 401))
+    assert max(abs(a["train/loss"] - b["train/loss"]) for a, b in zip(rows, expected, strict=True)) < 1e-4
