@@ -1,4 +1,4 @@
-"""The command `meshformer`: train, evaluate, generate, convert. Composes and checks before a folder is made or a process started; imports no torch.
+"""The command `meshformer`: train, evaluate, generate, convert, doctor. Composes and checks before a folder is made or a process started; imports no torch.
 
 Exit codes: 0 done, 1 a job failed, 2 something to mend in the command or configuration, 75 preempted and saved, 130 Ctrl-C.
 """
@@ -10,7 +10,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-COMMANDS = ("train", "evaluate", "generate", "convert")
+COMMANDS = ("train", "evaluate", "generate", "convert", "doctor")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,6 +72,12 @@ def _dispatch(arguments: list[str]) -> int:
 
         print(overview(command))
         return 0
+    if command == "doctor":
+        if arguments[1:]:
+            raise ConfigError("doctor takes no settings", arguments[1], fix="Leave it out.")
+        from meshformer.doctor import doctor
+
+        return doctor()
     from meshformer.command.jobs import run_command
 
     return run_command(command, arguments[1:])

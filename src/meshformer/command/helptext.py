@@ -14,6 +14,7 @@ meshformer: train a Transformer on real text, every setting an override.
   meshformer evaluate run=RUN [OVERRIDES]       loss, perplexity and bits per byte on a part of the data
   meshformer generate run=RUN prompt=TEXT       continue a text
   meshformer convert run=RUN to=FORMAT          a checkpoint as one file, as weights for other programs, or as a folder again
+  meshformer doctor                             what this machine can run, measured, and a short test of several processes
 
 RUN is a run folder, the end of its name, or `last`; where weights are read, a checkpoint RUN/checkpoints/step-… too.
 An override is group=option or key=value."""
