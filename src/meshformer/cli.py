@@ -1,4 +1,4 @@
-"""The command `meshformer`: train, evaluate, generate, convert, doctor. Composes and checks before a folder is made or a process started; imports no torch.
+"""The command `meshformer`: train, evaluate, generate, convert, doctor. Checks all before a folder is made or a process started; no torch.
 
 Exit codes: 0 done, 1 a job failed, 2 something to mend in the command or configuration, 75 preempted and saved, 130 Ctrl-C.
 """

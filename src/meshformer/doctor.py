@@ -63,7 +63,7 @@ def facts() -> list[tuple[str, str]]:
         ("processor", f"{cpu}, {cores()} cores usable, {torch.backends.cpu.get_cpu_capability()}"),
         ("memory", _gib(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))),
         ("GPUs", ", ".join(devices) or "none that this torch can use"),
-        ("bfloat16", "multiplied natively: trainer.precision=auto means bf16-mixed" if bf16 else "emulated, slow: trainer.precision=auto means 32-true"),
+        ("bfloat16", f"{'native' if bf16 else 'emulated, slow'}: trainer.precision=auto means {'bf16-mixed' if bf16 else '32-true'}"),
         ("matrix rate", f"{measured} on {device.type}, {torch.get_num_threads()} threads"),
         ("process groups", ", ".join(backends)),
         ("python", f"{platform.python_version()} ({sys.executable})"),
