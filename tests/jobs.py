@@ -6,9 +6,34 @@ import random
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor, nn
+
 from meshformer.compose import compose
 from meshformer.record.metrics_csv import read_metrics
+from meshformer.tasks import LanguageModelling
 from meshformer.train import train
+
+
+class Frozen(LanguageModelling):
+    """A task of the user's: the embedding and the first block stay as they are."""
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        for name, parameter in self.model.named_parameters():
+            if name.startswith(("embedding", "blocks.0", "position")):
+                parameter.requires_grad_(False)
+
+
+class OwnModel(nn.Module):
+    """A model of the user's, with none of what Transformer has."""
+
+    def __init__(self, vocab_size: int, width: int = 16, seed: int = 0):
+        super().__init__()
+        self.table, self.out = nn.Embedding(vocab_size, width), nn.Linear(width, vocab_size)
+
+    def forward(self, tokens_BT: Tensor, positions_BT: Tensor | None = None) -> Tensor:
+        return self.out(self.table(tokens_BT))
+
 
 TINY = [
     "data=text", "data.context_length=16", "data.batch_size=8", "model=nano", "model.n_layers=2", "model.d_model=32",

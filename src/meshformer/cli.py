@@ -36,9 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except Exception as error:
         # A job's failure is a defect or an accident, so its trace is worth reading; a worker's is its own, not that of the waiting parent.
-        details = getattr(error, "details", "")
-        print(details or traceback.format_exc(), file=sys.stderr, end="")
-        print(f"error: {error}" if details else f"error: {type(error).__name__}: {error}", file=sys.stderr)
+        details = getattr(error, "details", None)
+        print(traceback.format_exc() if details is None else details, file=sys.stderr, end="")
+        print(f"error: {type(error).__name__}: {error}" if details is None else f"error: {error}", file=sys.stderr)
         return 1
 
 

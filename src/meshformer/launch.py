@@ -84,7 +84,7 @@ def _launch_agent(config: dict[str, Any], folder: Path, processes: int) -> dict[
                 else JobFailed("stopped at once by a signal")
             )
             record = RunRecord(folder)
-            if record.fields.get("state") == "running":  # a rank that is killed cannot write its own end
+            if record.fields.get("state") in ("running", "failed"):  # rank 0 may be gone, or know only what another's end did to it
                 record.finish("failed", error=str(cause))
             raise cause from None
         finally:
@@ -170,6 +170,10 @@ def _first_cause(folder: Path, failure: Exception, processes: int) -> Exception:
     notes = [json.loads(p.read_text()) for p in folder.glob("*.json")]
     # A failing rank may close its connections before its own error is noted: that its peers lost it is never the cause.
     notes.sort(key=lambda note: (any(words in note["message"] for words in PEER_LOST), note["time"]))
+    if notes and all(any(words in note["message"] for words in PEER_LOST) for note in notes):
+        silent = set(range(processes)) - {note["rank"] for note in notes}  # the dead, and those the agent stopped before they noticed
+        who = f"rank {silent.pop()}" if len(silent) == 1 else "a rank"
+        return JobFailed(f"{who} died without a word (killed, or out of memory); rank {notes[0]['rank']} lost its connection to it")
     if not notes:
         return JobFailed(f"a rank died without a word (killed, or out of memory): {failure}")
     first = notes[0]

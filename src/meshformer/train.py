@@ -20,7 +20,7 @@ from meshformer.checkpoint.weights import load_weights
 from meshformer.config.errors import ConfigError, Stopped
 from meshformer.config.paths import run_of
 from meshformer.data import TextData, load_tokenizer
-from meshformer.model import parameter_count, training_flops_per_token
+from meshformer.model import Transformer, training_flops_per_token
 from meshformer.parallel.levers import apply_levers
 from meshformer.parallel.strategy import MeshStrategy
 from meshformer.record.run_folder import atomic_write_text
@@ -61,17 +61,23 @@ def _train(config: Config, folder: Path, signals: StopSignals) -> dict[str, floa
     task: Any = build_task(config, max_steps)
     strategy: Any = trainer.strategy
     weights = latest_checkpoint(Path(init_from), key="stage.init_from") if init_from else None
+    torch.manual_seed(config["seed"])  # of models that draw their weights as torch's modules do
     if isinstance(strategy, MeshStrategy):
         with torch.device("meta"):  # the strategy makes this rank's part real
+            task.configure_model()
+        if not hasattr(task.model, "initial_value"):  # a model of the user's, whose weights come with it
+            task.model = None
+            torch.manual_seed(config["seed"])
             task.configure_model()
         strategy.init_from = weights
     else:
         task.configure_model()
         if weights:
             load_weights(task.model, weights)
-        apply_levers(task.model.blocks, config["strategy"]["activation_checkpointing"], config["trainer"]["compile"])
-    task.flops_per_token = training_flops_per_token(task.model, data.context_length)
-    parameters = parameter_count(task.model)
+        apply_levers(getattr(task.model, "blocks", ()), config["strategy"]["activation_checkpointing"], config["trainer"]["compile"])
+    if isinstance(task.model, Transformer):
+        task.flops_per_token = training_flops_per_token(task.model, data.context_length)
+    parameters = sum(p.numel() for p in task.model.parameters())
 
     record = RunRecord(folder) if trainer.is_global_zero else None
     if record:

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from meshformer.config.errors import ConfigError
-from meshformer.model import generate
+from meshformer.model import Transformer, generate
 
 
 class Samples(Callback):
@@ -42,7 +42,7 @@ def continuation(task: Any, tokenizer: Any, prompt: str, max_tokens: int, **opti
     a look at the text must not end a run. Every rank must call it; where a rank holds a part of the model only, rank 0 gathers all of it,
     draws, and is the only one to return text."""
     model = whole_model(task)
-    if model is None:
+    if not isinstance(model, Transformer):  # another rank's work, or a model of the user's that may not continue texts
         return ""
     try:
         ids = tokenizer.encode(prompt) if prompt else [0]
@@ -66,5 +66,6 @@ def whole_model(task: Any) -> Any:
     with torch.device("meta"):
         model = task.make_model()
     model.load_state_dict(weights, strict=False, assign=True)
-    model.tie_weights()
+    if hasattr(model, "tie_weights"):
+        model.tie_weights()
     return model

@@ -33,8 +33,9 @@ class Throughput(Callback):
         rate = tokens / max(now - self._since, 1e-9)
         self._since, self._since_step = now, step
         assert self.matrix_rate is not None
-        flops = rate * pl_module.flops_per_token
-        return {"train/tokens_per_second": rate, "train/mfu": flops / (self.matrix_rate * trainer.world_size)}
+        if not hasattr(pl_module, "flops_per_token"):  # a model of the user's
+            return {"train/tokens_per_second": rate}
+        return {"train/tokens_per_second": rate, "train/mfu": rate * pl_module.flops_per_token / (self.matrix_rate * trainer.world_size)}
 
     # Time that is not training (validation, samples, checkpoints) moves the start of the interval forward.
 

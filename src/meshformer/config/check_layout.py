@@ -16,6 +16,7 @@ Config = dict[str, Any]
 PLANNED = "meshformer.model.Transformer"  # the class that can be cut along tensor, context and pipeline
 # Setting -> the axis it is about and its value where that axis is not cut; then those that every mesh layout has.
 OF_AXIS = {
+    "sequence_parallel": ("tensor", True),
     "loss_parallel": ("tensor", False),
     "context_method": ("context", "all_gather"),
     "schedule": ("pipeline", "1f1b"),
@@ -24,7 +25,7 @@ OF_AXIS = {
     "blocks_per_stage": ("pipeline", None),
 }
 OF_MESH = {
-    "sequence_parallel": True, "param_dtype": None, "reduce_dtype": None, "reshard_after_forward": True, "cpu_offload": False,
+    "param_dtype": None, "reduce_dtype": None, "reshard_after_forward": True, "cpu_offload": False,
     "reduce_gradients": "last",
 }  # fmt: skip
 
@@ -87,11 +88,26 @@ def check_settings(config: Config) -> None:
         raise ConfigError(message, "trainer.precision", "16-mixed", fix="Use bf16-mixed, or strategy=ddp.")
     if strategy["cpu_offload"] and trainer["accelerator"] == "cpu":
         raise ConfigError("on a CPU there is nothing to offload from", "strategy.cpu_offload", "true", fix="Leave it out.")
+    _fsdp_alone(strategy)
     target = config["model"]["_target_"]
     for axis in ("tensor", "context", "pipeline"):
         if strategy[axis] > 1 and target != PLANNED:
             message = f"only {PLANNED} has a plan for strategy.{axis}={strategy[axis]}"
-            raise ConfigError(message, "model._target_", target, fix="Use strategy=fsdp or ddp, which work for any model.")
+            raise ConfigError(message, "model._target_", target, fix="Use strategy=fsdp or ddp.")
+
+
+def _fsdp_alone(strategy: Config) -> None:
+    """What only FSDP reads; parallel/strategy.py uses it in these cases."""
+    pipeline = strategy["pipeline"] > 1
+    uses = strategy["shard"] * strategy["context"] > 1 or (strategy["replicate"] > 1 and not pipeline)
+    uses = uses or bool(strategy["param_dtype"] or strategy["reduce_dtype"] or strategy["cpu_offload"])
+    if not uses and strategy["reshard_after_forward"] == pipeline:  # auto has become the opposite by now
+        message = "is about parameters that are gathered and would be ignored: no axis of this layout cuts them over the data"
+        value = _plain(strategy["reshard_after_forward"])
+        raise ConfigError(message, "strategy.reshard_after_forward", value, fix="Leave it out, or use strategy=fsdp.")
+    if strategy["reduce_gradients"] == "every" and (pipeline or not uses):
+        message = "would be ignored: " + ("a pipeline reduces at the end of each schedule" if pipeline else "nothing is reduced by FSDP")
+        raise ConfigError(message, "strategy.reduce_gradients", "every", fix="Leave it out, or use strategy=fsdp.")
 
 
 def check_batch(config: Config) -> None:
@@ -170,6 +186,14 @@ def _pipeline(config: Config) -> None:
         wrong = f"{len(blocks)} numbers for {stages} stages ({product})" if len(blocks) != stages else f"the sum is {sum(blocks)}"
         fix = f"Give {stages} numbers that add up to model.n_layers={layers}, or null."
         raise ConfigError(wrong, "strategy.blocks_per_stage", _plain(blocks), fix=fix)
+    if schedule == "interleaved_zero_bubble":  # its backward pass goes through a block twice: for the inputs, then for the weights
+        if strategy["activation_checkpointing"] == "selective":
+            message = "selective checkpointing allows one backward pass, and strategy.schedule=interleaved_zero_bubble makes two"
+            fix = "Use full, or strategy.schedule=interleaved_1f1b."
+            raise ConfigError(message, "strategy.activation_checkpointing", "selective", fix=fix)
+        if config["trainer"]["compile"]:
+            message = "a compiled block has one backward pass, and strategy.schedule=interleaved_zero_bubble needs two"
+            raise ConfigError(message, "trainer.compile", "true", fix="Use strategy.schedule=interleaved_1f1b.")
     _microbatches(config)
 
 

@@ -2,7 +2,7 @@
 
 `all_gather`: every rank gathers all keys and values and attends from its own queries: any number of heads, 2 tensors exchanged.
 `ulysses` (Jacobs et al. 2023): an all-to-all turns "some tokens, all heads" into "all tokens, some heads" before attention and another
-turns it back: less is sent, and kernels keep their causal fast path, but heads must divide by the axis.
+turns it back: from about four ranks on less is sent, and kernels keep their causal fast path, but heads must divide by the axis.
 
 Shapes as in model/attention.py; t is one rank's share of T.
 """

@@ -246,8 +246,10 @@ class Pipeline:
         model, peer = self.task.model, self.last_rank if self.has_first else 0
         if self.has_first == self.has_last:  # neither end is here (or both are: then it is one parameter)
             return
-        gradient = (model.embedding.tokens if self.has_first else model.head).weight.grad
-        mine = local(gradient)
+        matrix = (model.embedding.tokens if self.has_first else model.head).weight
+        if not matrix.requires_grad:
+            return
+        mine = local(matrix.grad)
         theirs = torch.empty_like(mine)
         send = dist.P2POp(dist.isend, mine, group=self.group, group_peer=peer)
         receive = dist.P2POp(dist.irecv, theirs, group=self.group, group_peer=peer)

@@ -7,7 +7,14 @@ from typing import Any
 
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 
-from .strategy import MeshStrategy
+from .strategy import MeshStrategy, all_reduced
+
+
+class DataParallel(DDPStrategy):
+    """Lightning's DDP; see `all_reduced` for the one difference."""
+
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        return all_reduced(tensor, group, reduce_op)
 
 
 def make_strategy(strategy: dict[str, Any], compile: bool = False, context_length: int = 1) -> Strategy | str:
@@ -19,5 +26,5 @@ def make_strategy(strategy: dict[str, Any], compile: bool = False, context_lengt
         return "auto"  # with one device: SingleDeviceStrategy on whatever the accelerator is
     if strategy["name"] == "ddp":
         # Ranks keep sums of their own (metrics): DDP must not overwrite them with rank 0's at every forward. The model has no buffers.
-        return DDPStrategy(timeout=timedelta(seconds=strategy["timeout"]), gradient_as_bucket_view=True, broadcast_buffers=False)
+        return DataParallel(timeout=timedelta(seconds=strategy["timeout"]), gradient_as_bucket_view=True, broadcast_buffers=False)
     return MeshStrategy(strategy, compile, context_length)

@@ -1,6 +1,6 @@
 """The one Lightning strategy behind every layout that `single` and `ddp` are not: it cuts the model over a device mesh.
 
-Order of what is done to a model (torchtitan's, with the pipeline first): cut into pipeline stages → context → tensor → checkpointing and
+Order of what is done to a model (torchtitan's, with the pipeline first): cut into pipeline stages → tensor → context → checkpointing and
 compilation → FSDP → memory → first values. The model is on torch's meta device until then, so a rank never holds more than its part.
 """
 
@@ -106,6 +106,9 @@ class MeshStrategy(ModelParallelStrategy):
         if not self._built:
             self._build(self.lightning_module)
             self._built = True
+        if self.degrees.tensor > 1 and self.settings["loss_parallel"]:  # until teardown: backward passes need it too
+            self._loss_parallel = loss_parallel()
+            self._loss_parallel.__enter__()
         self.barrier()
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
@@ -116,7 +119,7 @@ class MeshStrategy(ModelParallelStrategy):
     def _build(self, task: Any) -> None:
         settings, degrees = self.settings, self.degrees
         model: Any = self.precision_plugin.convert_module(task.model)
-        self.tied = model.tie_embeddings
+        self.tied = getattr(model, "tie_embeddings", False)
         parts, numbers = [model], [0]
         n_stages = degrees.pipeline * settings["stages_per_rank"]
         if degrees.pipeline > 1:
@@ -126,11 +129,11 @@ class MeshStrategy(ModelParallelStrategy):
         if degrees.context > 1:
             self.context = ContextAxis(self.axis("context"), settings["context_method"])
         for part in parts:  # views share blocks with nobody, and the whole model is the only part where there is no pipeline
-            if self.context is not None:
-                self.context.apply(part)
             if degrees.tensor > 1:
                 apply_tensor_parallel(part, self.axis("tensor"), settings["sequence_parallel"], settings["loss_parallel"])
-            apply_levers(part.blocks, settings["activation_checkpointing"], self.compile)
+            if self.context is not None:  # after the tensor axis: of the heads that are left, Ulysses takes its share
+                self.context.apply(part)
+            apply_levers(getattr(part, "blocks", ()), settings["activation_checkpointing"], self.compile)
         stages: list[Any] = list(parts)
         if degrees.pipeline > 1:
             stages = [Stage(part, self.precision_plugin.forward_context) for part in parts]
@@ -139,19 +142,19 @@ class MeshStrategy(ModelParallelStrategy):
             mesh = self.device_mesh["replicate", "sharded"] if degrees.replicate > 1 else self.axis("sharded")
             reshard = settings["reshard_after_forward"]
             for stage, part in zip(stages, parts, strict=True):
-                shard(stage, part.blocks, mesh, settings, degrees.pipeline == 1 if reshard == "auto" else reshard)
+                shard(stage, getattr(part, "blocks", ()), mesh, settings, degrees.pipeline == 1 if reshard == "auto" else reshard)
         if degrees.pipeline > 1:
             self.pipeline = Pipeline(task, stages, numbers, n_stages, self.axis("pipeline"), settings)
             task.pipeline, task.aliases = self.pipeline.losses, self.aliases
-        model.to_empty(device="cpu" if settings["cpu_offload"] else self.root_device)
-        if not self._uses_fsdp and model.embedding is not None and model.head is not None:
-            model.tie_weights()  # plain tensors were replaced by new ones, each by its own
-        fill(model, task.seed, self.aliases)
+        if any(p.is_meta for p in model.parameters()):
+            model.to_empty(device="cpu" if settings["cpu_offload"] else self.root_device)
+            if not self._uses_fsdp and model.embedding is not None and model.head is not None:
+                model.tie_weights()  # plain tensors were replaced by new ones, each by its own
+            fill(model, task.seed, self.aliases)
+        else:
+            self.model_to_device()
         if self.init_from is not None:
             load_weights(model, self.init_from, partial=self.pipeline is not None, aliases=self.aliases)
-        if degrees.tensor > 1 and settings["loss_parallel"]:
-            self._loss_parallel = loss_parallel()
-            self._loss_parallel.__enter__()
         self.model = self.lightning_module
         self._measure_pieces(task)
 
@@ -159,6 +162,7 @@ class MeshStrategy(ModelParallelStrategy):
         """For each trained parameter: on how many ranks of its pipeline stage the same piece lies, for the norm of the whole gradient."""
         ranks = self.world_size // self.degrees.pipeline
         self._trained: list[tuple[Any, float]] = []
+        self._weights: Tensor | None = None
         for name, p in task.model.named_parameters():
             pieces = 1
             if isinstance(p, DTensor):
@@ -206,7 +210,6 @@ class MeshStrategy(ModelParallelStrategy):
     def finished_gradients(self) -> tuple[list[Tensor], Tensor]:
         """This rank's pieces of the step's gradient, complete over all axes, and the norm of the whole gradient. A collective."""
         held = [(p, weight) for p, weight in self._trained if p.grad is not None]
-        weights = [weight for _, weight in held]
         for p, _ in held:
             gradient: Any = p.grad
             if isinstance(gradient, DTensor) and gradient.placements != p.placements:  # pyright: ignore[reportAttributeAccessIssue]
@@ -220,8 +223,10 @@ class MeshStrategy(ModelParallelStrategy):
                 self._all_reduce(gradients)
         total = torch.zeros((), dtype=torch.float64, device=self.root_device)
         if gradients:
-            squares = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)).double().square()
-            total += squares @ torch.tensor(weights, dtype=torch.float64, device=squares.device)
+            norms = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32))
+            if self._weights is None or len(self._weights) != len(held):  # once: a copy to a GPU in every step would be waited for
+                self._weights = torch.tensor([weight for _, weight in held], dtype=torch.float64, device=norms.device)
+            total += norms.double().square() @ self._weights
         dist.all_reduce(total)
         return gradients, total.sqrt().float()
 
@@ -236,7 +241,7 @@ class MeshStrategy(ModelParallelStrategy):
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         """Over the ranks that see different tokens: copies along tensor and pipeline must not count twice."""
-        return super().reduce(tensor, group if group is not None else self.axis("tokens").get_group(), reduce_op)
+        return all_reduced(tensor, group if group is not None else self.axis("tokens").get_group(), reduce_op)
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
         given = torch.tensor(int(decision), device=self.root_device)
@@ -276,7 +281,7 @@ class MeshStrategy(ModelParallelStrategy):
         for optimizer in rest["optimizer_states"]:
             groups: list[Any] = [None] * self.world_size
             dist.all_gather_object(groups, optimizer["param_groups"], group=self._hosts)
-            optimizer["param_groups"] = complete_groups(groups, self.lightning_module.trained_names)  # pyright: ignore
+            optimizer["param_groups"] = complete_groups(groups, self.lightning_module.model_names)  # pyright: ignore
         self._checkpoints.write(Path(self.broadcast(filepath)), tensors, rest, self._hosts)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
@@ -303,6 +308,15 @@ class MeshStrategy(ModelParallelStrategy):
         self._loss_parallel.__exit__(None, None, None)
         self._loss_parallel = nullcontext()
         super().teardown()
+
+
+def all_reduced(tensor: Any, group: Any, reduce_op: Any) -> Any:
+    """The sum or mean over `group`. Lightning's own reduction meets in a barrier first, at which a GPU's host would wait in every step."""
+    if not isinstance(tensor, Tensor):
+        return tensor
+    total = tensor.clone()
+    dist.all_reduce(total, group=group)
+    return total if str(reduce_op).lower().endswith("sum") else total / dist.get_world_size(group)
 
 
 @torch.no_grad()

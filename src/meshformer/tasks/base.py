@@ -73,7 +73,7 @@ class Task(pl.LightningModule):
     def configure_model(self) -> None:
         if self.model is None:
             self.model = self.make_model()
-            self.trained_names = [name for name, p in self.model.named_parameters() if p.requires_grad]
+            self.model_names = [name for name, _ in self.model.named_parameters()]
 
     # --- one training step
 
@@ -135,7 +135,8 @@ class Task(pl.LightningModule):
         self.grad_norm.copy_(norm * scale)
         if gradient_clip_val:
             scale = scale * (gradient_clip_val / (self.grad_norm + 1e-6)).clamp(max=1)
-        torch._foreach_mul_(gradients, scale)
+        if gradients:  # a pipeline rank may hold frozen layers alone
+            torch._foreach_mul_(gradients, scale)
         self.step_count.zero_()
 
     def _totals(self) -> Tensor:
@@ -156,7 +157,7 @@ class Task(pl.LightningModule):
         if self.pipeline is None or "all_names" not in inspect.signature(self.make_optimizer).parameters:
             optimizer = self.make_optimizer(named)
         else:  # a part of the model: what the optimizer refuses, and its groups, depend on the whole
-            optimizer = self.make_optimizer(named, all_names=self.trained_names)
+            optimizer = self.make_optimizer(named, all_names=self.model_names)
         if self.make_schedule is None:
             return optimizer
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.make_schedule(self.max_steps))
