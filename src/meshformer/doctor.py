@@ -86,7 +86,7 @@ def self_test() -> float:
                 [*TEST, f"data.files=[{text}]", f"paths.data={scratch}/cache", f"paths.runs={scratch}", *layout]
             )
             launch(config, folder, own_process=True)
-            losses.append([row["train/loss"] for row in read_metrics(folder / "metrics.csv")])
+            losses.append([float(row["train/loss"]) for row in read_metrics(folder / "metrics.csv")])
         return max(abs(a - b) for a, b in zip(*losses, strict=True))
 
 

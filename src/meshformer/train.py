@@ -77,7 +77,7 @@ def _train(config: Config, folder: Path, signals: StopSignals) -> dict[str, floa
         apply_levers(getattr(task.model, "blocks", ()), config["strategy"]["activation_checkpointing"], config["trainer"]["compile"])
     if isinstance(task.model, Transformer):
         task.flops_per_token = training_flops_per_token(task.model, data.context_length)
-    parameters = sum(p.numel() for p in task.model.parameters())
+    parameters = sum(p.numel() for p in task.parameters())
 
     record = RunRecord(folder) if trainer.is_global_zero else None
     if record:
