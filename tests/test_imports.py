@@ -29,7 +29,7 @@ FLOORS = {
     "hydra_plugins": 6,
     "bench": 7,  # measures from outside, as a user would: nothing imports it
 }
-COMMAND = {"cli", "compose", "explain", "launch", "__main__"}
+COMMAND = {"cli", "compose", "doctor", "explain", "launch", "__main__"}
 HEAVY = {"torch", "lightning", "pytorch_lightning", "torchmetrics", "transformers"}
 NOT_IN_MODEL = ("lightning", "pytorch_lightning", "hydra", "omegaconf", "torch.distributed")
 KNOWS_HYDRA = {"build", "command", "hydra_plugins"}

@@ -14,10 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
-from meshformer.callbacks.throughput import measure_matrix_rate
 from meshformer.compose import compose
 from meshformer.config.resolve import cores, cpu_multiplies_bf16
 from meshformer.launch import launch
@@ -49,6 +45,12 @@ def doctor() -> int:
 
 
 def facts() -> list[tuple[str, str]]:
+    """(what, in words) for each line of the report; takes about a second to measure."""
+    import torch
+    import torch.distributed as dist
+
+    from meshformer.callbacks.throughput import measure_matrix_rate
+
     devices = [f"{torch.cuda.get_device_name(i)} ({_gib(torch.cuda.mem_get_info(i)[1])})" for i in range(torch.cuda.device_count())]
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
     cpu = next((line.partition(":")[2].strip() for line in info.splitlines() if line.startswith("model name")), platform.machine())

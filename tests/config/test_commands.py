@@ -253,7 +253,7 @@ def test_overrides_survive_the_file(tmp_path):
     ("line", "expected"),
     [
         ("meshformer tr", ["train"]),
-        ("meshformer ", ["train", "evaluate", "generate", "convert"]),
+        ("meshformer ", ["train", "evaluate", "generate", "convert", "doctor"]),
         ("meshformer train model=n", ["model=nano"]),
         ("meshformer train trainer.max_s", ["trainer.max_steps="]),
         ("meshformer generate temp", ["temperature="]),
