@@ -225,9 +225,7 @@ MET = [
     ("positional attention", "tensor"),
     ("positional attention", "ulysses"),
     ("sinusoidal, post-norm, layer norm, biases", "tensor"),
-    ("sinusoidal, post-norm, layer norm, biases", "pipeline"),
     ("swiglu, embedding norm, window", "tensor"),
-    ("swiglu, embedding norm, window", "context"),
     ("swiglu, embedding norm, window", "ulysses"),
 ]
 

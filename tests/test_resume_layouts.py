@@ -37,9 +37,7 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
 # (saved in, resumed in)
 PAIRS = [
     ("single", "fsdp"),
-    ("single", "tensor_pipeline"),
     ("ddp", "hsdp"),
-    ("ddp", "pipeline"),
     ("fsdp", "single"),
     ("fsdp", "fsdp, four"),
     ("fsdp, four", "ddp, accumulated"),
@@ -116,7 +114,7 @@ def test_three_groups_of_two_methods_find_their_parameters(runs: Runs, saved: st
     check_continues(runs.resumed(runs.stopped(saved, *untied), resumed, *untied), whole)
 
 
-@pytest.mark.parametrize("layout", ["single", "fsdp_pipeline"])
+@pytest.mark.parametrize("layout", ["single", "fsdp"])
 def test_a_checkpoint_saved_in_the_background_is_the_same(runs: Runs, layout: str) -> None:
     _, whole = runs.whole("single", *ADAMW)
     name = runs.stopped(layout, *ADAMW, "callbacks.checkpoint.asynchronous=true")
