@@ -25,7 +25,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from meshformer.checkpoint.find import checkpoints, is_complete
+from meshformer.checkpoint.find import candidates
 from meshformer.config import ConfigError, check, did_you_mean, resolve, validate
 from meshformer.config.check import SHAPES
 from meshformer.config.paths import conf_dir, run_of
@@ -141,9 +141,9 @@ def locate_weights(spec: str, runs: str, key: str) -> Path:
     path = Path(spec).expanduser().absolute()
     if run_of(path) == path:
         return locate(spec, runs, key)
-    if not is_complete(path):
-        have = [found.name for found in checkpoints(run_of(path))]
-        raise ConfigError("there is no such checkpoint, or not all of it", key, spec, fix=did_you_mean(path.name, have) if have else None)
+    if not path.exists():
+        have = [found.name for found in candidates(run_of(path))]
+        raise ConfigError("there is no such checkpoint", key, spec, fix=did_you_mean(path.name, have) if have else None)
     return path
 
 

@@ -18,7 +18,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from meshformer.checkpoint.find import checkpoints
+from meshformer.checkpoint.find import VERIFIED, checkpoints
 from meshformer.config.errors import ConfigError, Stopped
 from meshformer.config.resolve import outside
 from meshformer.record.run_json import RunRecord
@@ -76,7 +76,7 @@ def _launch_agent(config: dict[str, Any], folder: Path, processes: int) -> dict[
     notes.mkdir()
     with _PassingOn(notes) as passing:
         try:
-            results = elastic_launch(agent, _worker)(config, str(folder), str(notes), os.getpid())
+            results = elastic_launch(agent, _worker)(config, str(folder), str(notes), os.getpid(), VERIFIED)
         except (ChildFailedError, SignalException, KeyboardInterrupt) as failure:
             cause = (
                 _first_cause(notes, failure, processes)
@@ -125,13 +125,15 @@ class _PassingOn:
                 continue
 
 
-def _worker(config: dict[str, Any], folder: str, notes: str, launcher: int) -> dict[str, Any]:
+def _worker(config: dict[str, Any], folder: str, notes: str, launcher: int, verified: dict[str, Any]) -> dict[str, Any]:
     """One rank. Its error, if any, is left in a file: the parent shows the earliest, which is the cause of the others.
 
-    What restarting cannot mend (a stop that was asked for, a mistake in the configuration) is returned instead.
+    What restarting cannot mend (a stop that was asked for, a mistake in the configuration) is returned instead. `verified`: the checkpoints that
+    the parent has read already.
     """
     threading.Thread(target=_leave_with, args=(launcher,), daemon=True).start()
     rank = os.environ["RANK"]
+    VERIFIED.update(verified)
     try:
         from meshformer.callbacks.preemption import StopSignals
         from meshformer.train import train

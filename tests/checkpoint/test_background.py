@@ -19,6 +19,7 @@ from jobs import run_tiny, text_file
 from meshformer.checkpoint.background import Background
 from meshformer.checkpoint.find import checkpoints
 from meshformer.checkpoint.folder import read_rest, read_tensors
+from meshformer.checkpoint.ranks import StepFailed
 
 
 @pytest.fixture
@@ -66,7 +67,7 @@ def test_a_failure_is_raised_once_and_the_next_save_works(tmp_path: Path) -> Non
     background = Background()
     (tmp_path / "file").touch()
     background.save(tmp_path / "file" / "a", {"x": torch.zeros(1)}, {}, then=lambda: pytest.fail("nothing was completed"))
-    with pytest.raises(NotADirectoryError):
+    with pytest.raises(StepFailed, match="Not a directory"):
         background.save(tmp_path / "b", {"x": torch.zeros(1)}, {})
     background.save(tmp_path / "b", {"x": torch.zeros(1)}, {"lock": threading.Lock()})
     with pytest.raises(TypeError, match="pickle"):
@@ -180,7 +181,7 @@ def test_a_checkpoint_that_could_not_be_written_ends_the_run(synchronous: Path, 
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(dcp.FileSystemWriter, "write_data", fail)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(StepFailed, match=r"checkpoints/step-00000002 could not be written: OSError: .*No space left"):
         run_tiny(synchronous, f"full-{last}", *SETTINGS, ASYNCHRONOUS, f"trainer.max_steps={last}")
     assert list((synchronous / f"full-{last}" / "checkpoints").iterdir()) == []
 

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from meshformer.checkpoint.find import PARTS
+from meshformer.checkpoint.manifest import write_manifest
 from meshformer.cli import main
 from meshformer.compose import read_overrides, write_overrides
 from meshformer.config import ConfigError
@@ -33,6 +34,7 @@ def calls(tmp_path, monkeypatch) -> Calls:
         checkpoint.mkdir(parents=True, exist_ok=True)
         for part in PARTS:
             (checkpoint / part).touch()
+        write_manifest(checkpoint, dict.fromkeys(PARTS, (0, 0)))
         filled = {**config, "model": {**config["model"], "vocab_size": 84}}
         (folder / "config.yaml").write_text(yaml.safe_dump(filled, sort_keys=False))
         return {"val/loss": 2.0}

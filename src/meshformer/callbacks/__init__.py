@@ -2,9 +2,10 @@
 
 from .checkpoint import Checkpoint, ExactResume
 from .layout import Layout
+from .nonfinite import NonFinite, Spike
 from .progress import ProgressBar
 from .rows import Rows
 from .samples import Samples
 from .throughput import Throughput
 
-__all__ = ["Checkpoint", "ExactResume", "Layout", "ProgressBar", "Rows", "Samples", "Throughput"]
+__all__ = ["Checkpoint", "ExactResume", "Layout", "NonFinite", "ProgressBar", "Rows", "Samples", "Spike", "Throughput"]

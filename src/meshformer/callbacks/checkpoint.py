@@ -4,35 +4,60 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
-from meshformer.checkpoint.find import checkpoint_name, checkpoints
+from meshformer.checkpoint.find import checkpoint_name, checkpoints, step_of
+from meshformer.checkpoint.folder import tidy
 from meshformer.checkpoint.lightning_io import FolderCheckpointIO
+from meshformer.checkpoint.manifest import Damaged, read_manifest
+
+if TYPE_CHECKING:
+    PositiveInt = Count = int
 
 
 class Checkpoint(Callback):
-    """Saves RUN/checkpoints/step-… every `every_n_steps` optimizer steps and at the end; keeps the `keep_last` newest, and all single files.
+    """Saves RUN/checkpoints/step-… every `every_n_steps` optimizer steps and at the end.
 
-    `asynchronous`: training goes on while the checkpoint is written, from a copy in the host's memory. What fails then is raised at the next
-    save or at the end. Where a step is also validated, the save comes after the validation, so that a resumed run neither repeats nor misses it.
-    State: none.
+    Kept are the `keep_last` newest (0: all), the `keep_best` with the lowest `monitor` among those whose step was validated, and those of every
+    `keep_every_n_steps`-th step; single files always. `asynchronous`: training goes on while the checkpoint is written, from a copy in the
+    host's memory; what fails then shows at the next save or at the end. `on_failure`: whether a save that fails (a full disk, say) ends the run
+    or is a warning, after which the next save tries again. Where a step is also validated, the save comes after the validation, so that a
+    resumed run neither repeats nor misses it. State: none; `metrics`, what validation gave at the step that is saved, is in the checkpoint for
+    `keep_best`, which reads it from the manifests.
     """
 
-    def __init__(self, every_n_steps: int = 500, keep_last: int = 3, asynchronous: bool = False):
-        self.every_n_steps, self.keep_last, self.asynchronous = every_n_steps, keep_last, asynchronous
+    def __init__(
+        self,
+        every_n_steps: PositiveInt = 500,
+        keep_last: Count = 3,
+        keep_best: Count = 0,
+        monitor: str = "val/loss",
+        keep_every_n_steps: PositiveInt | None = None,
+        asynchronous: bool = False,
+        on_failure: Literal["stop", "warn"] = "stop",
+    ):
+        self.every_n_steps, self.asynchronous, self.on_failure = every_n_steps, asynchronous, on_failure
+        self.keep_last, self.keep_best, self.monitor, self.keep_every_n_steps = keep_last, keep_best, monitor, keep_every_n_steps
         self.folder: Path | None = None  # set by build.py: RUN/checkpoints
-        self.saved_step = -1
+        self.saved_step = self.validated_step = -1
 
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         io = self._io(trainer)
-        io.asynchronous, io.then = self.asynchronous, self._remove_old
+        io.asynchronous, io.then, io.tolerant = self.asynchronous, self._remove_old, self.on_failure == "warn"
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self.saved_step = trainer.global_step  # what we start from is on disk already, or is the untrained model
+        if trainer.is_global_zero and self.folder is not None:
+            tidy(self.folder)
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        if self.validated_step == trainer.global_step:
+            checkpoint["metrics"] = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
@@ -41,12 +66,23 @@ class Checkpoint(Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         step = trainer.global_step
-        if trainer.state.fn == "fit" and step and step % self.every_n_steps == 0 and step != self.saved_step:
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        self.validated_step = step
+        if step and step % self.every_n_steps == 0 and step != self.saved_step:
             self._save(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        if trainer.global_step != self.saved_step:
+        if trainer.global_step != self.saved_step or self._lost(trainer):
             self._save(trainer)
+
+    def _lost(self, trainer: pl.Trainer) -> bool:
+        """Whether the save before failed, and was a warning. The same on all ranks, of which the first alone may know."""
+        if self.on_failure == "stop":
+            return False
+        io = self._io(trainer)
+        io.wait()
+        return bool(trainer.strategy.broadcast(io.failed))
 
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
         # (Where training ends well, Lightning's teardown of the CheckpointIO waits, and raises.)
@@ -71,13 +107,30 @@ class Checkpoint(Callback):
         self.saved_step = trainer.global_step
         trainer.save_checkpoint(self.folder / checkpoint_name(self.saved_step))
 
-    def _remove_old(self) -> None:
-        """Called by the process that has completed a checkpoint."""
-        assert self.folder is not None
-        folders = [old for old in checkpoints(self.folder.parent) if old.is_dir()]  # single files were put there by hand
-        for old in folders[: -self.keep_last] if self.keep_last > 0 else []:
-            # Renamed first: a kill in the middle must not leave a folder that looks complete.
-            shutil.rmtree(old.rename(old.with_name(old.name + ".tmp")))
+    def _remove_old(self, new: Path) -> None:
+        """Called by the process that has completed the checkpoint `new`. What cannot be removed is told: no reason to end a training."""
+        # Single files were put there by hand. Later steps than this one are damaged, or the run would have gone on from them: they count for
+        # nothing, and are replaced when the run comes there.
+        folders = [p for p in checkpoints(new.parent.parent) if p.is_dir() and step_of(p) <= step_of(new)]
+        try:
+            for old in sorted(set(folders) - self._kept(folders)):
+                aside = old.with_name(old.name + ".tmp")  # a kill in the middle must not leave a folder that looks complete
+                shutil.rmtree(aside, ignore_errors=True)
+                shutil.rmtree(old.rename(aside))
+        except (OSError, Damaged) as error:
+            print(f"warning: an old checkpoint could not be removed: {error}", file=sys.stderr, flush=True)
+
+    def _kept(self, folders: Sequence[Path]) -> set[Path]:
+        """Of complete checkpoints, oldest first."""
+        if not self.keep_last:
+            return set(folders)
+        kept = set(folders[-self.keep_last :])
+        if self.keep_best:
+            values = [(read_manifest(p).metrics.get(self.monitor, float("nan")), -step_of(p), p) for p in folders]
+            kept |= {p for *_, p in sorted(found for found in values if found[0] == found[0])[: self.keep_best]}  # not the nan ones
+        if self.keep_every_n_steps:
+            kept |= {p for p in folders if step_of(p) % self.keep_every_n_steps == 0}
+        return kept
 
 
 class ExactResume(Callback):

@@ -60,8 +60,8 @@ class Background:
 def _now(tensors: Mapping[str, Tensor], rest: dict[str, Any], group: dist.ProcessGroup | None) -> Callable[[], State]:
     """A function that returns a copy of the state as it is now. It raises what kept this rank from copying: the others are to hear of it."""
     try:
-        pieces, packed = state_of(tensors, rest, group)
-        copies = {name: piece.on_host() for name, piece in pieces.items()}
+        state = state_of(tensors, rest, group)
+        copy = state._replace(pieces={name: piece.on_host() for name, piece in state.pieces.items()})
     except Exception as error:
         failure = error
 
@@ -69,4 +69,4 @@ def _now(tensors: Mapping[str, Tensor], rest: dict[str, Any], group: dist.Proces
             raise failure
 
         return fail
-    return lambda: (copies, packed)
+    return lambda: copy

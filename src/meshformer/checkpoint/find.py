@@ -1,31 +1,87 @@
-"""Which checkpoints a run has. Names only: no torch."""
+"""Which checkpoints a run has, and which of them may be loaded. No torch: a command finds out before it starts anything."""
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
+from typing import Any
 
 from meshformer.config.errors import ConfigError
 from meshformer.config.paths import CHECKPOINT
+from meshformer.config.resolve import outside
 
-METADATA, REST = ".metadata", "trainer.pt"
-PARTS = (METADATA, REST)  # a checkpoint folder without either is not complete
+from .manifest import METADATA, PARTS, REST, Damaged, check_single, check_sizes, check_sums
+
 SINGLE, WEIGHTS = ".ckpt", ".safetensors"  # files that hold all of a checkpoint, and its weights alone
+__all__ = [
+    "METADATA", "PARTS", "REST", "SINGLE", "VERIFIED", "WEIGHTS", "candidates", "checkpoint_name", "checkpoints", "damage", "is_complete",
+    "latest_checkpoint", "step_of",
+]  # fmt: skip
+
+# Verified already, by this process or the one that started it: {path: (its files as they were then, what is wrong with it)}.
+VERIFIED: dict[str, tuple[Any, str | None]] = {}
 
 
 def checkpoint_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def checkpoints(run: Path) -> list[Path]:
-    """The run's complete checkpoints, oldest first: folders, and single files that `meshformer convert` made."""
-    folder = Path(run) / "checkpoints"
-    found = [p for p in folder.glob("step-*") if CHECKPOINT.fullmatch(p.name) and is_complete(p)]
+def candidates(run: Path) -> list[Path]:
+    """Everything in the run that is named like a checkpoint, oldest first; any of it may be damaged."""
+    found = [p for p in (Path(run) / "checkpoints").glob("step-*") if CHECKPOINT.fullmatch(p.name)]
     return sorted(found, key=lambda p: (step_of(p), p.is_dir()))
 
 
+def checkpoints(run: Path) -> list[Path]:
+    """The run's complete checkpoints, oldest first: folders, and single files that `meshformer convert` made. Their content is not read."""
+    return [p for p in candidates(run) if is_complete(p)]
+
+
 def is_complete(checkpoint: Path) -> bool:
-    """Single files are renamed to their name when they are complete."""
-    return checkpoint.is_file() if checkpoint.suffix == SINGLE else all((checkpoint / part).is_file() for part in PARTS)
+    """All files are there and of the right size. Single files are renamed to their name when they are complete."""
+    return _defect(checkpoint) is None
+
+
+def _defect(checkpoint: Path) -> str | None:
+    if checkpoint.suffix == SINGLE:
+        return None if checkpoint.is_file() else f"{checkpoint.name}: missing"
+    try:
+        check_sizes(checkpoint)
+    except Damaged as damaged:
+        return str(damaged)
+    return None
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, by the checksums of all of its content; None for nothing. Once for files that stay as they are."""
+    return _verify(checkpoint)[0]
+
+
+def _verify(checkpoint: Path) -> tuple[str | None, bool]:
+    """(`damage`, whether that was known before)."""
+    checkpoint = Path(checkpoint).absolute()
+    look = _look(checkpoint)
+    known = VERIFIED.get(str(checkpoint))
+    if known is not None and known[0] == look:
+        return known[1], True
+    try:
+        (check_single if checkpoint.suffix == SINGLE else check_sums)(checkpoint)
+        found = None
+    except Damaged as damaged:
+        found = str(damaged)
+    VERIFIED[str(checkpoint)] = (look, found)
+    return found, False
+
+
+def _look(checkpoint: Path) -> Any:
+    """Changes when a file is replaced or written to."""
+    try:
+        files = [checkpoint] if checkpoint.is_file() else sorted(Path(entry) for entry in os.scandir(checkpoint))
+        stats = [(file.name, file.stat()) for file in files]
+    except OSError:
+        return None
+    return tuple((name, s.st_size, s.st_mtime_ns, s.st_ino) for name, s in stats)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -36,10 +92,27 @@ def step_of(checkpoint: Path) -> int:
 
 
 def latest_checkpoint(run: Path, key: str = "run") -> Path:
-    """The newest complete checkpoint of a run folder; a checkpoint RUN/checkpoints/step-… itself. ConfigError naming `key` for none."""
-    if CHECKPOINT.fullmatch(Path(run).name) and is_complete(Path(run)):
-        return Path(run)
-    found = checkpoints(run)
-    if not found:
-        raise ConfigError(f"{run} holds no checkpoint", key=key, value=str(run), fix="name a run folder that has checkpoints/step-…")
-    return found[-1]
+    """The newest checkpoint of a run folder that is whole, verified by checksums; a checkpoint RUN/checkpoints/step-… itself.
+
+    Every damaged one that is newer is told on stderr (by the first process). ConfigError naming `key` when there is none, when all are damaged,
+    or when the one that was named is. Processes that see the same files find the same.
+    """
+    run = Path(run)
+    if CHECKPOINT.fullmatch(run.name) and run.exists() and not (run / "checkpoints").is_dir():
+        if (problem := damage(run)) is not None:
+            fix = "Name the run folder: the newest of its checkpoints that is whole is taken."
+            raise ConfigError(f"the checkpoint is damaged: {problem}", key, str(run), fix=fix)
+        return run
+    around = outside()
+    damaged: list[str] = []
+    for found in reversed(candidates(run)):
+        problem, told = _verify(found)
+        if problem is None:
+            return found
+        damaged.append(problem)
+        if not told and (around is None or around.rank == 0):
+            print(f"damaged checkpoint skipped: {found.parent / problem}", file=sys.stderr, flush=True)
+    if damaged:
+        fix = "Restore the files from a copy, or start a new run."
+        raise ConfigError(f"every checkpoint of the run is damaged: {'; '.join(damaged)}", key, str(run), fix=fix)
+    raise ConfigError(f"{run} holds no checkpoint", key=key, value=str(run), fix="name a run folder that has checkpoints/step-…")

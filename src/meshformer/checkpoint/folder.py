@@ -3,21 +3,24 @@
     step-00000500/
         .metadata, __0_0.distcp …   tensors, keyed by name: `model.<parameter>`, `optimizer.<parameter>.<state>`; a file for each process
         trainer.pt                  everything else: plain containers only, read with weights_only=True
+        manifest.json               size and checksum of each of these; written last
 
 Keys are names, never positions in a list or coordinates in a mesh, so that any layout can read what any other wrote.
-The folder is written aside and renamed when it is complete: a killed process leaves the old checkpoints and at most a `.tmp` folder.
+The folder is written aside, flushed to disk and renamed when it is complete: a killed process or a power cut leaves the old checkpoints and at
+most a `.tmp` folder.
 
 The readers below take single files (see single_file.py) as well. They communicate with nobody: each process reads what it needs.
 """
 
 from __future__ import annotations
 
+import errno
 import io
-import os
+import math
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -28,13 +31,23 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from meshformer.config.errors import ConfigError
 
 from . import single_file
-from .find import PARTS, REST
+from .find import METADATA, PARTS, REST
+from .manifest import Files, write_manifest
 from .metadata import read_metadata
 from .pieces import LoadPieces, Piece, SavePieces, pieces_of
 from .ranks import Ranks
+from .summing import SummingWriter, exchange
 
-State = tuple[dict[str, Piece], bytes]
 SHOWN = 6  # problems named in a message
+
+
+class State(NamedTuple):
+    """What one rank writes: its pieces, and on the group's first rank trainer.pt as bytes and the metrics that go to the manifest."""
+
+    pieces: dict[str, Piece]
+    rest: bytes = b""
+    metrics: dict[str, float] = {}  # noqa: RUF012  # never changed
+
 
 # --- writing
 
@@ -43,18 +56,19 @@ def write_folder(path: Path, tensors: Mapping[str, Tensor], rest: dict[str, Any]
     """Writes a complete checkpoint; an existing folder of this name is replaced once the new one is complete.
 
     With `group`, all of its ranks call this, each with what it holds: pieces (DTensors on any mesh) and whole tensors, under names that may differ
-    between ranks (pipeline stages). A whole tensor that several ranks hold must be the same on each. `rest` counts on the first rank alone.
-    What fails on one rank raises on all, and the old checkpoints stay. Without `group`, this process writes everything.
+    between ranks (pipeline stages). A whole tensor that several ranks hold must be the same on each. `rest` counts on the first rank alone;
+    its entry `metrics`, if any, goes to the manifest as well. Without `group`, this process writes everything.
+    What fails on one rank (no space for all of it, say) raises StepFailed on all, and the old checkpoints stay.
     """
     write_state(path, lambda: state_of(tensors, rest, group), group)
 
 
 def state_of(tensors: Mapping[str, Tensor], rest: dict[str, Any], group: dist.ProcessGroup | None = None) -> State:
-    """This rank's pieces, and `rest` as the bytes of trainer.pt: b"" on all but the group's first rank."""
+    if group is not None and dist.get_rank(group) != 0:
+        return State(pieces_of(tensors))
     buffer = io.BytesIO()
-    if group is None or dist.get_rank(group) == 0:
-        torch.save(rest, buffer)
-    return pieces_of(tensors), buffer.getvalue()
+    torch.save(rest, buffer)
+    return State(pieces_of(tensors), buffer.getvalue(), rest.get("metrics", {}))
 
 
 def write_state(path: Path, state: Callable[[], State], group: dist.ProcessGroup | None = None) -> None:
@@ -62,41 +76,43 @@ def write_state(path: Path, state: Callable[[], State], group: dist.ProcessGroup
     path = Path(path)
     aside = path.with_name(path.name + ".tmp")
     ranks = Ranks(group, f"the checkpoint {path} could not be written")
-    writer = dcp.FileSystemWriter(aside, single_file_per_rank=True, sync_files=True)
-    planner = SavePieces()
+    writer, planner = SummingWriter(aside), SavePieces()
 
     def begin() -> None:
-        nonlocal pieces, rest
-        pieces, rest = state()
+        nonlocal held
+        held = state()
         if ranks.is_first:
+            _recover(path)
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
 
     def plan() -> Any:
-        planner.set_up_planner(pieces, writer.storage_meta(), ranks.is_first)
+        planner.set_up_planner(held.pieces, writer.storage_meta(), ranks.is_first)
         writer.set_up_storage_writer(ranks.is_first, rank=ranks.rank)
         return writer.prepare_local_plan(planner.create_local_plan())
 
     def plan_together(plans: list[Any]) -> list[Any]:
         nonlocal metadata
         plans, metadata = planner.create_global_plan(plans)
+        _check_space(aside, plans, len(held.rest))
         return writer.prepare_global_plan(plans)
 
-    def write() -> Any:
+    def write() -> tuple[Any, Files]:
         with single_file.naming_the_cause():
-            return writer.write_data(planner.finish_plan(mine), planner).value()
+            return writer.write_data(planner.finish_plan(mine), planner).value(), writer.files
 
-    def finish(written: list[Any]) -> list[None]:
+    def finish(written: list[tuple[Any, Files]]) -> list[None]:
         assert metadata is not None
-        writer.finish(metadata, written)
-        with open(aside / REST, "wb") as file:
-            file.write(rest)
-            file.flush()
-            os.fsync(file.fileno())
+        writer.finish(metadata, [results for results, _ in written])
+        writer.write_bytes(REST, held.rest)
+        files = {name: entry for part in (*(files for _, files in written), writer.files) for name, entry in part.items()}
+        files[METADATA] = files.pop(f"{METADATA}.tmp")  # DCP's own way to complete a file
+        write_manifest(aside, files, held.metrics)
+        single_file.sync_folder(aside)
         _replace(path, aside)
         return [None] * len(written)
 
-    pieces, rest = {}, b""
+    held = State({})
     metadata: Metadata | None = None
     try:
         ranks.step(begin)
@@ -108,14 +124,47 @@ def write_state(path: Path, state: Callable[[], State], group: dist.ProcessGroup
         raise
 
 
+def _check_space(folder: Path, plans: list[Any], rest: int) -> None:
+    """OSError before anything is written, where the disk has not enough room for what all ranks are going to write."""
+    items = [item for plan in plans for item in plan.items]
+    sizes = (math.prod(item.tensor_data.chunk.sizes) * item.tensor_data.properties.dtype.itemsize for item in items)
+    needed = sum(sizes) + rest + 2048 * len(items)  # each tensor is an archive of its own, and has its entry in .metadata
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise OSError(errno.ENOSPC, f"not enough disk space: {needed:,} bytes needed, {free:,} free", str(folder.parent))
+
+
 def _replace(path: Path, aside: Path) -> None:
-    old = path.with_name(path.name + ".old.tmp")
+    """`aside` becomes `path`. At every moment there is a complete checkpoint of that name, if there was one before."""
+    old = _replaced(path)
     shutil.rmtree(old, ignore_errors=True)
-    if path.exists():
-        path.rename(old)
-    os.replace(aside, path)
+    if not path.exists():
+        aside.rename(path)
+    elif exchange(aside, path):
+        aside.rename(old)
+    else:
+        path.rename(old)  # a kill between these two: see _recover
+        aside.rename(path)
+    single_file.sync_folder(path.parent)  # the renames themselves
     shutil.rmtree(old, ignore_errors=True)
-    single_file.sync_folder(path.parent)  # the rename itself
+
+
+def _recover(path: Path) -> None:
+    """Where a file system cannot exchange two names at once, a kill in the middle leaves the checkpoint that was to be replaced aside."""
+    if not path.exists() and _replaced(path).exists():
+        _replaced(path).rename(path)
+
+
+def tidy(folder: Path) -> None:
+    """Removes what killed saves and removals left in a run's checkpoints/. Nothing else may be saving there."""
+    for left in sorted(Path(folder).glob("step-*.tmp")) if Path(folder).is_dir() else []:
+        if left.is_dir():  # a file may be a conversion in progress
+            _recover(left.with_name(left.name.removesuffix(".tmp").removesuffix(".old")))
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _replaced(path: Path) -> Path:
+    return path.with_name(path.name + ".old.tmp")
 
 
 # --- reading

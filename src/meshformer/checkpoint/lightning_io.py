@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Collection, Mapping
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,36 +17,55 @@ from torch import Tensor
 from .background import Background
 from .folder import read_rest, read_tensors, write_folder
 from .optimizer import PREFIX, names_by_number, state_tensors
+from .ranks import StepFailed
 
 
 class FolderCheckpointIO(CheckpointIO):
     """Saves and loads what the Trainer's checkpoint connector hands over; optimizer state is keyed by parameter name on disk.
 
-    `asynchronous` (training goes on while a thread writes) and `then` (called by the process that completes a checkpoint, when it is complete)
-    are set by callbacks.Checkpoint. A strategy that saves from several processes calls `write` itself.
+    `asynchronous` (training goes on while a thread writes), `then` (called with its path by the process that completes a checkpoint) and
+    `tolerant` (a save that fails is told, and no error) are set by callbacks.Checkpoint. `failed`: whether the last save did.
+    A strategy that saves from several processes calls `write` itself.
     """
 
     def __init__(self) -> None:
-        self.asynchronous = False
-        self.then: Callable[[], None] | None = None
+        self.asynchronous = self.tolerant = self.failed = False
+        self.then: Callable[[Path], None] | None = None
         self._background = Background()
+        self._is_first = True
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         self.write(Path(path), *split(checkpoint))
 
     def write(self, path: Path, tensors: Mapping[str, Tensor], rest: dict[str, Any], group: dist.ProcessGroup | None = None) -> None:
         """`write_folder`, now or in the background. For the background, `group` is a gloo group of its own."""
-        then = self.then if group is None or dist.get_rank(group) == 0 else None
+        self.wait()
+        self.failed = False
+        self._is_first = group is None or dist.get_rank(group) == 0
+        then = partial(self.then, path) if self.then is not None and self._is_first else None
         if self.asynchronous:
             self._background.save(path, tensors, rest, group, then)
             return
-        write_folder(path, tensors, rest, group)
-        if then is not None:
-            then()
+        with self._tolerating():
+            write_folder(path, tensors, rest, group)
+            if then is not None:
+                then()
 
     def wait(self) -> None:
         """Returns when no checkpoint is being written; raises what failed in the background."""
-        self._background.wait()
+        with self._tolerating():
+            self._background.wait()
+
+    @contextmanager
+    def _tolerating(self) -> Iterator[None]:
+        try:
+            yield
+        except StepFailed as error:  # on all ranks that save, so all of them go on
+            self.failed = True
+            if not self.tolerant:
+                raise
+            if self._is_first:
+                print(f"warning: {error}; training goes on, and the next save tries again", file=sys.stderr, flush=True)
 
     def teardown(self) -> None:
         self.wait()

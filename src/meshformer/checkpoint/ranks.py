@@ -15,6 +15,10 @@ def _each(results: list[Any]) -> list[Any]:
     return results
 
 
+class StepFailed(RuntimeError):
+    """A step failed on some rank, and so for all. Says which and why."""
+
+
 class Ranks:
     """The ranks of `group`, or this process alone for None. `failure` begins the message of what `step` raises."""
 
@@ -29,11 +33,14 @@ class Ranks:
     def step(self, work: Callable[[], T], join: Callable[[list[T]], list[R]] = _each) -> R:
         """`work()` on every rank, then `join` of all results on the first, which returns one answer for each rank.
 
-        An exception in any of it raises RuntimeError on all ranks, and on none before all have come here: nobody waits in vain. (In one process
-        the exception itself is raised.)
+        An exception in any of it raises StepFailed on all ranks, and on none before all have come here: nobody waits in vain. (In one process
+        what the disk refuses, an OSError, becomes StepFailed; any other exception is raised itself.)
         """
         if self.group is None:
-            return join([work()])[0]
+            try:
+                return join([work()])[0]
+            except OSError as error:
+                raise StepFailed(f"{self.failure}: {type(error).__name__}: {error}") from error
         mine, error = _attempt(work)
         note = None if error is None else f"{type(error).__name__}: {error}"
         results: list[Any] = [None] * self.size
@@ -50,7 +57,7 @@ class Ranks:
         dist.scatter_object_list(got, answers, group=self.group, group_src=0)
         answer, told = got[0]
         if told is not None:
-            raise RuntimeError(f"{self.failure}: {told}") from error
+            raise StepFailed(f"{self.failure}: {told}") from error
         return answer
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from meshformer import compose
-from meshformer.checkpoint.find import SINGLE, WEIGHTS, checkpoints, is_complete, step_of
+from meshformer.checkpoint.find import SINGLE, WEIGHTS, candidates, damage, latest_checkpoint, step_of
+from meshformer.checkpoint.manifest import MANIFEST, PARTS
 from meshformer.config import ConfigError, did_you_mean
 from meshformer.config.paths import run_of
 
@@ -31,17 +32,19 @@ def _source(spec: str, checkpoint: int | str | None, runs: str) -> Path:
     is_file = path.suffix in (SINGLE, WEIGHTS)
     if is_file and not path.is_file():
         raise ConfigError("there is no such file", "run", spec)
-    if not is_file and not (path.is_dir() and is_complete(path)):
+    named = is_file or any((path / part).is_file() for part in (MANIFEST, *PARTS))
+    if not named:
         path = compose.locate_weights(spec, runs, "run")
-    found = checkpoints(path)
-    if is_file or is_complete(path):
+        named = run_of(path) != path
+    found = candidates(path)
+    if named:
         if checkpoint is not None:
             raise ConfigError("run= names a checkpoint already", "checkpoint", checkpoint, fix="Leave it out.")
-        return path
+        return _whole(path, "run")
     if not found:
         raise ConfigError("there is no checkpoint in that run to read", "run", spec)
     if checkpoint is None:
-        return found[-1]
+        return latest_checkpoint(path)
     chosen = [one for one in found if checkpoint in (step_of(one), one.name)]
     if not chosen:
         raise ConfigError(
@@ -50,7 +53,14 @@ def _source(spec: str, checkpoint: int | str | None, runs: str) -> Path:
             checkpoint,
             fix=did_you_mean(str(checkpoint), [str(step_of(one)) for one in found]),
         )
-    return chosen[-1]
+    return _whole(chosen[-1], "checkpoint")
+
+
+def _whole(checkpoint: Path, key: str) -> Path:
+    problem = damage(checkpoint) if checkpoint.suffix != WEIGHTS else None
+    if problem is not None:
+        raise ConfigError(f"the checkpoint is damaged: {problem}", key, str(checkpoint), fix="Name another.")
+    return checkpoint
 
 
 def _target(source: Path, to: str, output: str | None) -> Path:

@@ -20,7 +20,7 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf, read_write
 
 from meshformer import compose
-from meshformer.checkpoint.find import checkpoints
+from meshformer.checkpoint.find import candidates, latest_checkpoint
 from meshformer.command.conversion import source_and_target
 from meshformer.command.folders import claim_folder, shared_folder
 from meshformer.config import ConfigError, Convert, Evaluate, Generate, validate
@@ -65,6 +65,7 @@ def _train(hydra: Hydra, cfg: DictConfig, config: Config, overrides: str, run: P
     """One run in one folder: `run` where it continues there, else the user's or a new one."""
     around = outside()
     _refuse_lonely_node(config)
+    _verify(config)
     wanted = str(cfg.hydra.run.dir)
     if run is not None:
         folder = run
@@ -97,6 +98,14 @@ def _train(hydra: Hydra, cfg: DictConfig, config: Config, overrides: str, run: P
     return 0
 
 
+def _verify(config: Config) -> None:
+    """ConfigError when nothing that the job would start from is whole. Processes that this one starts need not read it all again."""
+    sources = {"resume": config["resume"], "fork": config["fork"], "stage.init_from": config["stage"]["init_from"]}
+    key, source = next(((key, source) for key, source in sources.items() if source is not None), ("", None))
+    if source is not None:
+        latest_checkpoint(Path(source), key)
+
+
 def _refuse_lonely_node(config: Config) -> None:
     if outside() is None and config["trainer"]["num_nodes"] > 1:
         message = "one command starts the processes of one node alone, and would wait for the others in vain"
@@ -111,7 +120,7 @@ def _train_from(args: argparse.Namespace, run_of: dict[str, str], overrides: lis
     if args.multirun:
         raise ConfigError(f"{key} continues one run, not a sweep", "--multirun", fix="Leave -m out.")
     run = compose.locate(spec, str(compose.value_of(overrides, "paths.runs", "runs")), key)
-    if not checkpoints(run):
+    if not candidates(run):
         raise ConfigError("there is no checkpoint in that run to continue from", key, spec)
     before, config_dir, config_name = compose.read_overrides(run)
     if key == "resume" and any(override.startswith("hydra.run.dir=") for override in overrides):
@@ -152,6 +161,7 @@ def _sweep(hydra: Hydra, args: argparse.Namespace, config_name: str, overrides: 
 
     def job(task_cfg: DictConfig) -> float | None:
         config = compose.settle(compose.plain(task_cfg), HydraConfig.get().overrides.task)
+        _verify(config)
         folder = Path(HydraConfig.get().runtime.output_dir)
         claim_folder(folder)
         _write(folder, config, compose.write_overrides(list(HydraConfig.get().overrides.task), args.config_dir, args.config_name))
@@ -195,7 +205,7 @@ def _use_run(command: str, hydra: Hydra, config_name: str, overrides: list[str],
     options = validate({**options, **text}, Evaluate if command == "evaluate" else Generate)
     source = compose.locate_weights(options["run"], options["paths"]["runs"], "run")
     run = run_of(source)
-    if not checkpoints(run):
+    if not candidates(run):
         raise ConfigError("there is no checkpoint in that run to read", "run", options["run"])
     options["run"] = str(source)
     config = _changed(run, changes) if changes else compose.read_config(run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,20 @@ SHAPES = (
 
 def check(config: Config) -> None:
     """Raise ConfigError for the first impossible combination, naming what to write instead."""
-    for part in (check_processes, check_settings, check_batch, _precision, _length, _files, _model, check_cut, _rates, _stage, _commands):
+    for part in (
+        check_processes,
+        check_settings,
+        check_batch,
+        _precision,
+        _length,
+        _files,
+        _model,
+        check_cut,
+        _rates,
+        _stage,
+        _commands,
+        _saving,
+    ):
         part(config)
 
 
@@ -145,6 +159,34 @@ def _commands(config: Config) -> None:
         raise ConfigError(
             "belongs to `meshformer evaluate` and `generate`", "run", config["run"], fix="To continue that run write resume=."
         )
+
+
+def _saving(config: Config) -> None:
+    """Rules of which checkpoints are kept, where they could never apply."""
+    saving, max_steps = config["callbacks"].get("checkpoint"), config["trainer"]["max_steps"]
+    if not saving or saving["_target_"] != "meshformer.callbacks.Checkpoint":
+        return
+    key, every = "callbacks.checkpoint", saving.get("every_n_steps", 500)
+    best, often = saving.get("keep_best", 0), saving.get("keep_every_n_steps")
+    for name in ("keep_best", "keep_every_n_steps"):
+        if saving.get(name) and saving.get("keep_last") == 0:
+            raise ConfigError(f"{key}.keep_last=0 keeps every checkpoint", f"{key}.{name}", saving[name], fix="Leave one of them out.")
+    if often and often % every:
+        raise ConfigError(
+            f"no multiple of {key}.every_n_steps={every}, so the checkpoints of those steps are not there to keep",
+            f"{key}.keep_every_n_steps",
+            often,
+            fix=f"Use {often // every * every or every} or {(often // every + 1) * every}.",
+        )
+    both = math.lcm(every, config["trainer"]["val_check_interval"])
+    if best and not str(saving.get("monitor", "val/loss")).startswith("val/"):
+        raise ConfigError("is no validation metric", f"{key}.monitor", saving["monitor"], fix="Use val/loss.")
+    if best and max_steps is not None and every <= max_steps < both:
+        message = (
+            f"the first step that is saved ({key}.every_n_steps={every}) and validated "
+            f"(trainer.val_check_interval={config['trainer']['val_check_interval']}) is {both}, after the last"
+        )
+        raise ConfigError(message, f"{key}.keep_best", best, fix="Give both the same interval.")
 
 
 def _plain(value: Any) -> str:

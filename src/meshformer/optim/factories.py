@@ -3,13 +3,12 @@
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
-import torch
 from torch.nn import Parameter
 
 from meshformer.config.errors import ConfigError
 from meshformer.optim.groups import NO_DECAY, NamedParameters, decay_groups, split_matrices, trainable
 from meshformer.optim.muon import MuonAdamW
-from meshformer.optim.shardwise import ShardwiseAdamW, ShardwiseSGD
+from meshformer.optim.shardwise import ShardwiseAdamW, ShardwiseSGD, have_kernels
 
 
 def adamw(
@@ -106,7 +105,7 @@ def use_fused(parameters: Iterable[Parameter], fused: bool | Literal["auto"]) ->
         return bool(fused)
     if fused != "auto":
         raise ConfigError("unknown choice of kernel", "optimizer.fused", fused, "Use auto, true or false.")
-    return all(parameter.device.type in ("cpu", "cuda") and torch.is_floating_point(parameter) for parameter in parameters)
+    return have_kernels(parameters)
 
 
 def _betas(betas: Sequence[float], key: str) -> tuple[float, float]:

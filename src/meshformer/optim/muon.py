@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from meshformer.config.errors import ConfigError
 from meshformer.optim.owners import on_owners
-from meshformer.optim.shardwise import ShardwiseOptimizer, gradient_pieces, pieces, update_by_adamw
+from meshformer.optim.shardwise import ShardwiseOptimizer, gradient_pieces, pieces, sgd_step, update_by_adamw
 
 # (a, b, c) of each iteration, the last one repeated. `jordan` maximises the slope at zero and leaves singular values in about
 # 0.7 … 1.2. `polar_express` (Amsel et al. 2025, their table with its 2 % safety margin) is the fastest uniform
@@ -96,27 +96,28 @@ class MuonAdamW(ShardwiseOptimizer):
             if group["method"] == "muon" and any(p.ndim != 2 for p in group["params"]):
                 raise ValueError("a muon group holds 2-D parameters only")
 
-    def update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+    def update(self, parameters: list[Tensor], group: dict[str, Any], found_inf: Tensor | None) -> None:
         if group["method"] == "muon":
-            self._muon(parameters, group)
+            self._muon(parameters, group, found_inf)
         else:
-            update_by_adamw(parameters, self.state, group)
+            update_by_adamw(parameters, self.state, group, found_inf)
 
-    def _muon(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+    def _muon(self, parameters: list[Tensor], group: dict[str, Any], found_inf: Tensor | None) -> None:
         lr, momentum = float(group["lr"]), group["momentum"]
         held, gradients = pieces(parameters), gradient_pieces(parameters)
         for p in parameters:
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
         buffers = pieces([self.state[p]["momentum_buffer"] for p in parameters])
-        torch._foreach_lerp_(buffers, gradients, 1 - momentum)
+        # Written as SGD's own step, with decay 1, M − (1 − momentum)(M − gradient): its kernel leaves M alone where the step is skipped. What is
+        # then computed from a gradient that is not finite reaches nothing but the last kernel, which leaves the matrices alone too.
+        sgd_step(buffers, gradients, found_inf, lr=1 - momentum, weight_decay=1.0, maximize=True)
         updates = list(torch._foreach_lerp(gradients, buffers, momentum)) if group["nesterov"] else buffers
-        if group["weight_decay"]:
-            torch._foreach_mul_(held, 1 - lr * group["weight_decay"])
         directions = _directions(parameters, updates, group)
         for (shape, dtype, _), indices in _alike(parameters).items():
-            length = lr * SCALES[group["scale"]](*shape)
-            torch._foreach_add_([held[i] for i in indices], [directions[i].to(dtype) for i in indices], alpha=-length)
+            scale = SCALES[group["scale"]](*shape)
+            found = [directions[i].to(dtype) for i in indices]
+            sgd_step([held[i] for i in indices], found, found_inf, lr=lr * scale, weight_decay=group["weight_decay"] / scale)
 
 
 def _directions(parameters: list[Tensor], updates: list[Tensor], group: dict[str, Any]) -> list[Tensor]:

@@ -3,9 +3,12 @@
 A parameter is a plain tensor or a DTensor. Arithmetic on DTensors costs more than the update itself (25 layers of 128 × 128 on two
 CPU ranks: AdamW 3.6 ms instead of 0.8, SGD with momentum 8.2 instead of 1.2; on a 2 × 2 mesh 12.9 and 20.9), so updates run on the
 local tensors. Optimizer state still is DTensors, which is what lets a checkpoint be read back in another layout.
+
+A step may have to be skipped (its gradient is not finite), which only the device knows. Zeroed gradients would not do: moments decay, weights
+decay, steps are counted. So all that is written in place here is written by torch's fused kernels, which change nothing where `found_inf` is 1.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -30,7 +33,19 @@ def gradient_pieces(parameters: Sequence[Tensor]) -> list[Tensor]:
     return pieces(gradients)
 
 
-def update_by_adamw(parameters: list[Tensor], state: dict[Tensor, Any], group: dict[str, Any]) -> None:
+def laid_out_as(others: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors with the strides of the others: torch 2.13's fused kernels walk through memory on a CPU, whatever the strides."""
+    return [x if x.stride() == y.stride() else torch.empty_like(y).copy_(x) for x, y in zip(tensors, others, strict=True)]
+
+
+KERNELS = ("cpu", "cuda")  # device types whose fused kernels we rely on
+
+
+def have_kernels(parameters: Iterable[Tensor]) -> bool:
+    return all(p.device.type in KERNELS and torch.is_floating_point(p) for p in parameters)
+
+
+def update_by_adamw(parameters: list[Tensor], state: dict[Tensor, Any], group: dict[str, Any], found_inf: Tensor | None = None) -> None:
     """AdamW's step for parameters with gradients. State as torch.optim.AdamW keeps it: `step`, `exp_avg`, `exp_avg_sq`."""
     for p in parameters:
         if not state[p]:
@@ -38,14 +53,16 @@ def update_by_adamw(parameters: list[Tensor], state: dict[Tensor, Any], group: d
             state[p]["step"] = torch.zeros((), dtype=torch.float32, device=p.device if group["fused"] else "cpu")
             state[p]["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
             state[p]["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+    held = pieces(parameters)
     functional_adamw(
-        pieces(parameters),
-        gradient_pieces(parameters),
+        held,
+        laid_out_as(held, gradient_pieces(parameters)),
         pieces([state[p]["exp_avg"] for p in parameters]),
         pieces([state[p]["exp_avg_sq"] for p in parameters]),
         [],
         [state[p]["step"] for p in parameters],
-        fused=group["fused"],
+        fused=bool(group["fused"]),
+        found_inf=found_inf,
         amsgrad=False,
         beta1=group["betas"][0],
         beta2=group["betas"][1],
@@ -56,31 +73,57 @@ def update_by_adamw(parameters: list[Tensor], state: dict[Tensor, Any], group: d
     )
 
 
-def update_by_sgd(parameters: list[Tensor], state: dict[Tensor, Any], group: dict[str, Any]) -> None:
+def update_by_sgd(parameters: list[Tensor], state: dict[Tensor, Any], group: dict[str, Any], found_inf: Tensor | None = None) -> None:
     """SGD's step for parameters with gradients. With momentum, state is `momentum_buffer` as torch.optim.SGD keeps it."""
-    buffers: list[Tensor | None] = [None] * len(parameters)
+    buffers: list[Tensor] | None = None
     if group["momentum"]:
         for p in parameters:
             if state[p].get("momentum_buffer") is None:
                 state[p]["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-        buffers = [*pieces([state[p]["momentum_buffer"] for p in parameters])]
+        buffers = pieces([state[p]["momentum_buffer"] for p in parameters])
+    settings = {key: group[key] for key in ("lr", "momentum", "nesterov", "weight_decay")}
+    sgd_step(pieces(parameters), gradient_pieces(parameters), found_inf, buffers, **settings)
+
+
+def sgd_step(
+    held: list[Tensor],
+    gradients: list[Tensor],
+    found_inf: Tensor | None,
+    buffers: list[Tensor] | None = None,
+    *,
+    lr: float,
+    weight_decay: float,
+    momentum: float = 0.0,
+    nesterov: bool = False,
+    maximize: bool = False,
+) -> None:
+    """θ ← θ − lr (±gradient + weight_decay θ), in place, on plain tensors; with `buffers`, torch.optim.SGD's momentum."""
     functional_sgd(
-        pieces(parameters),
-        gradient_pieces(parameters),
-        buffers,
-        weight_decay=group["weight_decay"],
-        momentum=group["momentum"],
-        lr=group["lr"],
+        held,
+        laid_out_as(held, gradients),
+        [*buffers] if buffers is not None else [None] * len(held),
+        fused=True if have_kernels(held) else None,
+        found_inf=found_inf,
+        weight_decay=weight_decay,
+        momentum=momentum,
+        lr=lr,
         dampening=0.0,
-        nesterov=group["nesterov"],
-        maximize=False,
+        nesterov=nesterov,
+        maximize=maximize,
     )
 
 
 class ShardwiseOptimizer(Optimizer):
-    """A subclass says how a group's parameters that have gradients are updated."""
+    """A subclass says how a group's parameters that have gradients are updated, and nothing of it where `found_inf` is 1.
 
-    def update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+    `found_inf`, one float32 number on the device, is for the next step alone; the closure may set it. Where there are no kernels that look
+    at it (other devices, and AdamW with `fused=False`) the host must ask for it, and waits.
+    """
+
+    found_inf: Tensor | None = None
+    _have_kernels: bool | None = None
+
+    def update(self, parameters: list[Tensor], group: dict[str, Any], found_inf: Tensor | None) -> None:
         raise NotImplementedError
 
     @torch.no_grad()
@@ -90,11 +133,22 @@ class ShardwiseOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        found_inf, self.found_inf = self.found_inf, None
+        if found_inf is not None and not self.skips_on_device:
+            if found_inf.item():
+                return loss
+            found_inf = None
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
-            if parameters:
-                self.update(parameters, group)
+            if parameters:  # (with cpu_offload the flag is on the GPU)
+                self.update(parameters, group, found_inf if found_inf is None else found_inf.to(parameters[0].device))
         return loss
+
+    @property
+    def skips_on_device(self) -> bool:
+        if self._have_kernels is None:  # asking a hundred DTensors at every step would cost
+            self._have_kernels = have_kernels(p for group in self.param_groups for p in group["params"])
+        return self._have_kernels and all(group["fused"] for group in self.param_groups if "betas" in group)
 
 
 class ShardwiseAdamW(ShardwiseOptimizer, AdamW):
@@ -108,8 +162,8 @@ class ShardwiseAdamW(ShardwiseOptimizer, AdamW):
         # Without the announcement the scaler unscales first, clipping works, and the fused step is the same.
         self._step_supports_amp_scaling = False
 
-    def update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        update_by_adamw(parameters, self.state, group)
+    def update(self, parameters: list[Tensor], group: dict[str, Any], found_inf: Tensor | None) -> None:
+        update_by_adamw(parameters, self.state, group, found_inf)
 
 
 class ShardwiseSGD(ShardwiseOptimizer, SGD):
@@ -118,5 +172,5 @@ class ShardwiseSGD(ShardwiseOptimizer, SGD):
     def __init__(self, groups: list[dict[str, Any]], lr: float, momentum: float, weight_decay: float, nesterov: bool) -> None:
         super().__init__(groups, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
 
-    def update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        update_by_sgd(parameters, self.state, group)
+    def update(self, parameters: list[Tensor], group: dict[str, Any], found_inf: Tensor | None) -> None:
+        update_by_sgd(parameters, self.state, group, found_inf)

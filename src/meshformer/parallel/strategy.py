@@ -207,8 +207,8 @@ class MeshStrategy(ModelParallelStrategy):
             yield
 
     @torch.no_grad()
-    def finished_gradients(self) -> tuple[list[Tensor], Tensor]:
-        """This rank's pieces of the step's gradient, complete over all axes, and the norm of the whole gradient. A collective."""
+    def finished_gradients(self) -> tuple[list[Tensor], Tensor, Tensor]:
+        """This rank's pieces of the step's gradient, complete over all axes, the norm of each, and the norm of the whole. A collective."""
         held = [(p, weight) for p, weight in self._trained if p.grad is not None]
         for p, _ in held:
             gradient: Any = p.grad
@@ -222,13 +222,14 @@ class MeshStrategy(ModelParallelStrategy):
             if self.degrees.replicate > 1 and not self._uses_fsdp:
                 self._all_reduce(gradients)
         total = torch.zeros((), dtype=torch.float64, device=self.root_device)
+        norms = torch.zeros(0, device=self.root_device)
         if gradients:
             norms = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32))
             if self._weights is None or len(self._weights) != len(held):  # once: a copy to a GPU in every step would be waited for
                 self._weights = torch.tensor([weight for _, weight in held], dtype=torch.float64, device=norms.device)
             total += norms.double().square() @ self._weights
         dist.all_reduce(total)
-        return gradients, total.sqrt().float()
+        return gradients, norms, total.sqrt().float()
 
     def _all_reduce(self, pieces: list[Tensor]) -> None:
         """Sums over `replicate`, all gradients in one go."""

@@ -15,6 +15,10 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
+from meshformer.optim.shardwise import ShardwiseOptimizer
+
+from .guard import Guard, Trouble, not_finite
+
 Optimizer = Callable[..., torch.optim.Optimizer]  # (named parameters, all_names=...) -> optimizer
 Schedule = Callable[[int], Callable[[int], float]]
 
@@ -44,7 +48,10 @@ class Task(pl.LightningModule):
         # Where this process holds a part of the model only, the strategy puts the function here that runs all parts: (batch, phase) -> losses.
         self.pipeline: Callable[[dict[str, Tensor], str], tuple[Tensor, Tensor]] | None = None
         self.aliases: dict[str, str] = {}  # names here of what has another name in the whole model: set by the strategy
-        self._restored = (0.0, 0.0)
+        # Where set (callbacks.Spike): (norm, whether it is not finite, step) -> whether that step's update shall not be made, on the device.
+        self.refuses: Callable[[Tensor, Tensor, int], Tensor] | None = None
+        self.trouble: Trouble | None = None  # what the last row found
+        self._restored, self._restored_guard = (0.0, 0.0), (0.0, None)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "_current_fx_name":  # Lightning sets this string about fifty times a step; nn.Module's checks would cost 0.3 ms of it
@@ -96,22 +103,26 @@ class Task(pl.LightningModule):
         self.step_count = torch.zeros((), dtype=torch.float32, device=self.device)  # counted tokens of the step in progress, this rank's
         self.grad_norm = torch.zeros((), dtype=torch.float32, device=self.device)
         since_last_row = self._restored if getattr(strategy, "is_first_token_rank", data_rank == 0) else (0.0, 0.0)
-        self.loss_sum, self.loss_count = torch.tensor(since_last_row, dtype=torch.float64, device=self.device)  # this rank's
+        self.guard = Guard(self.device, since_last_row, *self._restored_guard)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # So that the first row after a resume is the mean since the last row before it.
-        checkpoint["since_last_row"] = self._totals().tolist()
+        skipped, step, checkpoint["since_last_row"] = self.guard.look(self.trainer.strategy)
+        trouble = self.guard.describe(step, self)
+        checkpoint["guard"] = {"skipped": skipped, "trouble": trouble and tuple(trouble)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._restored = tuple(checkpoint["since_last_row"])
+        guard = checkpoint.get("guard", {"skipped": 0, "trouble": None})  # 0.1 saved none
+        self._restored_guard = (guard["skipped"], guard["trouble"] and Trouble(*guard["trouble"]))
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         # Dropout depends on (seed, step, micro-batch, rank) alone: a resumed run draws what the uninterrupted one would have drawn.
-        self._reseed(_mix(self.seed, self.trainer.global_step, batch_idx % self._accumulation, self._random_rank))
+        step = self.trainer.global_step
+        self._reseed(_mix(self.seed, step, batch_idx % self._accumulation, self._random_rank))
         loss_sum, count = self.losses(batch, "train")
         self.step_count += count
-        self.loss_sum += loss_sum.detach()
-        self.loss_count += count
+        self.guard.loss(step + 1, loss_sum.detach(), count)
         return loss_sum * self._loss_scale
 
     def _reseed(self, seed: int) -> None:
@@ -123,33 +134,47 @@ class Task(pl.LightningModule):
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        """Turns the accumulated sum into the mean over the step's tokens and clips it by its global norm, in one pass over the gradients."""
+        """Turns the accumulated sum into the mean over the step's tokens and clips it by its global norm, in one pass over the gradients.
+
+        Where the norm is not finite on any rank, nor is the update: every rank tells its optimizer, on the device, to change nothing.
+        (Other optimizers than ours are given no gradients then, for which the host has to ask.) The step counts, and the schedule moves on.
+        """
         strategy: Any = self.trainer.strategy
-        count = strategy.reduce(self.step_count, reduce_op="sum")
         if hasattr(strategy, "finished_gradients"):  # parameters are pieces: their norm takes the other ranks
-            gradients, norm = strategy.finished_gradients()
+            gradients, norms, norm = strategy.finished_gradients()
         else:
             gradients = [p.grad for p in self._trained if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm(gradients)
-        scale = self.tokens_per_step / count.clamp(min=1)
+            norms = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32))
+            norm = torch.linalg.vector_norm(norms)
+        count, bad = strategy.reduce(torch.stack((self.step_count, not_finite(norm).float())), reduce_op="sum")
+        scale, bad = self.tokens_per_step / count.clamp(min=1), bad > 0
         self.grad_norm.copy_(norm * scale)
+        step, optimizer = self.trainer.global_step + 1, getattr(optimizer, "_optimizer", optimizer)
+        skip = bad if self.refuses is None else bad | self.refuses(self.grad_norm, bad, step)
+        self.guard.gradient(step, optimizer.param_groups[0]["lr"], bad, skip, norms)
         if gradient_clip_val:
             scale = scale * (gradient_clip_val / (self.grad_norm + 1e-6)).clamp(max=1)
         if gradients:  # a pipeline rank may hold frozen layers alone
             torch._foreach_mul_(gradients, scale)
+        if isinstance(optimizer, ShardwiseOptimizer):
+            optimizer.found_inf = skip.float()
+        elif skip.item():
+            for p in self._trained:
+                p.grad = None
         self.step_count.zero_()
 
-    def _totals(self) -> Tensor:
-        """Loss sum and count since the last row, over the data ranks; a collective."""
-        return self.trainer.strategy.reduce(torch.stack((self.loss_sum, self.loss_count)), reduce_op="sum")
-
     def running_metrics(self, reset: bool = True) -> dict[str, Tensor]:
-        """What was measured since the last reset, summed over the data ranks; every rank must call it at the same step."""
-        loss_sum, count = self._totals()
+        """What was measured since the last reset, over all ranks and on the host; every rank must call it at the same step.
+
+        Of micro-batches whose loss is not finite the mean knows nothing: `trouble` tells of them, and of gradients that were not.
+        """
+        skipped, step, (loss_sum, count, norm) = self.guard.look(self.trainer.strategy, self.grad_norm)
+        self.trouble = self.guard.describe(step, self)
         if reset:
-            self.loss_sum.zero_()
-            self.loss_count.zero_()
-        return {"train/loss": loss_sum / count.clamp(min=1), "train/grad_norm": self.grad_norm.clone()}
+            self.guard.reset()
+        loss = loss_sum / count if count else float("nan")
+        found = {"train/loss": loss, "train/grad_norm": norm, "train/skipped_steps": skipped}
+        return {name: torch.tensor(value, dtype=torch.float64) for name, value in found.items()}
 
     def configure_optimizers(self) -> Any:
         assert self.make_optimizer is not None
