@@ -48,7 +48,10 @@ class RunRecord:
         """Begin the run, or its next segment where the folder already has a record (a resume)."""
         segments = list(self.fields.get("segments", []))
         if self.fields:
-            segments.append({key: self.fields.get(key) for key in SEGMENT})
+            segment = {key: self.fields.get(key) for key in SEGMENT}
+            if segment["state"] == "running":  # its process had no time to say how it ended
+                segment.update(state="failed", error={"type": None, "message": "ended without a word (killed, or its machine died)"})
+            segments.append(segment)
         self.fields = {
             "state": "running",
             "started": _now(),
