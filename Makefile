@@ -11,7 +11,7 @@ TORCH := torch==2.13.0
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint notebooks bench clean
+.PHONY: help setup train test lint notebooks pair bench faults clean
 
 help:
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-17s %s\n", $$1, $$2 }'
@@ -30,13 +30,20 @@ lint: $(STAMP) ## ruff and basedpyright
 
 notebooks: $(STAMP) ## run every notebook in notebooks/, each from start to end
 	@mkdir -p runs/notebooks
+	$(BIN)/python -m meshformer.bench.examples
 	@set -e; for source in notebooks/*.py; do \
 		$(BIN)/jupytext --quiet --to ipynb --output "runs/notebooks/$$(basename "$$source" .py).ipynb" "$$source"; \
 	done
 	$(BIN)/python -m pytest -q --nbmake runs/notebooks
 
+pair: $(STAMP) ## write the edits of notebooks/*.py into the .ipynb beside them, or the other way round: the newer wins
+	$(BIN)/jupytext --quiet --sync notebooks/*.py
+
 bench: $(STAMP) ## speed as ratios: our Trainer against a bare loop, bf16 against fp32
 	$(BIN)/python -m meshformer.bench $(ARGS)
+
+faults: $(STAMP) ## kill, starve and damage 200 runs and see that none is lost; goes on where it was (about 25 minutes)
+	$(BIN)/python -m meshformer.bench.faults $(ARGS)
 
 clean: ## remove .venv, caches and builds; runs/ and data stay
 	rm -rf $(VENV) dist build .pytest_cache .ruff_cache

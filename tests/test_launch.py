@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+import torch
 
 from jobs import TINY, text_file
+from meshformer.checkpoint.find import latest_checkpoint, step_of
+from meshformer.checkpoint.folder import write_folder
+from meshformer.cli import main
+from meshformer.command.slurm import requeue
+from meshformer.record import RunRecord
 from meshformer.record.metrics_csv import read_metrics
 
 ROOT = Path(__file__).parents[1]
@@ -60,7 +68,8 @@ def test_a_run_of_two_ranks_is_evaluated_in_one_process(work: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("val/loss") == 1
     shown = float(done.stdout.split("val/loss")[1].split()[0])
-    assert abs(shown - read_metrics(work / "agent" / "metrics.csv")[-1]["val/loss"]) < 1e-5
+    last: dict[str, Any] = read_metrics(work / "agent" / "metrics.csv")[-1]
+    assert abs(shown - last["val/loss"]) < 1e-5
 
 
 def test_several_nodes_need_an_outside_launcher(work: Path) -> None:
@@ -106,6 +115,8 @@ def test_torchrun_from_outside_trains_in_one_folder(work: Path) -> None:
 def test_multirun_gives_every_point_processes_and_a_folder_of_its_own(work: Path) -> None:
     done = start([*CLI, "-m", *settings(work, "strategy=single,ddp", "seed=1", f"hydra.sweep.dir={work}/sweep")])
     assert done.returncode == 0, done.stderr
+    single: list[dict[str, Any]]
+    ddp: list[dict[str, Any]]
     single, ddp = (read_metrics(work / "sweep" / point / "metrics.csv") for point in ("0", "1"))
     assert max(abs(a["train/loss"] - b["train/loss"]) for a, b in zip(single, ddp, strict=True)) < 1e-4
     assert json.loads((work / "sweep" / "1" / "run.json").read_text())["layout"]["processes"] == 2
@@ -152,26 +163,126 @@ def test_a_hung_rank_ends_the_job_after_the_timeout(work: Path) -> None:
     assert record["state"] == "failed"
 
 
-def test_srun_from_outside_trains_in_one_folder(work: Path) -> None:
-    """What srun sets, set by hand: two tasks on one node."""
+def srun(command: list[str], work: Path, job: str, **more: str) -> list[subprocess.Popen[str]]:
+    """What srun sets, set by hand: two tasks on one node. The port is another one each time."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [*CLI, *settings(work, "strategy=tensor", "trainer.devices=2", f"hydra.run.dir={work}/srun")]
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "TORCHELASTIC", "SLURM"))}
     tasks = []
     for rank in range(2):
         slurm = {
-            "SLURM_JOB_ID": "77", "SLURM_JOB_NAME": "train", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2",
+            "SLURM_JOB_ID": job, "SLURM_JOB_NAME": "train", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2",
             "SLURM_STEP_NUM_NODES": "1", "SLURM_NNODES": "1", "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_NODEID": "0",
             "SLURM_NTASKS_PER_NODE": "2", "SLURM_JOB_NODELIST": "localhost", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
         }  # fmt: skip
-        env = clean | {"PYTHONPATH": f"{ROOT / 'src'}", "OMP_NUM_THREADS": "1"} | slurm
+        env = clean | {"PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{work}", "OMP_NUM_THREADS": "1"} | slurm | more
         tasks.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env))
+    return tasks
+
+
+def test_a_slurm_job_told_to_stop_is_requeued_once_and_goes_on_in_its_folder(work: Path) -> None:
+    (work / "bin").mkdir()
+    scontrol = work / "bin" / "scontrol"
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {work}/scontrol.log\n')
+    scontrol.chmod(0o755)
+    (work / "slow_first.py").write_text(
+        "import os, time\n"
+        "from meshformer.tasks import LanguageModelling\n"
+        "class Slow(LanguageModelling):\n"
+        "    def losses(self, batch, phase):\n"
+        "        time.sleep(0 if 'SLURM_RESTART_COUNT' in os.environ else 0.3)\n"
+        "        return super().losses(batch, phase)\n"
+    )
+    command = [*CLI, *settings(work, "strategy=tensor", "trainer.devices=2", "trainer.max_steps=40", "launch.requeue=true")]
+    command += ["task._target_=slow_first.Slow", "allow=[slow_first]", f"paths.runs={work}/slurm"]
+    path = f"{work / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    tasks, end = srun(command, work, "77", PATH=path), time.monotonic() + 120
+    while time.monotonic() < end and not list((work / "slurm").glob("*/job-*/metrics.csv")):
+        assert [task.poll() for task in tasks] == [None, None], [task.communicate() for task in tasks]
+        time.sleep(0.05)
+    for task in tasks:
+        task.send_signal(signal.SIGUSR1)
+    ends = [task.communicate(timeout=120) for task in tasks]
+    assert [task.returncode for task in tasks] == [75, 75], ends
+    assert (work / "scontrol.log").read_text() == "requeue 77\n"
+    assert "SLURM job 77 goes back to the queue" in ends[0][1] and "SLURM" not in ends[1][1]
+    (folder,) = (work / "slurm").glob("*/*")
+    step = step_of(latest_checkpoint(folder))
+    assert 0 < step < 40
+
+    tasks = srun(command, work, "77", PATH=path, SLURM_RESTART_COUNT="1")
     ends = [task.communicate(timeout=180) for task in tasks]
     assert [task.returncode for task in tasks] == [0, 0], ends
     assert sum(out.count("run folder") for out, _ in ends) == 1
-    assert json.loads((work / "srun" / "run.json").read_text())["layout"]["tensor"] == 2
+    assert list((work / "slurm").glob("*/*")) == [folder]
+    assert [r["step"] for r in read_metrics(folder / "metrics.csv")] == list(range(1, 41))
+    record = json.loads((folder / "run.json").read_text())
+    assert record["state"] == "finished" and [segment["state"] for segment in record["segments"]] == ["preempted"]
+    assert record["layout"]["tensor"] == 2
+    assert (work / "scontrol.log").read_text() == "requeue 77\n"
+
+
+@pytest.fixture
+def jobs(work: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Path]]:
+    """(what it resumes, its folder) of each job that the command would start."""
+    started: list[tuple[Any, Path]] = []
+    monkeypatch.setattr("meshformer.command.jobs._launch", lambda config, folder: started.append((config["resume"], folder)))
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    return started
+
+
+def test_a_requeued_job_finds_the_folder_of_its_own_command_alone(work: Path, jobs: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = (["train", *settings(work, f"paths.runs={work}/requeued", f"seed={seed}")] for seed in (1, 2))
+    for command in (one, other, one):
+        assert main(command) == 0
+    folders = [folder for _, folder in jobs]
+    assert len(set(folders)) == 3, "at its first start a job makes a new folder for every command"
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert main(other) == 0
+    assert jobs[-1] == (None, folders[1]), "it had ended before its first checkpoint, so it begins again in its folder"
+    save_something(folders[1] / "checkpoints" / "step-00000002")
+    assert main(other) == 0
+    assert jobs[-1] == (str(folders[1]), folders[1])
+    monkeypatch.setenv("SLURM_JOB_ID", "4712")
+    assert main(other) == 0
+    assert jobs[-1][1] not in folders, "another job"
+
+
+def test_a_requeued_job_keeps_to_the_folder_it_was_given_and_ends_when_all_is_done(
+    work: Path, jobs: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["train", *settings(work, f"hydra.run.dir={work}/given")]
+    assert main(command) == 0 and main(command) == 2
+    assert "already used" in capsys.readouterr().err
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    save_something(work / "given" / "checkpoints" / "step-00000004")
+    assert main(command) == 0
+    assert jobs[-1] == (str(work / "given"), work / "given")
+    RunRecord(work / "given").finish("finished")
+    assert main(command) == 0
+    assert len(jobs) == 2 and "finished already" in capsys.readouterr().out
+
+
+def save_something(path: Path) -> None:
+    write_folder(path, {"model.x": torch.zeros(2)}, {"step": 2})
+
+
+def test_a_job_that_cannot_be_requeued_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def told() -> str:
+        requeue()
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("warning: launch.requeue=true: the job could not be put back in the queue (")
+        return line
+
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    assert "no SLURM job" in told()
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "'scontrol'" in told()
+    (tmp_path / "scontrol").write_text("#!/bin/sh\necho 'Requested operation is presently disabled' >&2\nexit 1\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    assert "presently disabled" in told()
 
 
 def test_torchrun_on_two_nodes_trains_a_product_of_axes(work: Path) -> None:

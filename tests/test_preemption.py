@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
+from harness import run_ranks
 from jobs import TINY, run_tiny, text_file
 from meshformer.checkpoint.find import latest_checkpoint, step_of
+from meshformer.config.errors import Stopped
 from meshformer.record.metrics_csv import read_metrics
+from meshformer.tasks import LanguageModelling
 
 ROOT = Path(__file__).parents[1]
 CLI = [sys.executable, "-m", "meshformer.cli", "train"]
@@ -76,6 +83,9 @@ def test_a_signal_stops_the_run_saved_and_it_goes_on_exactly(work: Path, layout:
     folder = work / f"{layout}-{number.name}"
     command = [*CLI, *settings(work, *LAYOUTS[layout], f"hydra.run.dir={folder}", "trainer.max_steps=100000")]
     job = begin(command, folder)
+    if number == signal.SIGUSR1:  # SLURM sends it to every process of a job step, and the command passes its own on
+        for process in psutil.Process(job.pid).children(recursive=True):
+            process.send_signal(number)
     job.send_signal(number)
     _, err = job.communicate(timeout=60)
     assert job.returncode == code, err
@@ -94,6 +104,33 @@ def test_a_signal_stops_the_run_saved_and_it_goes_on_exactly(work: Path, layout:
     expected = run_tiny(work, f"whole-{folder.name}", "schedule=constant", f"trainer.max_steps={step + 3}")
     assert [r["step"] for r in resumed] == list(range(1, step + 4))
     assert max(abs(a["train/loss"] - b["train/loss"]) for a, b in zip(resumed, expected, strict=True)) < 1e-5
+
+
+def stopped_on_a_full_disk(folder: Path, name: str, *overrides: str) -> tuple[Stopped, str]:
+    usage, losses = shutil.disk_usage, LanguageModelling.losses
+    shutil.disk_usage = lambda path: usage(path)._replace(free=0)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def losses_and_signal(self: Any, batch: Any, phase: str) -> Any:
+        if self.trainer.global_step == 2 and self.trainer.is_global_zero:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return losses(self, batch, phase)
+
+    LanguageModelling.losses = losses_and_signal
+    with contextlib.redirect_stderr(io.StringIO()) as err:
+        try:
+            run_tiny(folder, name, "callbacks.checkpoint.on_failure=warn", *overrides)
+        except Stopped as stopped:
+            return stopped, err.getvalue()
+    raise AssertionError("not stopped")
+
+
+@pytest.mark.parametrize("layout", ["single", "pipeline"])
+def test_a_run_that_could_not_be_saved_does_not_say_so(work: Path, layout: str) -> None:
+    ends = run_ranks(len(LAYOUTS[layout]), stopped_on_a_full_disk, work, f"full-{layout}", *LAYOUTS[layout], "trainer.max_steps=50")
+    for stopped, _ in ends:
+        assert not stopped.saved and str(stopped).endswith("not saved: the save failed")
+    assert "not enough disk space" in ends[0][1] and "continue with" not in ends[0][1]
+    assert json.loads((work / f"full-{layout}" / "run.json").read_text())["state"] == "preempted"
 
 
 def test_a_second_signal_ends_the_job_at_once(work: Path) -> None:

@@ -16,13 +16,18 @@ import time
 import traceback
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from meshformer.checkpoint.find import VERIFIED, checkpoints
+from meshformer.command.slurm import requeue
 from meshformer.config.errors import ConfigError, Stopped
 from meshformer.config.resolve import outside
 from meshformer.record.run_json import RunRecord
 
+if TYPE_CHECKING:
+    from meshformer.callbacks.preemption import StopSignals
+
+START_METHOD = "forkserver"  # bench/faults.py, which has imported everything and used nothing of it, forks its ranks itself
 TIMED_OUT = ("Timed out waiting", "Watchdog caught collective operation timeout", "Timed out after")  # gloo's words, and NCCL's
 PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
@@ -35,18 +40,36 @@ class JobFailed(Exception):
         self.details = details
 
 
-def launch(config: dict[str, Any], folder: Path, own_process: bool = False) -> dict[str, float]:
-    """Trains `config` in `folder` and returns rank 0's final metrics. `own_process`: start a worker even for one device (grids)."""
-    processes = config["trainer"]["devices"]
+def launch(config: dict[str, Any], folder: Path, own_process: bool = False, start_method: str | None = None) -> dict[str, float]:
+    """Trains `config` in `folder` and returns rank 0's final metrics. `own_process`: start a worker even for one device (grids).
+
+    `start_method="fork"`: only from a process that has imported all and computed nothing, which saves each job seconds (see command/sweep).
+    """
+    processes, around = config["trainer"]["devices"], outside()
     os.environ["OMP_NUM_THREADS"] = str(config["trainer"]["threads"])  # read once, when torch is imported
-    if outside() is not None or (processes == 1 and not own_process):
-        from meshformer.train import train
+    try:
+        if around is not None or (processes == 1 and not own_process):
+            return _train(config, folder)  # torchrun and srun made the ranks already
+        return _launch_agent(config, folder, processes, start_method or START_METHOD)
+    except Stopped as stopped:
+        if config["launch"]["requeue"] and stopped.reason == "preempted" and stopped.saved and (around is None or around.rank == 0):
+            requeue()
+        raise
 
-        return train(config, folder)  # torchrun and srun made the ranks already
-    return _launch_agent(config, folder, processes)
+
+def _train(config: dict[str, Any], folder: Path, signals: StopSignals | None = None) -> dict[str, float]:
+    from meshformer.train import leave_together, train
+
+    try:
+        final = train(config, folder, signals)
+    except Stopped:  # as all ranks were
+        leave_together()
+        raise
+    leave_together()
+    return final
 
 
-def _launch_agent(config: dict[str, Any], folder: Path, processes: int) -> dict[str, float]:
+def _launch_agent(config: dict[str, Any], folder: Path, processes: int, start_method: str) -> dict[str, float]:
     import multiprocessing
 
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -54,6 +77,8 @@ def _launch_agent(config: dict[str, Any], folder: Path, processes: int) -> dict[
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     multiprocessing.set_forkserver_preload(["meshformer.train"])  # imported once, before the ranks are forked
+    if start_method == "forkserver":
+        _start_fork_server()
     for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     agent = LaunchConfig(
@@ -65,7 +90,7 @@ def _launch_agent(config: dict[str, Any], folder: Path, processes: int) -> dict[
         rdzv_endpoint="localhost:0",
         max_restarts=config["launch"]["max_restarts"],
         monitor_interval=0.1,
-        start_method="forkserver",
+        start_method=start_method,
         signals_to_handle="SIGHUP,SIGQUIT",  # the others are ours: see _PassingOn
     )
     if config["launch"]["max_restarts"]:
@@ -94,6 +119,19 @@ def _launch_agent(config: dict[str, Any], folder: Path, processes: int) -> dict[
         reason, *rest = first["stopped"]
         raise Stopped(passing.asked or reason, *rest)
     return first
+
+
+def _start_fork_server() -> None:
+    """Deaf to SIGUSR1, which SLURM sends to every process of a job step: without it the agent takes all ranks for dead."""
+    from multiprocessing import forkserver
+
+    if threading.current_thread() is not threading.main_thread():
+        return
+    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # what is ignored stays so in a new program
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 class _PassingOn:
@@ -136,13 +174,12 @@ def _worker(config: dict[str, Any], folder: str, notes: str, launcher: int, veri
     VERIFIED.update(verified)
     try:
         from meshformer.callbacks.preemption import StopSignals
-        from meshformer.train import train
 
         with StopSignals(by_agent=True) as signals:
             (Path(notes) / f"{rank}.pid").write_text(str(os.getpid()))
             if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and checkpoints(Path(folder)):
                 config = {**config, "resume": folder}
-            return train(config, Path(folder), signals)
+            return _train(config, Path(folder), signals)
     except Stopped as stopped:
         return {"stopped": list(stopped.args)}
     except BaseException as error:

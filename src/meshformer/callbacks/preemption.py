@@ -24,7 +24,7 @@ class StopSignals:
     """SIGTERM, SIGUSR1 and Ctrl-C only set a flag; the one after that ends the process at once, whatever it is doing.
 
     `by_agent`: in a rank of our own elastic agent SIGTERM means leave now, and Ctrl-C, which the terminal sends to every process, is the
-    parent's to pass on (as SIGUSR1).
+    parent's to pass on (as SIGUSR1). So is the second signal: SLURM sends SIGUSR1 to each process of a job step, and the parent passes its own on.
     """
 
     def __init__(self, by_agent: bool):
@@ -46,7 +46,7 @@ class StopSignals:
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.asked = ASKING[signal.Signals(number)]
-        for again in ASKING:  # the default ends a process even inside a collective that never returns
+        for again in () if self.by_agent else ASKING:  # the default ends a process even inside a collective that never returns
             signal.signal(again, signal.SIG_DFL)
 
 
@@ -75,6 +75,9 @@ class Preemption(Callback):
         if self._reason and not any(c._validates_now(trainer) for c in self._savers(trainer)):
             self._stop(trainer)
 
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._finish()
+
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if self._reason and trainer.state.fn == "fit":
             self._stop(trainer)
@@ -92,14 +95,24 @@ class Preemption(Callback):
         self._pending = (dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=self._group, async_op=True), asked)
         return REASONS[agreed]
 
+    def _finish(self) -> None:
+        """No rank may leave while another still waits for its part of this."""
+        if self._pending is not None:
+            self._pending[0].wait()
+            self._pending = None
+
     def _savers(self, trainer: pl.Trainer) -> list[Checkpoint]:
         return [c for c in trainer.callbacks if isinstance(c, Checkpoint)]  # pyright: ignore[reportAttributeAccessIssue]
 
     def _stop(self, trainer: pl.Trainer) -> None:
+        self._finish()
         step, savers = trainer.global_step, self._savers(trainer)
         for saver in savers:
-            if saver.saved_step != step:
+            if saver.saved_step != step or saver._lost(trainer):
                 saver._save(trainer)
-        if savers:
-            trainer.strategy.checkpoint_io.wait()  # pyright: ignore[reportAttributeAccessIssue]
-        raise Stopped(self._reason or "", step, bool(savers))
+        if not savers:
+            raise Stopped(self._reason or "", step, False)
+        trainer.strategy.checkpoint_io.wait()  # pyright: ignore[reportAttributeAccessIssue]
+        if any(saver._lost(trainer) for saver in savers):  # a warning has said why
+            raise Stopped(self._reason or "", step, False, "the save failed")
+        raise Stopped(self._reason or "", step, True)
