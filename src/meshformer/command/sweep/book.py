@@ -1,0 +1,108 @@
+"""`sweep.json`: what a sweep is and how far it got, so that it can be resumed. Every write leaves a complete file."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import os
+import time
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from meshformer.config import ConfigError
+from meshformer.record import atomic_write_text
+
+# queued, running; done, pruned (a search gave it up) and failed are final; interrupted was told to stop and goes on when resumed.
+STATES = ("queued", "running", "done", "pruned", "failed", "interrupted")
+FILE = "sweep.json"
+
+
+@dataclass
+class Point:
+    """One run of a sweep. `folder` is relative to the sweep's; `final` holds the run's last metrics; `seconds` of all its starts together."""
+
+    number: int
+    overrides: list[str]
+    state: str = "queued"
+    folder: str = ""
+    error: str | None = None
+    seconds: float = 0.0
+    final: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return " ".join(self.overrides)
+
+
+class Book:
+    """The record of one sweep, in its folder. Fields of the file: state, started, ended, overrides, flags, points."""
+
+    def __init__(self, folder: Path, overrides: list[str], flags: dict[str, str | None], points: list[Point]):
+        self.folder, self.overrides, self.flags, self.points = Path(folder), overrides, flags, points
+        self.state, self.started, self.ended = "running", _now(), None
+        self._lock: int | None = None
+
+    @classmethod
+    def read(cls, folder: Path) -> Book:
+        """The record in `folder`. ConfigError when there is none."""
+        try:
+            fields = json.loads((folder / FILE).read_text(encoding="utf-8"))
+            book = cls(folder, fields["overrides"], fields["flags"], [Point(**point) for point in fields["points"]])
+        except (FileNotFoundError, NotADirectoryError):
+            raise ConfigError("is not the folder of a sweep: it holds no sweep.json", "sweep.resume", str(folder)) from None
+        except (ValueError, KeyError, TypeError):
+            raise ConfigError("its sweep.json is damaged", "sweep.resume", str(folder)) from None
+        book.started = fields["started"]
+        return book
+
+    def claim(self) -> None:
+        """Make the sweep's folder. ConfigError when anything is in it: sweeps do not mix."""
+        fix = f"Choose another, or continue it with sweep.resume={self.folder}."
+        used = ConfigError(f"the folder {self.folder} is already used", "hydra.sweep.dir", fix=fix)
+        if self.folder.is_dir() and any(self.folder.iterdir()):
+            raise used
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / FILE).open("x").close()  # of two commands that start at once, one gets it
+        except FileExistsError:
+            raise used from None
+        except OSError as error:
+            raise ConfigError(f"the folder cannot be made ({error.strerror})", "hydra.sweep.dir", str(self.folder)) from None
+
+    def lock(self, patience: float = 5.0) -> int:
+        """Hold the sweep for this process and those it starts; the file descriptor to hand on to them. Freed when the last one is gone."""
+        handle = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+        end = time.monotonic() + patience  # the jobs of a sweep that was killed a moment ago leave within a second
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                if time.monotonic() > end:
+                    os.close(handle)
+                    raise ConfigError("that sweep is still running", "sweep.resume", str(self.folder)) from None
+                time.sleep(0.1)
+                continue
+            self._lock = handle
+            return handle
+
+    def unlock(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def write(self, state: str | None = None) -> None:
+        if state is not None:
+            self.state, self.ended = state, None if state == "running" else _now()
+        fields: dict[str, Any] = {"state": self.state, "started": self.started, "ended": self.ended}
+        fields |= {"overrides": self.overrides, "flags": self.flags, "points": [dataclasses.asdict(point) for point in self.points]}
+        atomic_write_text(self.folder / FILE, json.dumps(fields, indent=1, default=str) + "\n")
+
+    def in_state(self, *states: str) -> list[Point]:
+        return [point for point in self.points if point.state in states]
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).astimezone().isoformat(timespec="seconds")

@@ -1,0 +1,89 @@
+"""Any other Hydra launcher (basic, joblib, submitit): it is given a batch of points and composes each where it runs."""
+
+from __future__ import annotations
+
+import shutil
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.callbacks import Callbacks
+from hydra._internal.hydra import Hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.core.plugins import Plugins
+from hydra.types import HydraContext
+from omegaconf import DictConfig
+
+from meshformer import compose
+from meshformer.checkpoint.find import candidates
+from meshformer.config import ConfigError
+from meshformer.config.errors import Stopped
+
+from .book import Point
+from .points import open_folder
+
+Outcome = tuple[str, Any]  # as in local.Ended
+
+
+class PointTask:
+    """What such a launcher calls for each point. Submitit pickles it and may call it again in the same folder, after a preemption.
+
+    `own_process`: the launcher calls it in one process for several points, which must not leave anything to each other.
+    """
+
+    def __init__(self, flags: dict[str, str | None], own_process: bool):
+        self.flags, self.own_process = flags, own_process
+
+    def __call__(self, cfg: DictConfig) -> Outcome:
+        overrides, folder = list(HydraConfig.get().overrides.task), Path(HydraConfig.get().runtime.output_dir)
+        try:
+            config = continued(folder, compose.plain(cfg)["allow"]) if candidates(folder) else None
+            if config is None:
+                config = compose.settle(compose.plain(cfg), overrides)
+                shutil.rmtree(folder, ignore_errors=True)
+                open_folder(folder, config, compose.write_overrides(overrides, self.flags["config_dir"], self.flags["config_name"]))
+            from meshformer.launch import launch
+
+            return "done", launch(config, folder, own_process=self.own_process)
+        except Stopped as stopped:
+            if stopped.reason == "interrupted":
+                raise KeyboardInterrupt from None
+            return "interrupted", str(stopped)
+        except ConfigError as error:
+            return "failed", str(error)
+        except Exception as error:
+            details = getattr(error, "details", None)
+            with (folder / "job.log").open("a", encoding="utf-8") as log:
+                log.write(traceback.format_exc() if details is None else details)
+            return "failed", f"{type(error).__name__}: {error}" if details is None else str(error)
+
+
+def continued(folder: Path, allow: list[str]) -> dict[str, Any]:
+    """The configuration with which the run in `folder` goes on."""
+    return compose.settle({**compose.read_config(folder), "resume": str(folder), "allow": allow})
+
+
+class PluginLauncher:
+    def __init__(self, hydra: Hydra, cfg: DictConfig, flags: dict[str, str | None]):
+        context = HydraContext(config_loader=hydra.config_loader, callbacks=Callbacks(cfg))
+        HydraConfig.instance().set_config(cfg)
+        self.cfg = cfg
+        task = PointTask(flags, own_process="submitit" not in str(cfg.hydra.launcher._target_))
+        self.launcher = Plugins.instance().instantiate_launcher(hydra_context=context, task_function=task, config=cfg)
+
+    def batch(self, waiting: int) -> int:
+        """How many points to hand over at once: to Hydra's basic launcher, which runs one after another, one."""
+        return 1 if type(self.launcher).__name__ == "BasicLauncher" else waiting
+
+    def run(self, points: Sequence[Point], allow: Sequence[str]) -> list[Outcome]:
+        HydraConfig.instance().set_config(self.cfg)
+        given = [[*point.overrides, *allow, f"hydra.sweep.subdir={quoted(point.folder)}"] for point in points]
+        returns = self.launcher.launch(given, initial_job_idx=points[0].number)
+        return [value if (value := done._return_value) and isinstance(value, tuple) else ("failed", str(value)) for done in returns]
+
+
+def quoted(text: str) -> str:
+    """As a value that Hydra reads literally."""
+    return QuotedString(text, Quote.single).with_quotes()

@@ -1,0 +1,137 @@
+"""From a command's overrides to the points of a sweep, and from a point to the configuration of its run."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.hydra import Hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig, OmegaConf, read_write
+
+from meshformer import compose
+from meshformer.checkpoint.find import latest_checkpoint
+from meshformer.command.folders import claim_folder, write_settings
+from meshformer.config import ConfigError
+from meshformer.explain import EXPLAINED, explain
+
+Config = dict[str, Any]
+
+
+@dataclass
+class Job:
+    """A run that could start: its settled configuration, the name of its folder in the sweep's, and what it finds in its environment."""
+
+    config: Config
+    folder: str
+    environment: dict[str, str]
+    chooses_threads: bool = False  # trainer.threads was auto: the launcher says how many
+
+
+class Composer:
+    """Composes points. `flags`: the command's --config-dir and --config-name; `hydra_overrides`: those of the command itself."""
+
+    def __init__(self, flags: dict[str, str | None], hydra_overrides: Sequence[str]):
+        self.flags, self.hydra_overrides = flags, list(hydra_overrides)
+        self.hydra: Hydra = compose.make_hydra(flags["config_dir"])
+        self.name = flags["config_name"] or "train"
+
+    def command(self, overrides: Sequence[str]) -> DictConfig:
+        """The composition that belongs to no point: where the sweep goes, its launcher and options."""
+        try:
+            return compose.compose_config(self.hydra, self.name, [*self.hydra_overrides, *overrides], multirun=True)
+        except EXPLAINED as error:
+            if "submitit" in str(error) and find_spec("submitit") is None:
+                message = "SLURM jobs need hydra-submitit-launcher"
+                raise ConfigError(message, "hydra/launcher", fix="pip install 'meshformer[slurm]'.") from error
+            raise explain(error, self.hydra, self.name, overrides) from error
+
+    def parse(self, cfg: DictConfig, overrides: Sequence[str]) -> list[Override]:
+        """The overrides of hydra.sweeper.params (a file of the sweep group) and of the command, which come last and win."""
+        params = OmegaConf.to_container(cfg.hydra.sweeper, resolve=True)
+        assert isinstance(params, dict)
+        given = [f"{key}={value}" for key, value in (params.get("params") or {}).items()]
+        try:
+            parsed = OverridesParser.create(config_loader=self.hydra.config_loader).parse_overrides([*given, *overrides])
+        except EXPLAINED as error:
+            raise explain(error, self.hydra, self.name, overrides) from error
+        return list({override.get_key_element(): override for override in parsed}.values())
+
+    def job(self, number: int, overrides: Sequence[str]) -> Job:
+        """ConfigError when the point cannot be trained."""
+        try:
+            cfg = compose.compose_config(self.hydra, self.name, [*self.hydra_overrides, *overrides])
+            with read_write(cfg.hydra.job):
+                cfg.hydra.job.num = number
+            HydraConfig.instance().set_config(cfg)
+            config = compose.plain(cfg)
+            folder, environment = str(cfg.hydra.sweep.subdir), {str(k): str(v) for k, v in cfg.hydra.job.env_set.items()}
+        except EXPLAINED as error:
+            raise explain(error, self.hydra, self.name, overrides) from error
+        automatic = config["trainer"].get("threads") == "auto"
+        config = compose.settle(config, overrides)
+        if config["trainer"]["num_nodes"] > 1:
+            message = "the runs of a sweep have one node each"
+            raise ConfigError(message, "trainer.num_nodes", config["trainer"]["num_nodes"], fix="Start such runs one by one.")
+        for key, source in (("fork", config["fork"]), ("stage.init_from", config["stage"]["init_from"])):
+            if source is not None:
+                latest_checkpoint(Path(source), key)
+        return Job(config, folder, environment, automatic)
+
+    def settings(self, overrides: Sequence[str]) -> str:
+        """The text of the run's overrides.txt."""
+        return compose.write_overrides(overrides, self.flags["config_dir"], self.flags["config_name"])
+
+
+def grid(parsed: Sequence[Override]) -> list[list[str]]:
+    """Every combination, each as complete overrides; the last key varies fastest."""
+    for override in parsed:
+        if override.is_sweep_override() and not override.is_discrete_sweep():
+            text = (override.input_line or "").partition("=")[2]
+            raise ConfigError("an interval has no end of points", override.get_key_element(), text, fix="Add sweep.search=tpe or random.")
+    return [list(point) for point in BasicSweeper.split_arguments(list(parsed), None)[0]]
+
+
+def differences(recorded: Sequence[Sequence[str]], typed: Sequence[Sequence[str]]) -> list[str]:
+    """What the two grids disagree about, in words, key by key."""
+    found = []
+    sides = [_values(recorded), _values(typed)]
+    for key in dict.fromkeys([*sides[0], *sides[1]]):
+        there, here = (side.get(key) for side in sides)
+        if there != here:
+            found.append(f"{_shown(key, there)} there, {_shown(key, here)} here")
+    if not found and [list(p) for p in recorded] != [list(p) for p in typed]:
+        found.append("the same values in another order")
+    return found
+
+
+def _values(points: Sequence[Sequence[str]]) -> dict[str, list[str]]:
+    values: dict[str, dict[str, None]] = {}
+    for point in points:
+        for override in point:
+            key, _, value = override.partition("=")
+            values.setdefault(key, {})[value] = None
+    return {key: list(some) for key, some in values.items()}
+
+
+def _shown(key: str, values: list[str] | None) -> str:
+    return f"no {key}" if values is None else f"{key}={','.join(values)}"
+
+
+def open_folder(folder: Path, config: Config, settings: str) -> None:
+    """Claim a new run's folder and write what the run is."""
+    claim_folder(folder)
+    write_settings(folder, config, settings)
+
+
+def path_of_modules() -> list[str]:
+    """sys.path for a job, where `allow` may name modules beside where the command was typed."""
+    return [os.getcwd() if entry == "" else entry for entry in sys.path]

@@ -1,0 +1,401 @@
+"""One sweep from its command line to its table: check every point, run what is left, keep the record, say how it went."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.callbacks import Callbacks
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from meshformer import compose
+from meshformer.checkpoint.find import candidates
+from meshformer.config import ConfigError, validate
+from meshformer.config.resolve import cores, outside, visible_gpus
+from meshformer.config.schema import SweepOptions
+from meshformer.explain import EXPLAINED
+from meshformer.record import RunRecord
+
+from . import results
+from .book import Book, Point
+from .display import Display
+from .local import Ended, LocalLauncher
+from .plugin import PluginLauncher, continued, quoted
+from .points import Composer, Job, differences, grid, open_folder, path_of_modules
+from .resources import Machine, Need
+from .search import FILE as STUDY
+from .search import Search
+from .server import Order
+
+OF_THE_COMMAND = ("hydra", "sweep.", "allow=")  # what may differ between a sweep and its resumption
+WAIT_SECONDS = 0.2
+
+
+def run_sweep(args: argparse.Namespace, overrides: list[str]) -> int:
+    """`meshformer train -m`; returns the exit code: 0 all done, 1 a run failed, 75 or 130 told to stop, with runs left."""
+    if outside() is not None:
+        raise ConfigError("a sweep starts its own processes", "--multirun", fix="Start it without torchrun or srun.")
+    taken, overrides = compose.take(overrides, "sweep.resume")
+    flags = {"config_dir": str(Path(args.config_dir).absolute()) if args.config_dir else None, "config_name": args.config_name}
+    book, typed = None, overrides
+    if "sweep.resume" in taken:
+        book = Book.read(Path(taken["sweep.resume"]).expanduser().absolute())
+        flags = {name: flag or book.flags.get(name) for name, flag in flags.items()}
+        if not _of_the_points(overrides):
+            # A sweep's folder may come from a stranger: names it would allow itself count only when this command repeats them.
+            allowed = [override for override in book.overrides if override.lstrip("+").startswith("allow=")]
+            if allowed and not any(override.lstrip("+").startswith("allow=") for override in overrides):
+                message = "the sweep there builds things that are not on the list of what a configuration may build"
+                raise ConfigError(message, "sweep.resume", str(book.folder), fix=f"If you trust it, add {allowed[-1]} to the command.")
+            overrides = [o for o in book.overrides if not o.lstrip("+").startswith(("allow=", "hydra.sweep.dir="))] + overrides
+        overrides = [o for o in overrides if not o.startswith("hydra.sweep.dir=")] + [f"hydra.sweep.dir={quoted(str(book.folder))}"]
+    composer = Composer(flags, [])
+    cfg = composer.command(overrides)
+    composer.hydra_overrides = [o for o in cfg.hydra.overrides.hydra if not o.startswith("hydra.mode=")]
+    options = validate({"sweep": OmegaConf.to_container(cfg.sweep, resolve=True)}, SweepOptions)["sweep"]
+    _check_options(cfg, options, book)
+    parsed = composer.parse(cfg, [o for o in cfg.hydra.overrides.task if not o.lstrip("+~").startswith("sweep.")])
+    folder = book.folder if book else Path(str(cfg.hydra.sweep.dir)).absolute()
+    search = Search(folder, parsed, options, cfg.get("seed") or 0) if options["search"] else None
+    points = [] if search else [Point(number, point) for number, point in enumerate(grid(parsed))]
+    if book:
+        _refuse_other_grid(book, overrides, points, search)
+    jobs = {} if book else _check_points(composer, points, options["fail_fast"])
+    if book is None:
+        book = Book(folder, typed, flags, points)
+        book.claim()
+    with _Held(book) as lock:
+        callbacks = Callbacks(cfg)
+        callbacks.on_multirun_start(config=cfg, config_name=composer.name)
+        try:
+            return _Sweep(composer, cfg, options, book, jobs, search, lock).run()
+        finally:
+            callbacks.on_multirun_end(config=cfg, config_name=composer.name)
+
+
+class _Held:
+    def __init__(self, book: Book):
+        self.book = book
+
+    def __enter__(self) -> int:
+        return self.book.lock()
+
+    def __exit__(self, *_: object) -> None:
+        self.book.unlock()
+
+
+def _check_options(cfg: DictConfig, options: dict[str, Any], book: Book | None) -> None:
+    if not str(cfg.hydra.sweeper.get("_target_", "")).endswith("BasicSweeper"):
+        chosen = cfg.hydra.runtime.choices.get("hydra/sweeper")
+        raise ConfigError("grids and searches have their own sweeper here", "hydra/sweeper", chosen, fix="Use sweep.search=tpe or random.")
+    if not options["minimize"] + options["maximize"]:
+        raise ConfigError("names no metric, and neither does sweep.maximize", "sweep.minimize", fix="Use sweep.minimize=[val/loss].")
+    if options["retry_failed"] and book is None:
+        raise ConfigError("a new sweep has nothing to retry", "sweep.retry_failed", True, fix="Add sweep.resume=DIR.")
+    if options["pruner"] and not options["search"]:
+        raise ConfigError("a grid runs every point", "sweep.pruner", options["pruner"], fix="Add sweep.search=tpe or random.")
+
+
+def _refuse_other_grid(book: Book, typed: Sequence[str], points: list[Point], search: Search | None) -> None:
+    """`typed`: the overrides that this command stands for, its own or the recorded ones."""
+    leave_out = f"Leave the overrides out: meshformer train -m sweep.resume={book.folder} takes them from there."
+    if (book.folder / STUDY).exists() != (search is not None):
+        there = "a search" if search is None else "a grid"
+        raise ConfigError(f"that is {there}", "sweep.resume", str(book.folder), fix=leave_out)
+    if search:  # its points are no function of the overrides, so these are compared themselves
+        found = differences([_of_the_points(book.overrides)], [_of_the_points(typed)])
+    else:
+        found = differences([_of_the_points(p.overrides) for p in book.points], [_of_the_points(p.overrides) for p in points])
+    if found:
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        kind = "search" if search else "grid"
+        raise ConfigError(f"the {kind} there is another ({'; '.join(found[:3])}{more})", "sweep.resume", str(book.folder), fix=leave_out)
+
+
+def _of_the_points(overrides: Sequence[str]) -> list[str]:
+    return [override for override in overrides if not override.lstrip("+~").startswith(OF_THE_COMMAND)]
+
+
+def _check_points(composer: Composer, points: list[Point], fail_fast: bool) -> dict[int, Job]:
+    """The job of every point of a grid that can be trained, before the first is: a typo in the last must not show after hours.
+
+    The others are failed points. ConfigError when there is none that can, on the first other with `fail_fast`, and always on what Hydra cannot
+    compose: a misspelt name in a list is no layout that happens not to fit.
+    """
+    jobs: dict[int, Job] = {}
+    first: ConfigError | None = None
+    for point in points:
+        try:
+            jobs[point.number] = composer.job(point.number, point.overrides)
+        except ConfigError as error:
+            if fail_fast or isinstance(error.__cause__, EXPLAINED):
+                raise
+            first = first or error
+            point.state, point.error = "failed", str(error)
+    if not jobs and first is not None:
+        raise first
+    return jobs
+
+
+class _Sweep:
+    def __init__(
+        self,
+        composer: Composer,
+        cfg: DictConfig,
+        options: dict[str, Any],
+        book: Book,
+        jobs: dict[int, Job],
+        search: Search | None,
+        lock: int,
+    ):
+        self.composer, self.cfg, self.options, self.book, self.jobs, self.search, self.lock = (
+            composer,
+            cfg,
+            options,
+            book,
+            jobs,
+            search,
+            lock,
+        )
+        self.metrics = [*options["minimize"], *options["maximize"]]
+        self.largest_first = not options["minimize"]
+        self.allow = [f"allow=[{','.join(cfg.allow)}]"] if cfg.get("allow") else []
+        self.waiting: list[Point] = []
+        self.begun: dict[int, float] = {}  # of the running ones
+        self.signals: list[int] = []
+        self.asked = False  # the runs were asked to stop
+        self.stopping: str | None = None  # the state that the sweep will have then
+        self.display = Display(book.points, book.folder, self.metrics[0], options["trials"] if search else len(book.points))
+
+    def run(self) -> int:
+        self._take_stock()
+        self.book.write("running")
+        before = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+                before[number] = signal.signal(number, lambda number, frame: self.signals.append(number))
+        try:
+            with self.display:
+                for point in self.book.in_state("failed"):
+                    self.display.changed(point)
+                if self.cfg.hydra.launcher.get("_target_"):
+                    self._run_plugin()
+                else:
+                    self._run_local()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        return self._finish()
+
+    def _take_stock(self) -> None:
+        """What a resumed sweep has to do: nothing twice, and nothing left out."""
+        retried = ("failed",) if self.options["retry_failed"] and not self.search else ()
+        for point in self.book.points:
+            if point.state == "running":  # the command was killed, maybe after the run had ended
+                record = RunRecord(self.book.folder / point.folder).fields if point.folder else {}
+                point.state, point.final = ("done", dict(record["final"])) if record.get("state") == "finished" else ("interrupted", {})
+        if self.search:
+            self.book.points += self.search.open(self.book.points)
+            for point in self.book.points:
+                if point.state not in ("queued", "interrupted"):
+                    self.search.told(point)
+        for point in self.book.in_state("queued", "interrupted", *retried):
+            point.state, point.error = "queued", None
+            self.waiting.append(point)
+
+    # --- what every launcher needs
+
+    def _job(self, point: Point) -> Job:
+        """Composed once; that of a run which has a checkpoint is its own config.yaml."""
+        if point.number not in self.jobs:
+            folder = self.book.folder / point.folder
+            if point.folder and candidates(folder):
+                job = Job(continued(folder, list(self.cfg.get("allow") or [])), point.folder, {})
+            else:
+                job = self.composer.job(point.number, [*point.overrides, *self.allow])
+            if self.search:
+                job.config = self.search.watched(point, job.config)
+            self.jobs[point.number] = job
+        point.folder = self.jobs[point.number].folder
+        return self.jobs[point.number]
+
+    def _next(self) -> list[Point]:
+        """Points that may start now, in order. A search thinks of one when none is waiting."""
+        if not self.waiting and self.search and self.search.more(self.book.points):
+            point = self.search.propose()
+            self.book.points.append(point)
+            self.waiting.append(point)
+            self.book.write()
+        return self.waiting
+
+    def _set(self, point: Point, state: str, error: str | None = None, seconds: float | None = None) -> None:
+        point.state, point.error = state, error
+        if state == "running":
+            self.begun[point.number] = time.monotonic()
+        elif point.number in self.begun:
+            since = self.begun.pop(point.number)
+            point.seconds += time.monotonic() - since if seconds is None else seconds
+        if state != "running":
+            self.jobs.pop(point.number, None)
+            if self.search:
+                self.search.told(point)
+        self.book.write()
+        self.display.changed(point)
+        if point.state == "failed" and self.options["fail_fast"] and self.stopping is None:
+            self.stopping = "failed"
+
+    def _ended(self, point: Point, outcome: tuple[str, Any] | None, seconds: float | None = None) -> None:
+        if outcome is None:
+            words = "killed" if self.stopping else "died without a word (killed, or out of memory)"
+            record = RunRecord(self.book.folder / point.folder)
+            if record.fields.get("state") == "running":
+                record.finish("failed", error=words)
+            self._set(point, "interrupted" if self.stopping else "failed", None if self.stopping else words, seconds)
+        elif outcome[0] == "done":
+            point.final = dict(outcome[1])
+            self._set(point, "done", None, seconds)
+        else:
+            self._set(point, outcome[0], str(outcome[1]).strip().partition("\n")[0] if outcome[0] == "failed" else None, seconds)
+
+    # --- on this machine
+
+    def _run_local(self) -> None:
+        chosen, jobs = self.cfg.hydra.launcher, self.options["jobs"]
+        machine = Machine(*_resources(chosen))
+        preload = ["optuna"] if self.search and self.options["pruner"] else []
+        launcher = LocalLauncher(machine, self.lock, preload, chosen.warm) if self._next() else None
+        if launcher is None:
+            return
+        try:
+            while True:
+                if self.stopping is None:
+                    self._start(launcher, jobs)
+                if not self.begun:
+                    break
+                for end in launcher.wait(WAIT_SECONDS):
+                    self._end(end)
+                self._obey(launcher)
+                self.display.refresh()
+        finally:
+            launcher.kill()
+            launcher.close()
+
+    def _start(self, launcher: LocalLauncher, most: int | str) -> None:
+        limit = len(launcher.machine.gpus) + launcher.machine.cores if most == "auto" else int(most)
+        total = self.options["trials"] if self.search else len(self.book.points)
+        refused: list[Point] = []
+        while len(self.begun) < limit and (waiting := [point for point in self._next() if point not in refused]):
+            point = waiting[0]  # one that does not fit waits, and those after it may go first
+            try:
+                job = self._job(point)
+            except ConfigError as error:
+                self.waiting.remove(point)
+                self._set(point, "failed", str(error))
+                if self.stopping:
+                    return
+                continue
+            trainer = job.config["trainer"]
+            gpu = trainer["accelerator"] == "gpu"
+            if job.chooses_threads:
+                trainer["threads"] = launcher.machine.threads(trainer["devices"], gpu, total if most == "auto" else min(total, int(most)))
+            if not launcher.reserve(point.number, Need(trainer["devices"], trainer["threads"], gpu)):
+                refused.append(point)
+                continue
+            self.waiting.remove(point)
+            folder = self.book.folder / point.folder
+            try:
+                if not job.config["resume"]:
+                    shutil.rmtree(folder, ignore_errors=True)  # of an earlier start that came to no checkpoint
+                    open_folder(folder, job.config, self.composer.settings([*point.overrides, *self.allow]))
+            except ConfigError as error:
+                launcher.release(point.number)
+                self._set(point, "failed", str(error))
+                continue
+            launcher.start(point.number, Order(job.config, str(folder), str(folder / "job.log"), job.environment, path_of_modules()))
+            self._set(point, "running")
+
+    def _end(self, end: Ended) -> None:
+        self._ended(next(point for point in self.book.points if point.number == end.number), end.outcome, end.seconds)
+
+    def _obey(self, launcher: LocalLauncher) -> None:
+        """The first signal, or the first failure with fail_fast, asks the runs to stop saved; a second signal kills them."""
+        if self.signals and self.stopping is None:
+            self.stopping = "interrupted" if self.signals[0] == signal.SIGINT else "preempted"
+        if self.stopping and not self.asked:
+            self.asked = True
+            if self.begun:
+                self.display.say(f"stopping: {len(self.begun)} runs save after their step; once more to kill them")
+            launcher.ask_to_stop()
+        if len(self.signals) > 1:
+            launcher.kill()
+
+    # --- anywhere else
+
+    def _run_plugin(self) -> None:
+        launcher = PluginLauncher(self.composer.hydra, self.cfg, self.composer.flags)
+        while self.stopping is None and self._next():
+            batch: list[Point] = []
+            size = launcher.batch(self.options["trials"] if self.search else len(self.waiting))
+            size = size if self.options["jobs"] == "auto" else min(size, self.options["jobs"])
+            while len(batch) < size and self._next():
+                point = self.waiting.pop(0)
+                try:
+                    self._job(point)
+                except ConfigError as error:
+                    self._set(point, "failed", str(error))
+                    continue
+                self._set(point, "running")
+                batch.append(point)
+            if not batch:
+                continue
+            try:
+                outcomes = launcher.run(batch, self.allow)
+            except KeyboardInterrupt:
+                self.signals.append(signal.SIGINT)
+                outcomes = [("interrupted", "")] * len(batch)
+            for point, outcome in zip(batch, outcomes, strict=True):
+                self._ended(point, outcome)
+            if self.signals:
+                self.stopping = "interrupted" if self.signals[0] == signal.SIGINT else "preempted"
+
+    # --- the end
+
+    def _finish(self) -> int:
+        book = self.book
+        left = book.in_state("queued", "interrupted")
+        failed = book.in_state("failed")
+        state = self.stopping or ("failed" if failed else "preempted" if left else "finished")
+        book.write(state)
+        results.write(book.folder, book.points, self.metrics, self.largest_first)
+        console = Console(width=None if sys.stdout.isatty() else 160)
+        console.print(results.table(book.points, self.metrics, self.largest_first))
+        if self.search and (best := self.search.best()):
+            kind = "best trial" if len(self.metrics) == 1 else "trials that none beats in every aim"
+            print(f"{kind}: " + ", ".join(str(book.folder / next(p.folder for p in book.points if p.number == number)) for number in best))
+        for point in failed:
+            log = book.folder / point.folder / "job.log" if point.folder else None
+            print(f"failed: {point.name}\n  {point.error}" + (f"\n  log: {log}" if log and log.is_file() else ""), file=sys.stderr)
+        print(f"sweep folder  {book.folder}  (results.csv, results.json)")
+        if left:
+            print(f"  {len(left)} of {self.display.total} runs are left; continue with  meshformer train -m sweep.resume={book.folder}")
+        if failed:
+            print(f"  try the failed again with  meshformer train -m sweep.resume={book.folder} sweep.retry_failed=true")
+        return {"finished": 0, "failed": 1, "preempted": 75, "interrupted": 130}[state]
+
+
+def _resources(chosen: DictConfig) -> tuple[int, list[str]]:
+    """Cores and the names of GPUs to hand out."""
+    count = visible_gpus()
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = [str(index) for index in range(count)] if shown is None else [entry.strip() for entry in shown.split(",")][:count]
+    most = chosen.gpus
+    return cores() if chosen.cores == "auto" else int(chosen.cores), gpus if most == "auto" else gpus[: int(most)]

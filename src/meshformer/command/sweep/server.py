@@ -1,0 +1,136 @@
+"""A process that has imported torch and all that a job needs, and forks one process for each job: the imports are paid once a sweep.
+
+It has never trained, holds no random state that was used and one thread, so a job starts from the same state as in a new interpreter.
+The sweep sends ("start", number, order) and ("signal", number, signal, to the whole group); it gets ("ready",) and
+("ended", number, outcome, seconds). A lost connection means that the sweep is gone: its jobs are killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import pickle
+import signal
+import sys
+import threading
+import time
+import traceback
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+POLL_SECONDS = 0.05
+
+
+@dataclass
+class Order:
+    """What a job needs to know. `log`: the file for whatever it prints."""
+
+    config: dict[str, Any]
+    folder: str
+    log: str
+    environment: dict[str, str]
+    path: list[str]
+
+
+def main(handle: int, preload: list[str]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group of the terminal; the sweep passes it on
+    connection = Connection(handle)
+    for name in ("meshformer.launch", "meshformer.train", "torch.distributed.launcher.api", *preload):
+        importlib.import_module(name)
+    connection.send(("ready",))
+    order, results = _serve(connection)
+    sys.exit(_work(order, results))
+
+
+def _serve(connection: Connection) -> tuple[Order, int]:
+    """Returns in the forked jobs alone."""
+    jobs: dict[int, tuple[int, int, float]] = {}  # number -> (process, pipe of its outcome, when it was forked)
+    while True:
+        try:
+            if connection.poll(POLL_SECONDS):
+                kind, number, *rest = connection.recv()
+                if kind == "start":
+                    read, write = os.pipe()
+                    process = os.fork()
+                    if not process:
+                        # A group of its own: Ctrl-C in the terminal must reach the sweep alone, and killing it must reach all its ranks.
+                        os.setpgid(0, 0)
+                        connection.close()
+                        for unused in (read, *(pipe for _, pipe, _ in jobs.values())):
+                            os.close(unused)
+                        return rest[0], write
+                    with contextlib.suppress(OSError):
+                        os.setpgid(process, process)
+                    os.close(write)
+                    jobs[number] = process, read, time.monotonic()
+                elif number in jobs:
+                    _signal(jobs[number][0], *rest)
+            for number, (process, pipe, begun) in list(jobs.items()):
+                ended, _ = os.waitpid(process, os.WNOHANG)
+                if ended:
+                    del jobs[number]
+                    _signal(process, signal.SIGKILL, True)  # what a killed job left behind
+                    connection.send(("ended", number, _outcome(pipe), time.monotonic() - begun))
+        except (EOFError, OSError):
+            for process, _, _ in jobs.values():
+                _signal(process, signal.SIGKILL, True)
+            os._exit(0)
+
+
+def _signal(process: int, number: int, group: bool) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.kill(-process if group else process, number)
+
+
+def _outcome(pipe: int) -> Any:
+    with os.fdopen(pipe, "rb") as file:
+        data = file.read()
+    return pickle.loads(data) if data else None
+
+
+def _work(order: Order, results: int) -> int:
+    """One job, start to end. Its outcome: (state, final metrics or message)."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    _print_to(order.log)
+    os.environ.update(order.environment)
+    sys.path[:] = order.path
+    threading.Thread(target=_leave_with, args=(os.getppid(),), daemon=True).start()
+    from meshformer.config.errors import ConfigError, Stopped
+    from meshformer.launch import launch
+
+    code, outcome = 1, None
+    try:
+        code, outcome = 0, ("done", launch(order.config, Path(order.folder), start_method="fork"))
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        code, outcome = stopped.exit_code, ("interrupted", str(stopped))
+    except ConfigError as error:
+        code, outcome = 2, ("failed", str(error))
+    except Exception as error:
+        details = getattr(error, "details", None)
+        outcome = "failed", f"{type(error).__name__}: {error}" if details is None else str(error)
+        print(traceback.format_exc() if details is None else details, file=sys.stderr, end="")
+    if outcome is not None and outcome[0] == "failed":
+        print(f"error: {outcome[1]}", file=sys.stderr)
+    with os.fdopen(results, "wb") as file:
+        file.write(pickle.dumps(outcome))
+    return code
+
+
+def _print_to(log: str) -> None:
+    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    for target, source in ((0, nothing), (1, handle), (2, handle)):
+        os.dup2(source, target)
+    os.close(handle)
+    os.close(nothing)
+
+
+def _leave_with(server: int) -> None:
+    """A killed server cannot stop its jobs: they watch it and leave."""
+    while os.getppid() == server:
+        time.sleep(1)
+    os.killpg(0, signal.SIGKILL)
