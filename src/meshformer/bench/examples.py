@@ -1,0 +1,138 @@
+"""Small real runs for the notebooks and the figures of the README: `python -m meshformer.bench.examples [NAME ...] [--steps N] [--folder DIR]`.
+
+Each set is a folder of runs, trained by the command a user would type, seconds each; what is there already is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+
+from meshformer.record import read_run
+
+SMALL = [
+    "model=nano", "model.n_layers=2", "model.n_heads=2", "model.d_model=32", "data.context_length=32", "data.batch_size=16",
+    "data.eval_batch_size=64", "trainer.limit_val_batches=8", "trainer.progress=false", "trainer.threads=1", "trainer.precision=32-true",
+    "logger=csv", "~callbacks.samples", "+callbacks.throughput.measure_seconds=0.02",
+]  # fmt: skip
+POSITIONS = ("rotary", "alibi", "sinusoidal", "learned")
+LAYOUTS = ("single", "ddp", "fsdp", "tensor", "pipeline")
+STEPS, LONG = 40, 200
+
+
+def example_runs(name: str, steps: int = STEPS) -> Path:
+    """The folder of the set `name` (compare, layouts, attention, scaling); what is missing in it is trained first, in a process of its own."""
+    folder = folder_of(name, steps)
+    if any(not _finished(folder / run) for run, _ in runs_of(name, steps)):
+        # Not in this process: a notebook's kernel has used its threads, and ranks are forked from whoever starts them.
+        subprocess.run([sys.executable, "-m", "meshformer.bench.examples", name, f"--steps={steps}"], check=True)
+    return folder
+
+
+def folder_of(name: str, steps: int) -> Path:
+    """Where a set lies: in the user's cache, by its settings, so that an edit here trains anew."""
+    base = Path(os.environ.get("MESHFORMER_DATA", "~/.cache/meshformer")).expanduser()
+    return base / "examples" / f"{name}-{steps}-{hashlib.sha256(repr(list(runs_of(name, steps))).encode()).hexdigest()[:6]}"
+
+
+def runs_of(name: str, steps: int) -> Iterator[tuple[str, list[str]]]:
+    """(folder, overrides) of each run of a set."""
+    every, check = max(1, steps // 20), max(1, steps // 5)
+    common = [*SMALL, f"trainer.max_steps={steps}", f"trainer.log_every_n_steps={every}", f"trainer.val_check_interval={check}"]
+    more = steps >= LONG  # figures to look at, not only to run
+    if name == "compare":
+        rates = ("0.003", "0.01", "0.03", "0.1", "0.3") if more else ("0.003", "0.03", "0.3")
+        for rate, seed in product(rates, (1, 2, 3) if more else (1, 2)):
+            yield f"lr-{rate}-seed-{seed}", [*common, f"optimizer.lr={rate}", f"seed={seed}"]
+    elif name == "layouts":  # clipped SGD: AdamW and Muon hide errors in the scale of gradients
+        for layout in LAYOUTS:
+            yield layout, [*common, "optimizer=sgd", "optimizer.lr=0.1", "trainer.log_every_n_steps=1", f"strategy={layout}"]
+    elif name == "attention":
+        for position in (*POSITIONS, "none", "positional_attention") if more else POSITIONS:
+            yield position, [*common, f"model/position={position}"]
+    elif name == "scaling":
+        for width in (16, 24, 32, 48, 64, 96) if more else (16, 32, 64):
+            yield f"width-{width}", [*common, f"model.d_model={width}"]
+    else:
+        raise ValueError(f"there is no set {name!r}; there are compare, layouts, attention, scaling")
+
+
+def train_missing(name: str, steps: int, folder: Path) -> None:
+    from meshformer.cli import main
+
+    for run, overrides in runs_of(name, steps):
+        target = folder / run
+        if _finished(target):
+            continue
+        shutil.rmtree(target, ignore_errors=True)  # of a start that was killed
+        start = time.perf_counter()
+        with _silent():
+            code = main(["train", f"hydra.run.dir={target}", *overrides])
+        if code:
+            raise SystemExit(f"{name}/{run} failed with exit code {code}")
+        print(f"  {name}/{run:<24}{time.perf_counter() - start:6.1f} s", flush=True)
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """What runs print at their end goes nowhere, that of ranks in other processes too; errors are still seen."""
+    sys.stdout.flush()
+    before, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(before, 1)
+        os.close(before)
+        os.close(nowhere)
+
+
+def _finished(folder: Path) -> bool:
+    try:
+        return read_run(folder)["state"] == "finished"
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m meshformer.bench.examples", description=__doc__)
+    sets = ("compare", "layouts", "attention", "scaling")
+    parser.add_argument("names", nargs="*", default=[], help=f"any of {', '.join(sets)} (default: all)")
+    parser.add_argument("--steps", type=int, default=STEPS, help="optimizer steps of each run")
+    parser.add_argument("--figures", type=Path, help="also draw three figures of compare, attention and scaling, as SVG, into this folder")
+    options = parser.parse_args(argv)
+    for name in options.names or sets:
+        if name not in sets:
+            parser.error(f"there is no set {name!r}; there are {', '.join(sets)}")
+        train_missing(name, options.steps, folder_of(name, options.steps))
+    if options.figures:
+        draw(options.steps, options.figures)
+    return 0
+
+
+def draw(steps: int, folder: Path) -> None:
+    """The figures of the README, from the sets of `steps` steps, which must be there."""
+    from meshformer.runs import figures, load_metrics, load_runs, loss_by_position, training_flops
+
+    figures.save(figures.curves(load_metrics(folder_of("compare", steps))), folder / "learning_rates", ("svg",))
+    runs = load_runs(folder_of("attention", steps))
+    trained = int(runs["context_length"].max())
+    losses = {row["model/position"]: loss_by_position(row["folder"], 8 * trained, windows=128) for row in runs.to_dict("records")}
+    figures.save(figures.extrapolation(losses, trained), folder / "positions", ("svg",))
+    runs = load_runs(folder_of("scaling", steps))
+    runs["flops"] = [training_flops(run) for run in runs["folder"]]
+    figures.save(figures.scaling(runs, load_metrics(runs)), folder / "scaling", ("svg",))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

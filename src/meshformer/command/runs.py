@@ -1,0 +1,222 @@
+"""`meshformer runs` and `meshformer report`: the runs of a folder as a table, one of them, two of them side by side; their figures as a page."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from meshformer.config.errors import ConfigError
+from meshformer.record import RunNotFound, find_run, read_run
+from meshformer.runs.scan import Run, scan
+from meshformer.runs.table import (
+    METRICS,
+    Row,
+    find_key,
+    is_setting,
+    ordered,
+    parse_filter,
+    row_of,
+    settings,
+    shown,
+    telling,
+    text_table,
+    varying,
+)  # fmt: skip
+
+DEFAULT = ("run", "state", "started", "duration_s", "layout")
+AFTER = ("step", "tokens_per_second", "val/loss", "best/val/loss")
+NOT_IN_SETTINGS = ("strategy", "experiment")  # `layout` and the run's own folder say so already
+
+
+def run_records(command: str, argv: Sequence[str]) -> int:
+    """Run `runs` or `report` with its arguments; return the exit code."""
+    try:
+        if command == "report":
+            return _report(argv)
+        if argv and argv[0] == "show":
+            return _show(argv[1:])
+        if argv and argv[0] == "diff":
+            return _diff(argv[1:])
+        return _list(argv)
+    except RunNotFound as error:
+        raise ConfigError(str(error)) from None
+
+
+def _parser(command: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"meshformer {command}", add_help=False, allow_abbrev=False)
+
+    def refuse(message: str) -> Any:
+        raise ConfigError(message, fix=f"`meshformer {command.partition(' ')[0]} --help` shows how.")
+
+    parser.error = refuse
+    return parser
+
+
+def _list(argv: Sequence[str]) -> int:
+    parser = _parser("runs")
+    parser.add_argument("words", nargs="*")
+    parser.add_argument("--sort")
+    parser.add_argument("--columns")
+    parser.add_argument("--csv", action="store_true")
+    parser.add_argument("--limit", type=int)
+    options = parser.parse_intermixed_args(list(argv))
+    folders = [word for word in options.words if Path(word).expanduser().is_dir()]
+    if len(folders) > 1:
+        raise ConfigError(f"{len(folders)} folders are given", fix="Name one of them; runs are found however deep they lie.")
+    filters = [word for word in options.words if word not in folders]
+    if unclear := next((word for word in filters if not any(sign in word for sign in "=<>")), None):
+        raise ConfigError(f"{unclear!r} is neither a folder nor a filter", fix="Write key=value, or 'key<value' in quotes.")
+    runs = _scan(Path(folders[0] if folders else "runs"))
+    rows = {run.name: row_of(run) for run in runs}
+    known = list(dict.fromkeys(key for row in rows.values() for key in row))
+    for passes in [parse_filter(text, known) for text in filters]:
+        rows = {name: row for name, row in rows.items() if passes(row)}
+    chosen = list(rows.values())
+    if options.sort:
+        descending, key = options.sort.startswith("-"), find_key(options.sort.lstrip("-"), known)
+        chosen = ordered(chosen, key, descending)
+    if options.limit is not None:
+        # In order of start the latest are wanted, by a figure the first.
+        chosen = chosen[: options.limit] if options.sort else chosen[-options.limit :]
+    if options.columns:
+        columns = [find_key(column.strip(), known) for column in options.columns.split(",")]
+    elif options.csv:
+        columns = _all_columns([run for run in runs if run.name in rows], known)
+    else:
+        columns = _columns([run for run in runs if run.name in rows], chosen)
+    if options.csv:
+        table = csv.writer(sys.stdout, lineterminator="\n")
+        table.writerow(columns)
+        table.writerows([["" if row.get(column) is None else row[column] for column in columns] for row in chosen])
+    elif chosen:
+        print(text_table(chosen, columns))
+    else:
+        print("no run" + (" passes the filters" if filters else ""))
+    return 0
+
+
+def _scan(folder: Path) -> list[Run]:
+    if not folder.expanduser().is_dir():
+        raise ConfigError(f"there is no folder {folder}", fix="Name the folder that holds the runs: meshformer runs FOLDER")
+    runs, problems = scan(folder)
+    for problem in problems:
+        print(f"warning: {problem}", file=sys.stderr)
+    if not runs:
+        raise ConfigError(f"{folder} holds no run yet", fix="`meshformer train` makes one.")
+    return runs
+
+
+def _columns(runs: Sequence[Run], rows: Sequence[Row]) -> list[str]:
+    """For people: what tells the runs apart, and the figures that any of them has."""
+    own = [{key: value for key, value in settings(run).items() if key not in NOT_IN_SETTINGS} for run in runs]
+    figures = [key for key in AFTER if any(row.get(key) is not None for row in rows)]
+    if figures[-2:] == ["val/loss", "best/val/loss"] and all(row.get("val/loss") == row.get("best/val/loss") for row in rows):
+        figures.pop()
+    return [*DEFAULT, *telling(own, varying(own)), *figures, *(["error"] if any(row.get("error") for row in rows) else [])]
+
+
+def _all_columns(runs: Sequence[Run], known: Sequence[str]) -> list[str]:
+    """For programs: everything but the settings that are the same in all."""
+    differing = set(varying([settings(run) for run in runs]))
+    return [key for key in known if not is_setting(key) or key in differing]
+
+
+def _find(spec: str, root: Path | str) -> Run:
+    folder = find_run(spec, root)
+    runs, problems = scan(folder)
+    for problem in problems:
+        print(f"warning: {problem}", file=sys.stderr)
+    if not runs:
+        raise ConfigError("the run cannot be read", "run", spec)
+    return runs[0]
+
+
+def _show(argv: Sequence[str]) -> int:
+    parser = _parser("runs show")
+    parser.add_argument("run")
+    parser.add_argument("--runs", default="runs")
+    options = parser.parse_args(list(argv))
+    run = _find(options.run, options.runs)
+    row, folder = row_of(run), Path(run.folder)
+    fields = read_run(folder) if (folder / "run.json").is_file() else {}
+    print(folder)
+    lines = [
+        (key, shown(row[key], key)) for key in row if not is_setting(key) and not key.startswith(METRICS) and key not in ("run", "folder")
+    ]
+    lines += [("device", ", ".join(map(str, (fields.get("device") or {}).values())))]
+    lines += [("versions", ", ".join(f"{name} {version}" for name, version in (fields.get("versions") or {}).items()))]
+    if segments := fields.get("segments"):
+        lines.append(("earlier starts", ", ".join(f"{part.get('state')} {shown(part.get('started'), 'started')}" for part in segments)))
+    for key, text in dict(lines).items():
+        if text:
+            print(f"  {key:<20}{text}")
+    figures = [{"metric": key, "final": row[key], "best": row.get(f"best/{key}")} for key in row if key.startswith(METRICS[:3])]
+    if figures:
+        print("\n" + text_table(figures, ["metric", "final", "best"]))
+    for title, file in (("overrides", "overrides.txt"), ("config.yaml", "config.yaml")):
+        if (folder / file).is_file() and (text := (folder / file).read_text(encoding="utf-8").strip()):
+            print(f"\n{title}\n" + "\n".join(f"  {line}" for line in text.splitlines()))
+    return 0
+
+
+def _diff(argv: Sequence[str]) -> int:
+    parser = _parser("runs diff")
+    parser.add_argument("first")
+    parser.add_argument("second")
+    parser.add_argument("--runs", default="runs")
+    options = parser.parse_args(list(argv))
+    pair = [_find(spec, options.runs) for spec in (options.first, options.second)]
+    a, b = [settings(run) for run in pair]
+    rows = [{"setting": key, "A": _cell(a.get(key)), "B": _cell(b.get(key))} for key in varying([a, b])]
+    print("\n".join(f"{letter}  {run.folder}" for letter, run in zip("AB", pair, strict=True)) + "\n")
+    print(text_table(rows, ["setting", "A", "B"]) if rows else "their settings are the same")
+    a, b = [row_of(run, ()) for run in pair]
+    keys = [
+        key
+        for key in dict.fromkeys([*a, *b])
+        if key.startswith(METRICS) or key in ("layout", "step", "tokens", "training_s", "parameters", "commit")
+    ]
+    figures = []
+    for key in keys:
+        left, right = a.get(key), b.get(key)
+        off = float(right) - float(left) if isinstance(left, (int, float)) and isinstance(right, (int, float)) else None
+        if left != right:
+            figures.append({"figure": key, "A": shown(left, key), "B": shown(right, key), "B − A": "" if off is None else f"{off:+.4g}"})
+    print("\n" + text_table(figures, ["figure", "A", "B", "B − A"]) if figures else "\ntheir figures are the same")
+    return 0
+
+
+def _cell(value: Any) -> str:
+    return "null" if value is None else json.dumps(value) if isinstance(value, (bool, str)) and value != str(value).strip() else str(value)
+
+
+def _report(argv: Sequence[str]) -> int:
+    parser = _parser("report")
+    parser.add_argument("run")
+    parser.add_argument("--output", "-o")
+    parser.add_argument("--runs", default="runs")
+    options = parser.parse_args(list(argv))
+    source = Path(options.run).expanduser()
+    folder = source if source.is_dir() else find_run(options.run, options.runs)
+    output = Path(options.output).expanduser() if options.output else folder / "report.html"
+    if output.is_dir() or not output.parent.is_dir():
+        raise ConfigError("no file can be written there", "--output", str(output), fix="Name a file in a folder that is there.")
+    start = time.perf_counter()
+    try:
+        from meshformer.runs import write_report
+    except ImportError as error:
+        raise ConfigError(str(error)) from None
+    try:
+        write_report(folder, output)
+    except OSError as error:
+        raise ConfigError(
+            f"the page cannot be written ({error.strerror})", "--output", str(output), fix="Name another with --output."
+        ) from None
+    print(f"{output}  ({output.stat().st_size / 1024:.0f} KiB, {time.perf_counter() - start:.1f} s)")
+    return 0

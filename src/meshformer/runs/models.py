@@ -1,0 +1,92 @@
+"""Trained models in a notebook: load them, look into their attention, measure them at other lengths. One process, whatever layout saved them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import yaml
+from torch import Tensor
+
+from meshformer.build import build_data, build_model, build_task
+from meshformer.checkpoint.find import latest_checkpoint
+from meshformer.checkpoint.weights import load_weights
+from meshformer.config.paths import run_of
+from meshformer.data import load_tokenizer
+from meshformer.model import Attention, Learned, Mask, Transformer, attend_reference, training_flops_per_token
+
+
+def load_model(run: Path | str, allow: Sequence[str] = ()) -> Any:
+    """The run's LightningModule with the weights of its newest whole checkpoint (or of the checkpoint RUN/checkpoints/step-…), in eval mode.
+
+    `.model` is the network and `.tokenizer` the run's tokenizer (None without one). `allow`: modules of your own that the run's configuration
+    may name; what a run folder allows itself does not count. Raises ConfigError where there is no whole checkpoint or its weights do not fit.
+    """
+    source = Path(run).expanduser()
+    task: Any = build_task(_config(source, allow), max_steps=1)
+    task.configure_model()
+    load_weights(task.model, latest_checkpoint(source))
+    file = run_of(source) / "tokenizer.json"
+    task.tokenizer = load_tokenizer(file) if file.is_file() else None  # images have none
+    return task.eval()
+
+
+def _config(source: Path, allow: Sequence[str]) -> dict[str, Any]:
+    config = yaml.safe_load((run_of(source) / "config.yaml").read_text(encoding="utf-8"))
+    return {**config, "allow": list(allow)}
+
+
+@torch.no_grad()
+def attention_maps(model: Transformer, tokens_BT: Tensor) -> Tensor:
+    """Softmax weights of every layer and head, (L, B, H, T, S), taken at the model's own kernel seam: each layer's queries, keys, mask and bias
+    go through the written-out formula with the identity for values, which gives the weights themselves."""
+    maps: list[Tensor] = []
+
+    def record(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask: Mask, bias: Tensor | None = None, dropout: float = 0.0) -> Tensor:
+        S = k_BKSD.shape[2]
+        identity_BKSS = torch.eye(S, device=q_BHTD.device, dtype=q_BHTD.dtype).expand(*k_BKSD.shape[:2], S, S)
+        maps.append(attend_reference(q_BHTD, k_BKSD, identity_BKSS, mask, bias))
+        return attend_reference(q_BHTD, k_BKSD, v_BKSD, mask, bias)
+
+    layers = [module for module in model.modules() if isinstance(module, Attention)]
+    before = [layer.attend for layer in layers]
+    try:
+        for layer in layers:
+            layer.attend = record
+        model(tokens_BT)
+    finally:
+        for layer, attend in zip(layers, before, strict=True):
+            layer.attend = attend
+    return torch.stack(maps)
+
+
+@torch.no_grad()
+def loss_by_position(run: Path | str, length: int, windows: int = 64, allow: Sequence[str] = ()) -> Tensor:
+    """Mean loss (nats) of the token at each of `length` positions, over `windows` equally spaced stretches of the validation part: (length,).
+
+    A learned table of positions ends at the trained length, and so does its result.
+    """
+    source = Path(run).expanduser()
+    task = load_model(source, allow)
+    data = build_data(_config(source, allow), task.tokenizer)
+    tokens = data.prepared.tokens("val")
+    starts = torch.linspace(0, len(tokens) - length - 1, windows).long().tolist()
+    if isinstance(task.model.position, Learned):
+        length = min(length, task.model.context_length)
+    text_BT = torch.stack([torch.from_numpy(tokens[s : s + length + 1].astype("int64")) for s in starts])
+    total_T = torch.zeros(length, dtype=torch.float64)
+    for part_BT in text_BT.split(max(1, 8192 // length)):
+        logits_BTV = task.model(part_BT[:, :-1])
+        total_T += F.cross_entropy(logits_BTV.float().transpose(1, 2), part_BT[:, 1:], reduction="none").double().sum(0)
+    return total_T / windows
+
+
+def training_flops(run: Path | str, allow: Sequence[str] = ()) -> int:
+    """FLOPs of training on one token, of the run's model at its context length; see `model/count.py`."""
+    config = _config(Path(run).expanduser(), allow)
+    with torch.device("meta"):
+        model = build_model(config)
+    return training_flops_per_token(model, config["data"]["context_length"])

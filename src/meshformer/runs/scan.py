@@ -1,0 +1,241 @@
+"""Run folders as plain data: what each run was set to, how it ended, its last and best figures. No torch, no pandas; cached.
+
+What is read of a run is kept in a file of the user's cache, never in the runs folder, and read again only where one of the run's files has
+another time or size. A file that is damaged or half written costs a message, never an exception.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import math
+import os
+import statistics
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from meshformer.record import RunNotFound, atomic_write_text, read_metrics, read_run
+from meshformer.record.run_folder import is_run, list_runs
+from meshformer.runs.choices import Loader, choices
+
+FILES = ("config.yaml", "overrides.txt", "run.json", "metrics.csv")
+VERSION = 1  # of what a line of the cache holds
+HIGHER_IS_BETTER = ("accuracy", "f1", "bleu")  # of these names' parts; any other figure of a validation is better when lower
+UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, csv.Error, yaml.YAMLError)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run. `config`: dotted key -> value, lists as JSON text; `choices`: group -> option; `metrics`: see `summary`."""
+
+    name: str  # its path below the folder that was read
+    folder: str
+    config: dict[str, Any]
+    choices: dict[str, str]
+    record: dict[str, Any]
+    metrics: dict[str, Any]
+
+    @property
+    def context_length(self) -> int:
+        return int(self.config.get("data.context_length") or 0)
+
+
+def scan(path: Path | str, cache: bool = True) -> tuple[list[Run], list[str]]:
+    """(every run at or below `path`, the latest last; a sentence for each file that could not be read).
+
+    Raises RunNotFound where there is no such folder. `cache=False` reads everything.
+    """
+    root = Path(path).expanduser().absolute()
+    if not root.is_dir():
+        raise RunNotFound(f"{path} is no folder.")
+    folders = [root] if is_run(root) else list_runs(root)
+    store = cache_file(root)
+    known = _read_cache(store) if cache else {}
+    runs, problems, lines, changed = list[Run](), list[str](), dict[str, Any](), False
+    for folder in folders:
+        name = folder.relative_to(root).as_posix() if folder != root else folder.name
+        stamp = _stamp(folder)
+        entry = known.get(name)
+        if entry is None or entry["stamp"] != stamp:
+            run, found = _read(folder, name)
+            problems += found
+            if run is None:
+                continue
+            # What is damaged is told of again next time, and what changed while it was read is read again.
+            entry = {"stamp": stamp if not found and _stamp(folder) == stamp else None, "run": vars(run)}
+            changed = True
+        runs.append(Run(**{**entry["run"], "folder": str(folder)}))
+        lines[name] = entry
+    if cache and (changed or lines.keys() != known.keys()):
+        _write_cache(store, lines)
+    return runs, problems
+
+
+def cache_file(root: Path) -> Path:
+    """Where what was read below `root` is kept: $MESHFORMER_DATA/runs or ~/.cache/meshformer/runs, one file for each folder that is read."""
+    base = Path(os.environ.get("MESHFORMER_DATA", "~/.cache/meshformer")).expanduser()
+    return base / "runs" / f"{hashlib.sha256(str(root).encode()).hexdigest()[:16]}.jsonl"
+
+
+def _read_cache(store: Path) -> dict[str, Any]:
+    try:
+        head, *lines = store.read_text(encoding="utf-8").splitlines()
+        if json.loads(head) != {"version": VERSION}:
+            return {}
+        return {entry["run"]["name"]: entry for entry in map(json.loads, lines) if Run(**entry["run"])}
+    except UNREADABLE:  # no cache, or another version's
+        return {}
+
+
+def _write_cache(store: Path, entries: Mapping[str, Any]) -> None:
+    lines = [{"version": VERSION}, *entries.values()]
+    try:
+        store.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write_text(store, "".join(json.dumps(line) + "\n" for line in lines))
+    except OSError:  # a full or read-only disk: the next call takes as long as this one
+        pass
+
+
+def _stamp(folder: Path) -> list[Any]:
+    """Changes when one of the run's files does."""
+
+    def look(name: str) -> Any:
+        try:
+            found = os.stat(f"{folder}/{name}")
+        except OSError:
+            return None
+        return [found.st_mtime_ns, found.st_size]
+
+    return [look(name) for name in FILES]
+
+
+def _read(folder: Path, name: str) -> tuple[Run | None, list[str]]:
+    problems: list[str] = []
+    file = folder / "config.yaml"
+    try:
+        config = yaml.load(file.read_text(encoding="utf-8"), Loader)
+        if not isinstance(config, dict):
+            raise ValueError("empty or half written")
+        context_length = int((config.get("data") or {}).get("context_length") or 0)
+        settings = flat(config)
+        file = folder / "overrides.txt"
+        overrides = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+        chosen = choices(config, overrides)
+        file = folder / "run.json"
+        record = _record(read_run(folder)) if file.is_file() else {"state": "starting"}
+    except UNREADABLE as error:
+        return None, [f"{file}: {_why(error)}; the run is left out"]
+    metrics: dict[str, Any] = {}
+    file = folder / "metrics.csv"
+    try:
+        if file.is_file():
+            metrics = summary(read_metrics(file), context_length)
+    except UNREADABLE as error:
+        problems.append(f"{file}: {_why(error)}; the run is shown without it")
+    return Run(name, str(folder), settings, chosen, record, metrics), problems
+
+
+def _why(error: Exception) -> str:
+    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return text if len(text) <= 100 else text[:97] + "..."
+
+
+def _record(fields: dict[str, Any]) -> dict[str, Any]:
+    """Of run.json, what tables show."""
+    git, error, layout = fields.get("git") or {}, fields.get("error") or {}, fields.get("layout") or {}
+    spans = [(part.get("started"), part.get("ended")) for part in (*(fields.get("segments") or []), fields)]
+    spent = [(datetime.fromisoformat(end) - datetime.fromisoformat(start)).total_seconds() for start, end in spans if start and end]
+    return {
+        **{key: fields.get(key) for key in ("state", "started", "ended", "parameters")},
+        "duration_s": sum(spent) if spent else None,
+        "layout": layout_name(layout),
+        "processes": layout.get("processes"),
+        "device": (fields.get("device") or {}).get("accelerator"),
+        "commit": git.get("commit"),
+        "dirty": git.get("dirty"),
+        "error": ": ".join(str(error[key]) for key in ("type", "message") if error.get(key)) or None,
+        "final": {key: number for key, value in (fields.get("final") or {}).items() if (number := _number(value)) is not None},
+    }
+
+
+def _number(value: Any) -> float | None:
+    try:
+        return float(value)  # run.json writes "nan" and "inf" as text
+    except (TypeError, ValueError):
+        return None
+
+
+def layout_name(layout: Mapping[str, Any]) -> str:
+    """`single`, `ddp 2`, `fsdp_tensor shard 2 × tensor 2`: the strategy and every axis of more than one process."""
+    name = str(layout.get("name", "single"))
+    axes = [(axis, layout[axis]) for axis in ("pipeline", "replicate", "shard", "context", "tensor") if (layout.get(axis) or 1) != 1]
+    if len(axes) == 1 and name != "mesh":
+        return f"{name} {axes[0][1]}"
+    return " ".join([name, *([" × ".join(f"{axis} {degree}" for axis, degree in axes)] if axes else [])])
+
+
+def flat(config: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """Dotted key -> scalar; lists as JSON text. A node's class is the value of the node's own key, by its last name."""
+    found: dict[str, Any] = {}
+    for name, value in config.items():
+        key = f"{path}.{name}" if path else str(name)
+        if name == "_target_":
+            found[path] = str(value).rpartition(".")[2]
+        elif name in ("_partial_", "_convert_"):
+            continue
+        elif isinstance(value, dict):
+            found |= flat(value, key)
+        else:
+            found[key] = value if value is None or isinstance(value, (bool, int, float, str)) else json.dumps(value, default=str)
+    return found
+
+
+def with_axes(rows: Iterable[Mapping[str, Any]], context_length: int) -> Iterator[dict[str, Any]]:
+    """Rows of metrics.csv with `tokens`, trained on so far, and `training_s`, seconds spent in training steps so far.
+
+    The seconds are tokens / rate of each interval, so that start-up, validation and checkpoints are not counted and a resumed run goes on
+    where it stopped; absent where the run logged no rate.
+    """
+    seconds, counted = None, 0.0
+    for row in rows:
+        if not isinstance(row.get("step"), int):
+            continue
+        added: dict[str, Any] = {}
+        samples, rate = row.get("samples"), row.get("train/tokens_per_second")
+        if isinstance(samples, (int, float)) and context_length:
+            added["tokens"] = samples * context_length
+            if isinstance(rate, (int, float)) and rate > 0:
+                seconds = (seconds or 0.0) + (samples - counted) * context_length / rate
+                counted = samples
+        if seconds is not None:
+            added["training_s"] = seconds
+        yield {**row, **added}
+
+
+def summary(rows: Iterable[Mapping[str, Any]], context_length: int) -> dict[str, Any]:
+    """`last`: the newest value of every column; `best`: of every val/ column, and `best_step`; `rate`: median tokens a second."""
+    last: dict[str, Any] = {}
+    best: dict[str, tuple[float, int]] = {}
+    rates: list[float] = []
+    for row in with_axes(rows, context_length):
+        last.update({key: value for key, value in row.items() if isinstance(value, (int, float))})
+        for key, value in row.items():
+            if not key.startswith("val/") or not isinstance(value, (int, float)) or not math.isfinite(value):
+                continue
+            sign = -1 if any(word in key for word in HIGHER_IS_BETTER) else 1
+            if key not in best or sign * value < sign * best[key][0]:
+                best[key] = value, row["step"]
+        if isinstance(rate := row.get("train/tokens_per_second"), (int, float)):
+            rates.append(rate)
+    found: dict[str, Any] = {"last": last, "best": {key: value for key, (value, _) in best.items()}}
+    if "val/loss" in best:
+        found["best_step"] = best["val/loss"][1]
+    if rates:
+        found["rate"] = statistics.median(rates[1:] or rates)  # the first interval holds the warm-up of every cache
+    return found
