@@ -14,9 +14,10 @@ from meshformer.config.resolve import outside
 from .manifest import METADATA, PARTS, REST, Damaged, check_single, check_sizes, check_sums
 
 SINGLE, WEIGHTS = ".ckpt", ".safetensors"  # files that hold all of a checkpoint, and its weights alone
+CONFIG, INDEX = "config.json", "model.safetensors.index.json"  # of Hugging Face folders: see pretrained/
 __all__ = [
-    "METADATA", "PARTS", "REST", "SINGLE", "VERIFIED", "WEIGHTS", "candidates", "checkpoint_name", "checkpoints", "damage", "is_complete",
-    "latest_checkpoint", "step_of",
+    "CONFIG", "INDEX", "METADATA", "PARTS", "REST", "SINGLE", "VERIFIED", "WEIGHTS", "candidates", "checkpoint_name", "checkpoints", "damage",
+    "is_complete", "is_folder", "is_foreign", "latest_checkpoint", "step_of",
 ]  # fmt: skip
 
 # Verified already, by this process or the one that started it: {path: (its files as they were then, what is wrong with it)}.
@@ -91,13 +92,27 @@ def step_of(checkpoint: Path) -> int:
     return int(match[1])
 
 
+def is_foreign(path: Path) -> bool:
+    """Whether the path that is there holds a model of another program, or our weights alone: anything but a run or a checkpoint."""
+    return path.suffix == WEIGHTS or is_folder(path)
+
+
+def is_folder(path: Path) -> bool:
+    """A Hugging Face folder, whole or not. (A run's configuration is config.yaml.)"""
+    if not path.is_dir() or (path / "config.yaml").is_file():
+        return False
+    return any((path / name).is_file() for name in (CONFIG, INDEX)) or any(path.glob("*.safetensors")) or any(path.glob("pytorch_model*.bin"))
+
+
 def latest_checkpoint(run: Path, key: str = "run") -> Path:
-    """The newest checkpoint of a run folder that is whole, verified by checksums; a checkpoint RUN/checkpoints/step-… itself.
+    """The newest checkpoint of a run folder that is whole, verified by checksums; a checkpoint RUN/checkpoints/step-… itself, or foreign weights.
 
     Every damaged one that is newer is told on stderr (by the first process). ConfigError naming `key` when there is none, when all are damaged,
     or when the one that was named is. Processes that see the same files find the same.
     """
     run = Path(run)
+    if is_foreign(run):
+        return run
     if CHECKPOINT.fullmatch(run.name) and run.exists() and not (run / "checkpoints").is_dir():
         if (problem := damage(run)) is not None:
             fix = "Name the run folder: the newest of its checkpoints that is whole is taken."

@@ -9,7 +9,8 @@ Keys are names, never positions in a list or coordinates in a mesh, so that any 
 The folder is written aside, flushed to disk and renamed when it is complete: a killed process or a power cut leaves the old checkpoints and at
 most a `.tmp` folder.
 
-The readers below take single files (see single_file.py) as well. They communicate with nobody: each process reads what it needs.
+The readers below take single files (see single_file.py) and Hugging Face folders (see pretrained/) as well. They communicate with nobody: each
+process reads what it needs.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import errno
 import io
 import math
+import pickle
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -31,10 +33,11 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from meshformer.config.errors import ConfigError
 
 from . import single_file
-from .find import METADATA, PARTS, REST
+from .find import METADATA, PARTS, REST, is_folder
 from .manifest import Files, write_manifest
 from .metadata import read_metadata
 from .pieces import LoadPieces, Piece, SavePieces, pieces_of
+from .pretrained.tensors import foreign_tensors
 from .ranks import Ranks
 from .summing import SummingWriter, exchange
 
@@ -172,8 +175,8 @@ def _replaced(path: Path) -> Path:
 
 def tensor_sizes(path: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
     """Shape and type of every tensor in the checkpoint, without reading them. ConfigError when it is not a complete checkpoint."""
-    if single_file.is_single(path):
-        return {k: (x.shape, x.dtype) for k, x in single_file.load(path)[0].items()}
+    if (whole := _whole(path)) is not None:
+        return {k: (x.shape, x.dtype) for k, x in whole.items()}
     _check_is_checkpoint(path)
     metadata = read_metadata(path)
     return {k: (m.size, m.properties.dtype) for k, m in metadata.state_dict_metadata.items() if isinstance(m, TensorStorageMetadata)}
@@ -204,13 +207,24 @@ def read_rest(path: Path) -> dict[str, Any]:
             raise ConfigError(f"{path} holds weights alone, no state of a training run", fix="Name the checkpoint that it was made from.")
         return rest
     _check_is_checkpoint(path)
-    return torch.load(Path(path) / REST, map_location="cpu", weights_only=True)
+    try:
+        return torch.load(Path(path) / REST, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:  # a pickle that would run code, from a stranger
+        raise ConfigError(f"{Path(path) / REST} {single_file.what_it_asks_for(error)}", fix="Name another checkpoint.") from None
+
+
+def _whole(path: Path) -> dict[str, Tensor] | None:
+    """Every tensor of a single file or of a foreign folder, as a view of it; None for a checkpoint folder."""
+    if single_file.is_single(path):
+        return single_file.load(path)[0]
+    if is_folder(Path(path)):
+        return {f"model.{name}": x for name, x in foreign_tensors(path).items()}
+    return None
 
 
 @torch.no_grad()
 def _fill(path: Path, pieces: dict[str, Piece]) -> None:
-    if single_file.is_single(path):
-        whole = single_file.load(path)[0]
+    if (whole := _whole(path)) is not None:
         for key, piece in pieces.items():
             piece.data.copy_(whole[key][piece.slices])
         return

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,10 +49,19 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
             return {f"model.{name}": x for name, x in weights.items()}, None
         held = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return held["tensors"], held["rest"]
+    except pickle.UnpicklingError as error:
+        raise ConfigError(f"{path} {what_it_asks_for(error)}", fix="Name a file made by `meshformer convert`.") from None
     except DAMAGED as error:
         raise ConfigError(
             f"{path} cannot be read as a checkpoint ({_first_line(error)})", fix="Name a file made by `meshformer convert`."
         ) from error
+
+
+def what_it_asks_for(error: pickle.UnpicklingError) -> str:
+    """In words: torch's own message advises to load it regardless."""
+    found = re.search(r"(?:Unsupported|GLOBAL|global) (\w+\.[\w.]+)", str(error))
+    asked = f"asks for {found[1]}, and a checkpoint holds tensors and plain values alone" if found else "cannot be read as one"
+    return f"is no checkpoint of ours: it {asked}. It was not run"
 
 
 def write_single(path: Path, tensors: Mapping[str, Tensor], rest: dict[str, Any]) -> None:

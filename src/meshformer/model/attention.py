@@ -125,9 +125,10 @@ class Attention(nn.Module):
         bias: bool = False,
         qk_norm: bool = False,
         dropout: float = 0.0,
+        head_dim: int | None = None,
     ):
         super().__init__()
-        self.head_dim = d_model // n_heads
+        self.head_dim = head_dim or d_model // n_heads
         self.layer = layer
         self.attend = attend
         self.dropout = dropout

@@ -12,13 +12,18 @@ from .attention import Attention, Mask
 from .cache import KeyValueCache
 from .position import Position
 
+ACTIVATIONS = ("gelu", "gelu_tanh", "relu2", "swiglu")
 
-def make_norm(kind: str, dim: int, bias: bool) -> nn.Module:
-    """`layer`: LayerNorm (Ba et al. 2016), x → (x − mean)/std · g (+ b). `rms`: RMSNorm (Zhang & Sennrich 2019), x → x/rms(x) · g."""
+
+def make_norm(kind: str, dim: int, bias: bool, eps: float | None = None) -> nn.Module:
+    """`layer`: LayerNorm (Ba et al. 2016), x → (x − mean)/std · g (+ b). `rms`: RMSNorm (Zhang & Sennrich 2019), x → x/rms(x) · g.
+
+    `eps` is added to the variance; None: 1e-5 for `layer`, 1e-6 for `rms`.
+    """
     if kind == "layer":
-        return nn.LayerNorm(dim, bias=bias)
+        return nn.LayerNorm(dim, eps=1e-5 if eps is None else eps, bias=bias)
     if kind == "rms":
-        return nn.RMSNorm(dim, eps=1e-6)
+        return nn.RMSNorm(dim, eps=1e-6 if eps is None else eps)
     raise ValueError(f"norm must be 'layer' or 'rms', not {kind!r}")
 
 
@@ -27,13 +32,18 @@ def feed_forward_width(d_model: int, activation: str) -> int:
     return 4 * d_model if activation != "swiglu" else -(-8 * d_model // 3 // 32) * 32
 
 
+def gelu(x: Tensor, activation: str) -> Tensor:
+    return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
 class FeedForward(nn.Module):
-    """`gelu`: W_down gelu(W_up x). `relu2`: W_down relu(W_up x)² (So et al. 2021). `swiglu`: W_down (silu(W_gate x) ⊙ W_up x) (Shazeer 2020)."""
+    """`gelu`: W_down gelu(W_up x), exact or (`gelu_tanh`, GPT-2's) approximated by tanh (Hendrycks & Gimpel 2016). `relu2`: W_down relu(W_up x)²
+    (So et al. 2021). `swiglu`: W_down (silu(W_gate x) ⊙ W_up x) (Shazeer 2020)."""
 
     def __init__(self, d_model: int, d_ff: int, activation: str, bias: bool):
         super().__init__()
-        if activation not in ("gelu", "relu2", "swiglu"):
-            raise ValueError(f"activation must be 'gelu', 'relu2' or 'swiglu', not {activation!r}")
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, not {activation!r}")
         self.activation = activation
         self.gate = nn.Linear(d_model, d_ff, bias=bias) if activation == "swiglu" else None
         self.up = nn.Linear(d_model, d_ff, bias=bias)
@@ -43,8 +53,8 @@ class FeedForward(nn.Module):
         h_BTF = self.up(x_BTC)
         if self.gate is not None:
             h_BTF = F.silu(self.gate(x_BTC)) * h_BTF
-        elif self.activation == "gelu":
-            h_BTF = F.gelu(h_BTF)
+        elif self.activation != "relu2":
+            h_BTF = gelu(h_BTF, self.activation)
         else:
             h_BTF = F.relu(h_BTF).square()
         return self.down(h_BTF)
@@ -53,14 +63,24 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Pre-norm: x + f(norm(x)) (Xiong et al. 2020), or post-norm: norm(x + f(x)) as in the original paper and BERT. (B, T, C) → (B, T, C)."""
 
-    def __init__(self, attention: Attention, mlp: FeedForward, norm: str, norm_position: str, dropout: float, d_model: int, bias: bool):
+    def __init__(
+        self,
+        attention: Attention,
+        mlp: FeedForward,
+        norm: str,
+        norm_position: str,
+        dropout: float,
+        d_model: int,
+        bias: bool,
+        norm_eps: float | None = None,
+    ):
         super().__init__()
         if norm_position not in ("pre", "post"):
             raise ValueError(f"norm_position must be 'pre' or 'post', not {norm_position!r}")
         self.pre = norm_position == "pre"
-        self.attention_norm = make_norm(norm, d_model, bias)
+        self.attention_norm = make_norm(norm, d_model, bias, norm_eps)
         self.attention = attention
-        self.mlp_norm = make_norm(norm, d_model, bias)
+        self.mlp_norm = make_norm(norm, d_model, bias, norm_eps)
         self.mlp = mlp
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
 

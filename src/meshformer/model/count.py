@@ -17,7 +17,7 @@ def parameter_count(model: Transformer, embeddings: bool = True) -> int:
 def matrix_parameters(model: Transformer) -> int:
     """Entries of all matrices that multiply activations: every linear layer, the head included even where it is tied; no lookups."""
     blocks = sum(p.numel() for name, p in model.blocks.named_parameters() if p.ndim == 2)
-    return blocks + model.head.weight.numel()
+    return blocks + (model.head.weight.numel() if model.head is not None else 0)
 
 
 def training_flops_per_token(model: Transformer, context_length: int) -> int:
@@ -26,6 +26,6 @@ def training_flops_per_token(model: Transformer, context_length: int) -> int:
     Forward: 2 for every matrix parameter, and in each layer 2·S·C for Q Kᵀ and again for weights·V over all S keys (the count does not
     halve for causal masks, as is usual). The backward pass costs twice the forward (Kaplan et al. 2020; Chowdhery et al. 2022, app. B).
     """
-    per_product = 2 * context_length * model.d_model * model.n_layers
+    per_product = 2 * context_length * model.n_heads * model.position.head_dim * model.n_layers
     total = 3 * (2 * matrix_parameters(model) + 2 * per_product)
     return total if model.position.uses_keys else total - per_product  # positions are constants: no gradient flows to them

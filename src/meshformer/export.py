@@ -1,0 +1,131 @@
+"""`meshformer export`: a model for other programs, in one process."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from meshformer.checkpoint import derive, load_pretrained
+from meshformer.checkpoint.find import is_foreign
+from meshformer.checkpoint.folder import read_tensors
+from meshformer.checkpoint.pretrained.source import TOKENIZER, tokenizer_of
+from meshformer.checkpoint.pretrained.write import write_folder
+from meshformer.checkpoint.single_file import write_weights
+from meshformer.config.errors import ConfigError
+from meshformer.convert import convert
+from meshformer.data import load_tokenizer
+from meshformer.model import Attention, Transformer, VisionTransformer, attend_reference
+
+
+def export(source: Path, target: Path, form: str) -> None:
+    """Writes the model of `source` (a checkpoint, or foreign weights) to the path `target`, which must be free, and prints how to use it.
+
+    `form`: huggingface (a folder) and safetensors keep every tensor's type and bits; onnx and torch_export are the model's computation in fp32,
+    for any batch and every length up to the context.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if form == "safetensors" and not is_foreign(source):
+            convert(source, target, "safetensors")
+            return
+        write = {"huggingface": _huggingface, "safetensors": _safetensors, "onnx": _onnx, "torch_export": _torch_export}[form]
+        write(source, target)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"it cannot be written ({error})", "output", str(target)) from error
+    print(_told(target, form))
+
+
+def _weights(source: Path) -> dict[str, Tensor]:
+    return {name.removeprefix("model."): x for name, x in read_tensors(source, "model.").items()}
+
+
+def _huggingface(source: Path, target: Path) -> None:
+    aside = target.with_name(target.name + ".tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    try:
+        model = derive(source)
+        write_folder(aside, model, _weights(source))
+        if (file := tokenizer_of(source)) is not None:
+            (aside / TOKENIZER).write_text(_tokenizer(file), encoding="utf-8")
+            about = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": model["context_length"]}
+            (aside / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        aside.rename(target)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _tokenizer(file: Path) -> str:
+    """Ours as the `tokenizers` library writes it; the characters of a character tokenizer are its words."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    saved = json.loads(file.read_text(encoding="utf-8"))
+    if saved.get("kind") != "char":
+        return json.dumps(saved["model"] if "kind" in saved else saved, ensure_ascii=False)
+    ours: Any = load_tokenizer(file)
+    stand_in = "?" if "?" in ours.characters else ours.characters[0]  # as CharTokenizer replaces what it does not know
+    theirs = Tokenizer(models.WordLevel({character: i for i, character in enumerate(ours.characters)}, unk_token=stand_in))
+    theirs.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    theirs.decoder = decoders.Fuse()
+    if ours.mask_id is not None:
+        theirs.add_special_tokens(["[MASK]"])
+    return theirs.to_str()
+
+
+def _safetensors(source: Path, target: Path) -> None:
+    model, weights = derive(source), _weights(source)
+    tied = {"head.weight": "embedding.tokens.weight"} if model.get("tie_embeddings") and model.get("head", True) else {}
+    write_weights(target, {f"model.{name}": x for name, x in weights.items()}, tied, {"model": model})
+
+
+def _torch_export(source: Path, target: Path) -> None:
+    torch.export.save(exported(load_pretrained(source)), target)
+
+
+def _onnx(source: Path, target: Path) -> None:
+    # torch's exporter tells of packages that it would like, such as torchvision.
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(exported(load_pretrained(source)), dynamo=True, verbose=False)
+    assert program is not None
+    program.save(target)
+
+
+def exported(model: Transformer) -> torch.export.ExportedProgram:
+    """The model's computation for any batch and every length up to its context. Arguments: tokens_BT of a decoder; tokens_BT and documents_BT (1
+    where a token is, 0 where padding) of an encoder; images of a vision model."""
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.attend = attend_reference  # plain products and a softmax, which every runtime knows
+    batch = torch.export.Dim("batch", min=1, max=2**16)
+    if isinstance(model, VisionTransformer):
+        images = torch.zeros(2, model.image_size, model.image_size, model.embedding.colours)
+        return torch.export.export(model, (images,), dynamic_shapes={"images": {0: batch}})
+    both = {0: batch, 1: torch.export.Dim("time", min=1, max=model.context_length)}
+    tokens_BT = torch.ones(2, max(model.context_length - 1, 1), dtype=torch.int64)
+    if model.causal:
+        return torch.export.export(model, (tokens_BT,), dynamic_shapes={"tokens_BT": both})
+    return torch.export.export(
+        model, (tokens_BT,), {"documents_BT": tokens_BT.clone()}, dynamic_shapes={"tokens_BT": both, "documents_BT": both}
+    )
+
+
+def _told(target: Path, form: str) -> str:
+    files = list(target.iterdir()) if target.is_dir() else [target]
+    size = sum(file.stat().st_size for file in files) / 1e6
+    uses = {
+        "huggingface": f"transformers.AutoModel.from_pretrained({str(target)!r}), or here: stage=finetune stage.init_from={target}",
+        "safetensors": f"meshformer.checkpoint.load_pretrained({str(target)!r})",
+        "onnx": f"onnxruntime.InferenceSession({str(target)!r})",
+        "torch_export": f"torch.export.load({str(target)!r}).module()",
+    }
+    return f"{target}\n  {size:.1f} MB\n  load      {uses[form]}"
