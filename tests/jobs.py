@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import random
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,36 @@ def text_file(folder: Path, words: int = 1500, letters: str = "abcdefghij") -> P
     return path
 
 
+def labelled_file(folder: Path, rows: int = 200, words: int = 9) -> Path:
+    """texts.csv: texts of 1 to `words` words, with the class (three, uneven), a tag for each word, and another text of the same class."""
+    draw = random.Random(1)
+    vocabulary = {"animal": ["cat", "dog", "cow"], "tool": ["saw", "axe", "file"], "fruit": ["fig", "pear", "plum"]}
+    every = [(word, kind) for kind, own in vocabulary.items() for word in own] + [("the", "none"), ("a", "none")]
+
+    def text(kind: str) -> list[tuple[str, str]]:
+        others = [draw.choice(every[-2:]) for _ in range(draw.randrange(words))]
+        return [(draw.choice(vocabulary[kind]), kind), *others]
+
+    path = Path(folder) / "texts.csv"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(["text", "label", "tags", "other"])
+        for _ in range(rows):
+            kind = draw.choice(["animal", "animal", "tool", "fruit"])
+            own = text(kind)
+            table.writerow([" ".join(w for w, _ in own), kind, " ".join(t for _, t in own), " ".join(w for w, _ in text(kind))])
+    return path
+
+
+def run_labelled(folder: Path, name: str, *overrides: str, resume: bool = False) -> list[dict[str, Any]]:
+    """`run_tiny` for a task on labelled texts, which the overrides name."""
+    texts = Path(folder) / "texts.csv"
+    texts = texts if texts.is_file() else labelled_file(folder)
+    tiny = [o for o in TINY if not o.startswith("data=")]
+    own = ["data=csv", f"data.file={texts}", f"paths.data={folder}/cache", f"paths.runs={folder}/runs"]
+    return _run(Path(folder) / name, compose([*tiny, *own, *overrides]), resume)
+
+
 def tiny_config(folder: Path, *overrides: str) -> dict[str, Any]:
     text = Path(folder) / "text.txt"
     text = text if text.is_file() else text_file(folder)
@@ -59,9 +90,11 @@ def tiny_config(folder: Path, *overrides: str) -> dict[str, Any]:
 
 def run_tiny(folder: Path, name: str, *overrides: str, resume: bool = False) -> list[dict[str, Any]]:
     """Trains in folder/name and returns the rows of its metrics.csv. Within a forked rank: this rank's part of it."""
-    run = Path(folder) / name
+    return _run(Path(folder) / name, tiny_config(folder, *overrides), resume)
+
+
+def _run(run: Path, config: dict[str, Any], resume: bool) -> list[dict[str, Any]]:
     run.mkdir(exist_ok=True)
-    config = tiny_config(folder, *overrides)
     config["resume"] = str(run) if resume else None
     train(config, run)
     return read_metrics(run / "metrics.csv") if (run / "metrics.csv").is_file() else []

@@ -15,11 +15,11 @@ import torch
 
 import jobs
 from harness import run_ranks
-from jobs import run_tiny, text_file
+from jobs import run_labelled, run_tiny, text_file
 from meshformer.callbacks.samples import whole_model
 from meshformer.data.windows import Batches
 from meshformer.parallel import context, levers, pipeline, strategy, tensor
-from meshformer.tasks import LanguageModelling
+from meshformer.tasks import LanguageModelling, Task
 
 STEPS = 10
 PARITY = [
@@ -111,6 +111,10 @@ MODELS = {
         "model/position=sinusoidal", "model.norm_position=post", "model.norm=layer", "model.bias=true", "model.qk_norm=false",
     ],
     "swiglu, embedding norm, window": ["model.activation=swiglu", "model.embedding_norm=true", "model.window=5"],
+    "the head of BERT": [
+        "model.norm_position=post", "model.norm=layer", "model.norm_eps=1e-6", "model.bias=true", "model.qk_norm=false",
+        "model.activation=gelu_tanh", "model.head_transform=true", "model.head_bias=true", "model.head_dim=6", "model.attention_bias=false",
+    ],
 }  # fmt: skip
 CUTS = {
     "tensor": (2, ["strategy=tensor"]),
@@ -128,23 +132,28 @@ def rows(folder: Path, name: str, overrides: list[str], ignore: bool = True, bre
 
         def some_ignored(self: Any) -> Any:
             for batch in batches(self):
+                if "labels" in batch:
+                    yield {**batch, "labels": batch["labels"].masked_fill(batch["tokens"][:, 0] % 3 == 0, -100)}
+                    continue
                 keep = (batch["tokens"] * 7 + batch["tokens"].cumsum(1)) % 11 < 2 + batch["tokens"][:, :1] % 9
                 yield {**batch, "targets": batch["targets"].masked_fill(~keep, -100)}
 
         Batches.__iter__ = some_ignored
     weights: dict[str, torch.Tensor] = {}
-    started = LanguageModelling.on_train_start
+    started = Task.on_train_start
 
     def on_train_start(self: Any) -> None:
         started(self)
         model = whole_model(self)
         weights.update({n: p.detach().clone() for n, p in model.named_parameters()} if model is not None else {})
 
-    LanguageModelling.on_train_start = on_train_start
+    Task.on_train_start = on_train_start
     if break_it:
         break_it()
-    found = run_tiny(folder, name, *PARITY, *overrides)
-    return [{**found[0], "weights": weights}, *found[1:]]
+    run = run_labelled if any(override.startswith("task=") for override in overrides) else run_tiny
+    found = run(folder, name, *PARITY, *overrides)
+    confusion = folder / name / "confusion_matrix.csv"
+    return [{**found[0], "weights": weights, "confusion": confusion.read_text() if confusion.exists() else None}, *found[1:]]
 
 
 def differences(ours: Rows, reference: Rows) -> dict[str, float]:
@@ -152,7 +161,8 @@ def differences(ours: Rows, reference: Rows) -> dict[str, float]:
     assert [r["step"] for r in ours] == [r["step"] for r in reference] == list(range(1, STEPS + 1))
     loss = max(abs(a["train/loss"] - b["train/loss"]) for a, b in zip(ours, reference, strict=True))
     norm = max(abs(a["train/grad_norm"] / b["train/grad_norm"] - 1) for a, b in zip(ours, reference, strict=True))
-    val = max(abs(a["val/loss"] - b["val/loss"]) for a, b in zip(ours, reference, strict=True) if "val/loss" in b)
+    judged = [name for name in ("val/loss", "val/accuracy", "val/f1") if name in reference[-1]]
+    val = max(abs(a[key] - b[key]) for a, b in zip(ours, reference, strict=True) for key in judged if key in b)
     return {"loss": loss, "grad_norm": norm, "val": val}
 
 
@@ -182,6 +192,7 @@ def check_equal(references: References, processes: int, overrides: list[str], ig
     ours = run_ranks(processes, rows, references.folder, name, [*overrides, f"trainer.devices={processes}"], ignore, timeout=240)[0]
     found = differences(ours, reference)
     assert max(found.values()) < TOLERANCE, found
+    assert ours[0]["confusion"] == reference[0]["confusion"]
     assert ours[0]["weights"].keys() == reference[0]["weights"].keys()
     for parameter, value in reference[0]["weights"].items():
         assert torch.equal(ours[0]["weights"][parameter], value), parameter
@@ -227,6 +238,8 @@ MET = [
     ("sinusoidal, post-norm, layer norm, biases", "tensor"),
     ("swiglu, embedding norm, window", "tensor"),
     ("swiglu, embedding norm, window", "ulysses"),
+    ("the head of BERT", "tensor"),
+    ("the head of BERT", "pipeline"),
 ]
 
 
@@ -234,6 +247,15 @@ MET = [
 def test_every_part_of_the_model_survives_the_cuts(references: References, model: str, cut: str) -> None:
     processes, overrides = CUTS[cut]
     check_equal(references, processes, [*overrides, *MODELS[model]])
+
+
+CLASSES = ["task=sequence_classification", "data.label_column=label", "data.context_length=32"]
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp", "tensor", "pipeline"])
+def test_classification_equals_one_process(references: References, layout: str) -> None:
+    check_equal(references, 2, [f"strategy={layout}", *CLASSES])
+    assert "val/f1" in references(CLASSES)[-1] and references(CLASSES)[0]["confusion"]
 
 
 # Rounding to 8 bits is noise of 1e-3 in the gradient of a small batch, and steps of a high rate amplify it: a larger batch, a lower rate.

@@ -10,12 +10,15 @@ from typing import Any
 
 import hydra.utils
 import lightning.pytorch as pl
+from hydra.errors import InstantiationException
 from lightning.pytorch.profilers import PassThroughProfiler
 
 from meshformer.callbacks import Checkpoint, ExactResume, Layout, ProgressBar, Rows, Samples
 from meshformer.checkpoint.lightning_io import FolderCheckpointIO
 from meshformer.config.allow import check_object, check_target
-from meshformer.data import TextData
+from meshformer.config.errors import ConfigError
+from meshformer.config.tasks import padding_multiple
+from meshformer.data import ImageData, SampledData, SequenceData, TextData
 from meshformer.parallel.strategies import make_strategy
 
 Config = dict[str, Any]
@@ -31,7 +34,12 @@ def instantiate(node: Config, config: Config, key: str, **values: Any) -> Any:
 
 def _make(node: Config, values: dict[str, Any]) -> Any:
     inner = {name: _make(child, {}) for name, child in node.items() if isinstance(child, dict) and "_target_" in child}
-    made = hydra.utils.instantiate(node, **inner, **values, _convert_="all")
+    try:
+        made = hydra.utils.instantiate(node, **inner, **values, _convert_="all")
+    except InstantiationException as error:  # Hydra's wrapping of what a component itself says about its settings
+        if isinstance(error.__cause__, ConfigError):
+            raise error.__cause__ from None
+        raise
     if isinstance(made, partial):
         # Hydra's partial checks its target again at every call: 0.1 ms for every attention layer of every step.
         return partial(made.func, *made.args, **made.keywords) if made.args or made.keywords else made.func
@@ -49,22 +57,46 @@ def _targets(node: Any, key: str) -> Iterator[tuple[str, Any]]:
             yield from _targets(child, f"{key}[{index}]")
 
 
-def build_data(config: Config, fixed_tokenizer: Any = None) -> TextData:
+def build_data(config: Config, fixed_tokenizer: Any = None) -> SampledData:
+    """The data module for what the source gives (`data.kind`), its batches made for the task."""
     data = config["data"]
-    return TextData(
-        source=instantiate(data["source"], config, "data.source"),
-        batch_size=data["batch_size"],
-        context_length=data["context_length"],
-        tokenizer=data["tokenizer"],
-        vocab_size=data["vocab_size"],
-        cache=Path(config["paths"]["data"]).expanduser(),
-        seed=config["seed"],
-        eval_batch_size=data["eval_batch_size"],
-        workers=data["workers"],
-        accumulation=config["trainer"]["accumulate_grad_batches"],
-        fixed_tokenizer=fixed_tokenizer,
-        unknown="replace" if config["stage"]["name"] == "finetune" else "error",
+    shared = {
+        "source": instantiate(data["source"], config, "data.source"),
+        "batch_size": data["batch_size"],
+        "seed": config["seed"],
+        "eval_batch_size": data["eval_batch_size"],
+        "workers": data["workers"],
+        "accumulation": config["trainer"]["accumulate_grad_batches"],
+    }
+    if data["kind"] == "images":
+        return ImageData(**shared, **{key: data[key] for key in ("image_size", "shift", "rotate", "zoom")})
+    text = {
+        "context_length": data["context_length"],
+        "tokenizer": data["tokenizer"],
+        "vocab_size": data["vocab_size"],
+        "cache": Path(config["paths"]["data"]).expanduser(),
+        "fixed_tokenizer": fixed_tokenizer,
+        "unknown": "replace" if config["stage"]["name"] == "finetune" else "error",
+    }
+    objective = task_class(config).objective
+    if data["kind"] == "corpus":
+        return TextData(**shared, **text, masked=objective == "mask")
+    group, microbatches = config["task"].get("group", 1), config["strategy"].get("microbatches", 1)
+    return SequenceData(
+        **shared,
+        **text,
+        objective=objective,
+        packing=data["packing"],
+        classes=data["classes"],
+        pad_to=padding_multiple(config),
+        eval_multiple=group * microbatches if objective == "pairs" else 1,
     )
+
+
+def task_class(config: Config) -> Any:
+    target = config["task"]["_target_"]
+    check_target(target, config.get("allow", ()), "task._target_")
+    return hydra.utils.get_object(target)
 
 
 def build_model(config: Config) -> Any:

@@ -1,4 +1,6 @@
-"""The command `meshformer`: train, evaluate, generate, convert, doctor. Checks all before a folder is made or a process started; no torch.
+"""The command `meshformer`: train, evaluate, generate, convert, export, runs, report, doctor.
+
+Checks all before a folder is made or a process started; no torch.
 
 Exit codes: 0 done, 1 a job failed, 2 something to mend in the command or configuration, 75 preempted and saved, 130 Ctrl-C.
 """
@@ -10,7 +12,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-COMMANDS = ("train", "evaluate", "generate", "convert", "doctor")
+COMMANDS = ("train", "evaluate", "generate", "convert", "export", "runs", "report", "doctor")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,6 +80,12 @@ def _dispatch(arguments: list[str]) -> int:
         from meshformer.doctor import doctor
 
         return doctor()
+    if command in ("runs", "report"):
+        if completing:
+            return 0
+        from meshformer.command.runs import run_records
+
+        return run_records(command, arguments[1:])
     from meshformer.command.jobs import run_command
 
     return run_command(command, arguments[1:])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import secrets
 import sys
 from collections.abc import Callable, Sequence
@@ -25,14 +26,18 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from meshformer.checkpoint.find import candidates
+from meshformer.checkpoint.find import candidates, is_foreign
+from meshformer.checkpoint.pretrained import carriers
+from meshformer.checkpoint.pretrained.source import derive, tokenizer_of
 from meshformer.config import ConfigError, check, did_you_mean, resolve, validate
 from meshformer.config.check import SHAPES
 from meshformer.config.paths import conf_dir, run_of
+from meshformer.config.tasks import HEAD, has_own_head
 from meshformer.record import RunNotFound, find_run
 
 Config = dict[str, Any]
 Refuse = Callable[[str, Any], ConfigError]
+SECRET = re.compile(r"\$\{oc\.env:\s*([^,}\s]*(?:secret|token|passw|api_?key|access_?key|private_?key|credential)[^,}\s]*)", re.IGNORECASE)
 
 # What a resumed run may change (CONTRACTS 6); everything else would make it another run.
 RESUMABLE = (
@@ -40,6 +45,8 @@ RESUMABLE = (
     "trainer.accumulate_grad_batches", "trainer.progress", "callbacks", "logger", "paths", "launch", "data.source.cache", "allow",
 )  # fmt: skip
 EVALUABLE = ("trainer.threads", "trainer.precision", "trainer.accelerator", "trainer.limit_val_batches", "data", "paths", "allow")
+COMMAND_KEYS = ("hydra", "sweep.")  # settings of one command rather than of a run
+FREE = ("attention", "dropout", "init_std", "zero_init")  # settings of a model that its weights do not decide
 PER_MACHINE = (
     "strategy",
     "trainer.devices",
@@ -81,11 +88,22 @@ def plain(cfg: DictConfig) -> Config:
     job = copy.copy(cfg)
     OmegaConf.set_struct(job, False)
     job.pop("hydra", None)
+    _refuse_secrets(OmegaConf.to_container(job, resolve=False))
+    job.pop("sweep", None)
     config = OmegaConf.to_container(job, resolve=True)
     assert isinstance(config, dict)
     if config.get("experiment", "") is None:
         config["experiment"] = "unnamed"
     return {str(key): value for key, value in config.items()}
+
+
+def _refuse_secrets(node: Any, key: str = "") -> None:
+    """What a configuration takes from the environment is written to config.yaml, TensorBoard and checkpoints: no place for a password."""
+    if isinstance(node, str) and (found := SECRET.search(node)):
+        message = f"the value of {found[1]}, which looks like a secret, would be written to the run's records"
+        raise ConfigError(message, key, fix="Leave it out: libraries read such variables from the environment themselves.")
+    for name, child in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
+        _refuse_secrets(child, f"{key}.{name}" if key else str(name))
 
 
 def settle(config: Config, overrides: Sequence[str] = ()) -> Config:
@@ -97,11 +115,16 @@ def settle(config: Config, overrides: Sequence[str] = ()) -> Config:
         sys.path.append(os.getcwd())  # a user's own module lies beside where the command is typed; last, so that it hides nothing
     config = validate(config)
     if config["stage"]["name"] == "finetune" and config["resume"] is None:
+        foreign = False
         if config["fork"] is None and config["stage"]["init_from"] is not None:
-            source = locate_weights(config["stage"]["init_from"], config["paths"]["runs"], "stage.init_from")
+            spec, paths = config["stage"]["init_from"], config["paths"]
+            found = locate_foreign(spec, paths["data"])
+            foreign = found is not None
+            source = found or locate_weights(spec, paths["runs"], "stage.init_from")
             config = {**config, "stage": {**config["stage"], "init_from": str(source)}}
         if (source := config["fork"] or config["stage"]["init_from"]) is not None:
-            config = validate(adopt(config, read_config(run_of(source)), overrides))
+            config = adopt_foreign(config, Path(source), overrides) if foreign else adopt(config, read_config(run_of(source)), overrides)
+            config = validate(config)
     config = resolve(config)
     check(config)
     return config
@@ -112,15 +135,45 @@ def adopt(config: Config, source: Config, overrides: Sequence[str]) -> Config:
     typed = [override.lstrip("+~").partition("=")[0] for override in overrides]
     config = {**config, "model": dict(config["model"]), "data": dict(config["data"])}
     if "model" not in typed:
-        for key in (*SHAPES, "position"):
+        own_head = HEAD if has_own_head(config) else ()
+        for key in (key for key in (*SHAPES, "position", "causal") if key not in own_head):
             if key in source["model"] and not any(name.replace("/", ".").startswith(f"model.{key}") for name in typed):
                 config["model"][key] = copy.deepcopy(source["model"][key])
-        if "model.context_length" not in typed and source["model"]["context_length"] >= config["data"]["context_length"]:
+        if "model.context_length" not in typed and source["model"].get("context_length", 0) >= config["data"]["context_length"]:
             config["model"]["context_length"] = source["model"]["context_length"]  # a learned position table has that many rows
     for key in ("tokenizer", "vocab_size"):
         if f"data.{key}" not in typed:
             config["data"][key] = source["data"][key]
     return config
+
+
+def adopt_foreign(config: Config, source: Path, overrides: Sequence[str]) -> Config:
+    """Fine-tuning from weights of another program takes the whole model and the tokenizer from them. What the command says otherwise is refused."""
+    try:
+        theirs = derive(source)
+    except ConfigError as error:
+        raise ConfigError(error.message, "stage.init_from", fix=error.fix) from None
+    names = [override.lstrip("+~").partition("=")[0].replace("/", ".") for override in overrides]
+    if "model" in names:
+        message = "fine-tuning takes the model from the weights it starts from"
+        raise ConfigError(message, "model", value_of(overrides, "model"), fix="Leave it out.")
+    own = config["model"] if config["model"]["_target_"] == theirs["_target_"] else {k: v for k, v in config["model"].items() if k in FREE}
+    if has_own_head(config):  # for other things than the weights' own
+        theirs = {key: value for key, value in theirs.items() if key not in HEAD}
+    typed = {name.split(".")[1] for name in names if name.startswith("model.")} & config["model"].keys()
+    model = {**own, **theirs, **{key: own[key] for key in FREE if key in own}, **{key: config["model"][key] for key in typed}}
+    for key in sorted(typed & theirs.keys() - {*FREE, "context_length"}):
+        if model[key] != theirs[key]:
+            told = theirs[key]["_target_"].rpartition(".")[2] if key == "position" else theirs[key]
+            message = f"the weights in {source} have {told}"
+            raise ConfigError(message, f"model.{key}", None if key == "position" else model[key], fix="Leave it out.")
+    data = dict(config["data"])
+    if tokenizer_of(source) is not None and "tokenizer" in data:
+        if "data.tokenizer" in names and data["tokenizer"] != "pretrained":
+            message = "finetuning keeps the tokenizer of the weights it starts from"
+            raise ConfigError(message, "data.tokenizer", data["tokenizer"], fix="Leave it out.")
+        data["tokenizer"] = "pretrained"
+    return {**config, "model": model, "data": data}
 
 
 def compose(overrides: Sequence[str] = (), config_name: str = "train", config_dir: str | None = None) -> Config:
@@ -134,6 +187,14 @@ def locate(spec: str, runs: str, key: str) -> Path:
         return find_run(spec, runs).absolute()
     except RunNotFound as error:
         raise ConfigError(str(error), key, spec) from None
+
+
+def locate_foreign(spec: str, cache: str) -> Path | None:
+    """The absolute path of what holds foreign weights, where `spec` means such; fetches those that are only named."""
+    path = Path(spec).expanduser()
+    if spec in carriers.MODELS and not path.exists():
+        return carriers.folder(spec, Path(cache)).absolute()
+    return path.absolute() if path.exists() and is_foreign(path) else None
 
 
 def locate_weights(spec: str, runs: str, key: str) -> Path:
@@ -170,10 +231,10 @@ def value_of(overrides: Sequence[str], key: str, default: Any = None) -> Any:
 
 
 def write_overrides(overrides: Sequence[str], config_dir: str | None, config_name: str | None) -> str:
-    """The text of overrides.txt: a line each, flags first. Hydra's own settings are left out: they concern one command, not the run."""
+    """The text of overrides.txt: a line each, flags first. Hydra's own settings and a sweep's are left out: they concern one command, not the run."""
     flags = [f"--config-dir={Path(config_dir).absolute()}"] if config_dir else []
     flags += [f"--config-name={config_name}"] if config_name not in (None, "train") else []
-    lines = [line if "\n" not in line else json.dumps(line) for line in overrides if not line.lstrip("+~").startswith("hydra")]
+    lines = [line if "\n" not in line else json.dumps(line) for line in overrides if not line.lstrip("+~").startswith(COMMAND_KEYS)]
     return "".join(f"{line}\n" for line in flags + lines)
 
 
@@ -188,7 +249,7 @@ def read_overrides(run: Path) -> tuple[list[str], str | None, str | None]:
         if line.startswith("--"):
             name, _, value = line.partition("=")
             flags[name] = value
-        elif line.strip() and not line.lstrip("+~").startswith("hydra"):
+        elif line.strip() and not line.lstrip("+~").startswith(COMMAND_KEYS):
             overrides.append(json.loads(line) if line.startswith('"') else line)
     return overrides, flags.get("--config-dir"), flags.get("--config-name")
 
@@ -198,6 +259,8 @@ def read_config(run: Path) -> Config:
         config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{run} holds no config.yaml, so it is not a run that can be read") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{run / 'config.yaml'} is damaged ({' '.join(str(error).split())})", fix="Restore it from a copy.") from None
     if not isinstance(config, dict):
         raise ConfigError(f"{run / 'config.yaml'} is empty or damaged")
     return config

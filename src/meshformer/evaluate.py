@@ -1,4 +1,4 @@
-"""`meshformer evaluate`: a run's loss on its validation or test part."""
+"""`meshformer evaluate`: a run's metrics on its validation or test part."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from meshformer.build import build_data, build_model, build_task, build_trainer
 from meshformer.checkpoint.find import latest_checkpoint
 from meshformer.checkpoint.weights import load_weights
+from meshformer.config.errors import ConfigError
 from meshformer.config.paths import run_of
 from meshformer.data import load_tokenizer
 from meshformer.train import quiet_libraries
@@ -24,7 +25,8 @@ def evaluate(config: dict[str, Any], options: dict[str, Any]) -> dict[str, float
     quiet_libraries()
     torch.set_num_threads(config["trainer"]["threads"])
     source = Path(options["run"])
-    data = build_data(config, load_tokenizer(run_of(source) / "tokenizer.json"))
+    images = config["data"]["kind"] == "images"
+    data = build_data(config, None if images else load_tokenizer(run_of(source) / "tokenizer.json"))
     data.prepare_data()
     task: Any = build_task(config, max_steps=1)
     task.configure_model()
@@ -43,6 +45,9 @@ def evaluate(config: dict[str, Any], options: dict[str, Any]) -> dict[str, float
 
 def load_run(config: dict[str, Any], source: Path) -> tuple[Any, Any]:
     """(model, tokenizer) of a run's newest checkpoint, or of a checkpoint in it, ready to use."""
-    model = build_model(config)
+    model, file = build_model(config), run_of(source) / "tokenizer.json"
     load_weights(model, latest_checkpoint(source))
-    return model.eval(), load_tokenizer(run_of(source) / "tokenizer.json")
+    tokenizer, size = load_tokenizer(file), config["model"]["vocab_size"]
+    if tokenizer.vocab_size > size:
+        raise ConfigError(f"{file} has {tokenizer.vocab_size} tokens, and the run's model {size}", fix="Restore it from a copy.")
+    return model.eval(), tokenizer

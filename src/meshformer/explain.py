@@ -69,6 +69,12 @@ def _composition(error: Exception, hydra: Hydra, config_name: str, overrides: Se
         return ConfigError("several values at once", match[1], match[2], fix)
     if match := re.search(r"Could not delete from config\. '?([^' ]+)' does not exist", text):
         return _unknown_key(match[1], hydra, config_name, overrides)
+    if match := re.search(r"Could not append to config\. An item is already at '([^']+)'", text):
+        return ConfigError("the configuration has it already", f"+{match[1]}", fix="Leave the + out.")
+    if match := re.search(r"Error merging override ([^=]+)=(.*)", text):
+        return ConfigError(
+            "is no value for it", match[1], match[2].rstrip("'"), fix="`meshformer train --cfg job` shows what it looks like."
+        )
     if match := re.search(r"Environment variable '([^']+)' not found", text):
         return ConfigError(f"it refers to the environment variable {match[1]}, which is not set", getattr(error, "full_key", None))
     if match := re.search(r"Missing mandatory value: ([\w.]+)", text):

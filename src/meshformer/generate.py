@@ -29,6 +29,10 @@ def generate(config: dict[str, Any], options: dict[str, Any]) -> list[str]:
         top_p=options["top_p"],
         seed=options["seed"],
     )
-    texts = [tokenizer.decode(row.tolist()) for row in tokens_BT]
+    try:
+        texts = [tokenizer.decode(row.tolist()) for row in tokens_BT]
+    except IndexError:
+        message = f"the run's tokenizer.json has {tokenizer.vocab_size} tokens, fewer than its model draws from"
+        raise ConfigError(message, "run", options["run"], fix="Restore it from a copy.") from None
     print("\n\n---\n\n".join(texts))
     return texts

@@ -4,29 +4,34 @@ from __future__ import annotations
 
 import sys
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import yaml
 
 from meshformer.build import build_callbacks, build_data, build_loggers, build_task, build_trainer
 from meshformer.callbacks import Rows
 from meshformer.callbacks.preemption import Preemption, StopSignals
 from meshformer.callbacks.samples import continuation
-from meshformer.checkpoint.find import latest_checkpoint
+from meshformer.checkpoint.find import checkpoints, latest_checkpoint
 from meshformer.checkpoint.folder import read_rest
+from meshformer.checkpoint.pretrained.source import tokenizer_of
 from meshformer.checkpoint.weights import load_weights
 from meshformer.config.errors import ConfigError, Stopped
-from meshformer.config.paths import run_of
-from meshformer.data import TextData, load_tokenizer
+from meshformer.config.tasks import has_own_head
+from meshformer.data import SampledData, load_tokenizer
 from meshformer.model import Transformer, training_flops_per_token
 from meshformer.parallel.levers import apply_levers
 from meshformer.parallel.strategy import MeshStrategy
 from meshformer.record.run_folder import atomic_write_text
 from meshformer.record.run_json import RunRecord
+from meshformer.tasks import Evaluated
 
 Config = dict[str, Any]
+HEAD_PARTS = ("head.", "norm.dense.", "norm.norm.")  # what a task with a head of its own draws anew
 
 
 def train(config: Config, folder: Path, signals: StopSignals | None = None) -> dict[str, float]:
@@ -38,6 +43,18 @@ def train(config: Config, folder: Path, signals: StopSignals | None = None) -> d
         return _train(config, folder, listening)
 
 
+def leave_together() -> None:
+    """For ranks that have all come to their end: none exits before the others need it no more.
+
+    The first to exit might else break the last exchange of another, which then fails though all is done; and torchrun's agent on the one
+    node waits 300 seconds for that on the other.
+    """
+    if dist.is_initialized():
+        with suppress(RuntimeError):  # the first rank still writes a text, longer than strategy.timeout: all is done, so nothing has failed
+            dist.barrier()
+        dist.destroy_process_group()
+
+
 def _train(config: Config, folder: Path, signals: StopSignals) -> dict[str, float]:
     quiet_libraries()
     torch.set_num_threads(config["trainer"]["threads"])
@@ -45,15 +62,15 @@ def _train(config: Config, folder: Path, signals: StopSignals) -> dict[str, floa
     continued = config["resume"] or config["fork"]
     init_from = config["stage"]["init_from"] if not continued else None  # a continued run has its weights already
     tokenizer = None  # made from the data, except in fine-tuning, which keeps the ids that the weights were trained with
-    if config["stage"]["name"] == "finetune":
-        tokenizer = load_tokenizer(run_of(continued or config["stage"]["init_from"]) / "tokenizer.json")
+    if config["stage"]["name"] == "finetune" and config["data"]["kind"] != "images":
+        tokenizer = load_tokenizer(tokenizer_file(Path(continued or config["stage"]["init_from"])))
     data = build_data(config, tokenizer)
     data.prepare_data()
     max_steps = total_steps(config, data.steps_per_epoch)
     resume_from = latest_checkpoint(Path(continued), key="resume" if config["resume"] else "fork") if continued else None
     if resume_from:  # before anything in the run folder is touched
         _check_continues(read_rest(resume_from), data, max_steps)
-    config["model"]["vocab_size"] = data.vocab_size
+    settle_sizes(config, data)
     loggers = build_loggers(config, folder)
     callbacks = build_callbacks(config, folder, data.steps_per_epoch)
     rows = next(callback for callback in callbacks if isinstance(callback, Rows))
@@ -61,6 +78,7 @@ def _train(config: Config, folder: Path, signals: StopSignals) -> dict[str, floa
     task: Any = build_task(config, max_steps)
     strategy: Any = trainer.strategy
     weights = latest_checkpoint(Path(init_from), key="stage.init_from") if init_from else None
+    new_parts = HEAD_PARTS if has_own_head(config) else ()
     torch.manual_seed(config["seed"])  # of models that draw their weights as torch's modules do
     if isinstance(strategy, MeshStrategy):
         with torch.device("meta"):  # the strategy makes this rank's part real
@@ -69,19 +87,21 @@ def _train(config: Config, folder: Path, signals: StopSignals) -> dict[str, floa
             task.model = None
             torch.manual_seed(config["seed"])
             task.configure_model()
-        strategy.init_from = weights
+        strategy.init_from, strategy.new_parts = weights, new_parts
     else:
         task.configure_model()
         if weights:
-            load_weights(task.model, weights)
+            load_weights(task.model, weights, new=new_parts)
         apply_levers(getattr(task.model, "blocks", ()), config["strategy"]["activation_checkpointing"], config["trainer"]["compile"])
     if isinstance(task.model, Transformer):
-        task.flops_per_token = training_flops_per_token(task.model, data.context_length)
+        length = data.mean_length or task.model.context_length
+        task.tokens_per_step = data.batch_size * length
+        task.flops_per_token = training_flops_per_token(task.model, round(length))
     parameters = sum(p.numel() for p in task.parameters())
 
     record = RunRecord(folder) if trainer.is_global_zero else None
     if record:
-        if not config["resume"]:
+        if not config["resume"] and data.tokenizer is not None:
             data.tokenizer.save(folder / "tokenizer.json")
         atomic_write_text(folder / "config.yaml", yaml.safe_dump({**config, "resume": None}, sort_keys=False, allow_unicode=True))
         layout = {**config["strategy"], "processes": trainer.world_size}
@@ -100,21 +120,25 @@ def _train(config: Config, folder: Path, signals: StopSignals) -> dict[str, floa
     except BaseException as error:
         if record:
             record.finish("preempted" if isinstance(error, Stopped) else "failed", error=error)
-        if isinstance(error, Stopped) and trainer.is_global_zero:
+        if isinstance(error, Stopped) and trainer.is_global_zero and checkpoints(folder):
             print(f"continue with  meshformer train resume={folder}", file=sys.stderr, flush=True)
         raise
     final = {k: float(v) for k, v in trainer.callback_metrics.items()}
     final = {**rows.latest, **final}
-    text = continuation(task, data.tokenizer, "\n", 400, temperature=0.8, top_p=0.95, seed=1)  # takes every rank
+    text = None
+    if getattr(task, "writes_text", False):
+        text = continuation(task, data.tokenizer, "\n", 400, temperature=0.8, top_p=0.95, seed=1)  # takes every rank
     if record:
+        for name, content in task.results(data).items() if isinstance(task, Evaluated) else ():
+            atomic_write_text(folder / name, content)
         record.finish("finished", None, **final)
-        print(summary(text, folder, final), flush=True)
+        print(summary(task, text, folder, final), flush=True)
     return final
 
 
-def _check_continues(checkpoint: Config, data: TextData, max_steps: int) -> None:
+def _check_continues(checkpoint: Config, data: SampledData, max_steps: int) -> None:
     """ConfigError when the checkpoint belongs to other data, or to a run that has nothing left to do."""
-    data.load_state_dict(checkpoint["TextData"])
+    data.load_state_dict(checkpoint.get(type(data).__name__, {"identity": None}))
     if checkpoint["step"] >= max_steps:
         raise ConfigError(
             f"the run has reached step {checkpoint['step']} already",
@@ -124,6 +148,35 @@ def _check_continues(checkpoint: Config, data: TextData, max_steps: int) -> None
         )
 
 
+def tokenizer_file(source: Path) -> Path:
+    """Where the tokenizer lies that weights were trained with. ConfigError where it does not come with them."""
+    found = tokenizer_of(source)
+    if found is None:
+        fix = f"Put the model's tokenizer.json (as `tokenizers` and transformers write it) into {source if source.is_dir() else source.parent}."
+        raise ConfigError("no tokenizer comes with these weights, so what their token ids stand for is not known", "stage.init_from", source, fix)
+    return found
+
+
+def settle_sizes(config: Config, data: SampledData) -> None:
+    """Fills in what the model takes from the data: the vocabulary, the number of classes. ConfigError where it was given and does not fit."""
+    model = config["model"]
+    for key, size in data.model_settings().items():
+        if key == "vocab_size":
+            size = vocabulary(model.get(key), size)
+        elif model.get(key) not in (None, size):
+            raise ConfigError(f"the data has {size} classes", f"model.{key}", model[key], fix="Leave it out.")
+        model[key] = size
+    if config["data"]["kind"] == "texts" and data.classes is not None:
+        config["data"]["classes"] = data.classes  # a later evaluation on other data numbers them alike
+
+
+def vocabulary(wanted: int | None, tokens: int) -> int:
+    """Rows of the embedding: as many as the tokenizer has tokens, or more where the model, as pretrained ones may, has rows to spare."""
+    if wanted is not None and wanted < tokens:
+        raise ConfigError(f"the tokenizer has more tokens, {tokens}", "model.vocab_size", wanted, fix="Leave it out.")
+    return wanted or tokens
+
+
 def total_steps(config: Config, steps_per_epoch: int) -> int:
     """The optimizer step at which training ends: the earlier of `trainer.max_steps` and `trainer.max_epochs`."""
     trainer = config["trainer"]
@@ -131,20 +184,19 @@ def total_steps(config: Config, steps_per_epoch: int) -> int:
     return min(limit for limit in limits if limit is not None)
 
 
-def summary(text: str, folder: Path, final: dict[str, float]) -> str:
-    """What a person wants to see at the end: the loss, a paragraph of text, and what to type next."""
-    loss, bits = final["val/loss"], final.get("val/bits_per_byte")
-    lines = [
-        "",
-        f"validation loss {loss:.4f} nats a token" + (f" ({bits:.3f} bits a byte)" if bits is not None else ""),
-        "",
-        text.strip(),
-        "",
+def summary(task: Any, text: str | None, folder: Path, final: dict[str, float]) -> str:
+    """What a person wants to see at the end: how good it is, a paragraph of `text` where the model writes some, and what to type next."""
+    headline = task.headline(final) if isinstance(task, Evaluated) else f"validation loss {final.get('val/loss', float('nan')):.4f}"
+    lines = ["", headline, ""]
+    if text is not None:
+        lines += [text.strip(), ""]
+    lines += [
         f"run folder  {folder}",
         f"  continue  meshformer train resume={folder} trainer.max_steps=…",
         f"  evaluate  meshformer evaluate run={folder}",
-        f"  generate  meshformer generate run={folder} prompt='ROMEO:'",
     ]
+    if text is not None:
+        lines.append(f"  generate  meshformer generate run={folder} prompt='ROMEO:'")
     return "\n".join(lines)
 
 

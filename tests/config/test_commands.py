@@ -40,6 +40,7 @@ def calls(tmp_path, monkeypatch) -> Calls:
         return {"val/loss": 2.0}
 
     monkeypatch.setattr("meshformer.command.jobs._launch", launch)
+    monkeypatch.setattr("meshformer.launch.launch", launch)  # of the points of a sweep with Hydra's own launcher
     return made
 
 
@@ -160,7 +161,7 @@ def test_a_run_folder_cannot_allow_itself_to_build_things(calls, capsys, tmp_pat
 
 
 def test_a_sweep_trains_each_point_in_a_folder_of_its_own(calls, tmp_path):
-    assert main(["train", "-m", "seed=2", "model=nano,micro", "trainer.max_steps=30"]) == 0
+    assert main(["train", "-m", "seed=2", "model=nano,micro", "trainer.max_steps=30", "hydra/launcher=basic"]) == 0
     assert [(c["seed"], c["model"]["d_model"]) for c, _ in calls] == [(2, 128), (2, 384)]
     folders = [folder for _, folder in calls]
     assert len(set(folders)) == 2 and {folder.parent for folder in folders} == {folders[0].parent}
@@ -178,8 +179,8 @@ def test_a_sweep_goes_on_after_a_failed_job_and_then_fails(calls, monkeypatch, c
             raise RuntimeError("boom")
         return {"val/loss": 1.0}
 
-    monkeypatch.setattr("meshformer.command.jobs._launch", launch)
-    assert main(["train", "-m", "seed=1,2"]) == 1
+    monkeypatch.setattr("meshformer.launch.launch", launch)
+    assert main(["train", "-m", "seed=1,2", "hydra/launcher=basic"]) == 1
     assert seen == [1, 2]
     assert "boom" in capsys.readouterr().err
 

@@ -19,7 +19,25 @@ NEEDED = {
     "model=custom": ["model.n_layers=4", "model.n_heads=2", "model.d_model=8"],
     "stage=finetune": ["stage.init_from={run}"],
     "experiment=kjv_finetune": ["stage.init_from={run}"],
+    "experiment=mlm_then_classify": ["stage.init_from={run}"],
+    "experiment=sentiment_minilm": ["stage.init_from={run}"],
+    "data=csv": ["data.file={text}"],
+    "data=hub_texts": ["data.source.path=somebody/texts"],
+    "task=token_classification": ["data.label_column=tags"],
+    "task=sentence_embedding": ["data.pair_column=other"],
 }
+
+
+# A task learns from some data only, and images need a model of their own.
+TASKS = [
+    ["task=language_modelling", "data=shakespeare"],
+    ["task=masked_language_modelling", "data=hub_texts"],
+    ["task=sequence_classification", "data=sentiment"],
+    ["task=token_classification", "data=csv"],
+    ["task=sentence_embedding", "data=csv"],
+    ["task=image_classification", "data=digits", "model=vit_tiny"],
+    ["task=image_classification", "data=mnist_5k", "model=vit_tiny"],
+]
 
 
 def options() -> dict[str, list[str]]:
@@ -36,9 +54,11 @@ def rounds() -> list[list[str]]:
     """Few compositions that choose every option once; experiments choose for themselves, so each is a round of its own."""
     groups = options()
     experiments = groups.pop("experiment")
+    elsewhere = {choice for choices in TASKS for choice in choices}
+    groups = {group: [name for name in names if f"{group}={name}" not in elsewhere] for group, names in groups.items() if group != "task"}
     longest = max(len(names) for names in groups.values())
     mixed = [[f"{group}={names[i % len(names)]}" for group, names in groups.items()] for i in range(longest)]
-    return mixed + [[f"experiment={name}"] for name in experiments]
+    return mixed + TASKS + [[f"experiment={name}"] for name in experiments]
 
 
 @pytest.fixture(scope="session")
@@ -50,7 +70,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("choices", rounds(), ids=lambda choices: "+".join(c.partition("=")[2] for c in choices[-3:]))
 def test_every_option_composes_and_passes_all_checks(choices: list[str], run: Path, tmp_path: Path):
     text = tmp_path / "a.txt"
-    text.write_text("words")
+    text.write_text("text,tags,other")
     extra = [item.format(text=text, run=run) for choice in choices for item in NEEDED.get(choice, [])]
     config = plain(compose_config(make_hydra(), "train", [*choices, *extra]))
     (run / "config.yaml").write_text(yaml.safe_dump({"model": config["model"], "data": config["data"]}))

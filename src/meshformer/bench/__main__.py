@@ -1,4 +1,4 @@
-"""`python -m meshformer.bench [speed] [learning] [speedrun] [finetune] [layouts] [pipeline]`: figures, with the date and the machine."""
+"""`python -m meshformer.bench [WHAT ...]`: figures, with the date and the machine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from meshformer.bench import layouts, learning, speed
+from meshformer.bench import layouts, learning, runs, speed, sweeps
 
 MEASUREMENTS = {
     "speed": speed.report,
@@ -19,6 +19,9 @@ MEASUREMENTS = {
     "finetune": learning.report_finetune,
     "layouts": layouts.report_layouts,
     "pipeline": layouts.report_pipeline,
+    "runs": runs.report_runs,
+    "sweep_overhead": sweeps.report_sweep_overhead,
+    "grid": sweeps.report_grid,
 }
 
 

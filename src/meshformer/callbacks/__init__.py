@@ -4,8 +4,9 @@ from .checkpoint import Checkpoint, ExactResume
 from .layout import Layout
 from .nonfinite import NonFinite, Spike
 from .progress import ProgressBar
+from .pruning import Pruning
 from .rows import Rows
 from .samples import Samples
 from .throughput import Throughput
 
-__all__ = ["Checkpoint", "ExactResume", "Layout", "NonFinite", "ProgressBar", "Rows", "Samples", "Spike", "Throughput"]
+__all__ = ["Checkpoint", "ExactResume", "Layout", "NonFinite", "ProgressBar", "Pruning", "Rows", "Samples", "Spike", "Throughput"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -11,7 +12,7 @@ from lightning.pytorch.callbacks import Callback
 
 
 class Throughput(Callback):
-    """Columns train/tokens_per_second (all ranks together, validation and checkpoints not counted) and train/mfu.
+    """Columns train/tokens_per_second (all ranks together, validation and checkpoints not counted), train/mfu and train/peak_memory_gib (rank 0's).
 
     MFU (Chowdhery et al. 2022, appendix B) = FLOPs of the model's matrix products a second / the rate at which this device multiplies large
     matrices of this type, measured for `measure_seconds` when training starts: no table of peak numbers is involved. State: none.
@@ -33,9 +34,12 @@ class Throughput(Callback):
         rate = tokens / max(now - self._since, 1e-9)
         self._since, self._since_step = now, step
         assert self.matrix_rate is not None
-        if not hasattr(pl_module, "flops_per_token"):  # a model of the user's
-            return {"train/tokens_per_second": rate}
-        return {"train/tokens_per_second": rate, "train/mfu": rate * pl_module.flops_per_token / (self.matrix_rate * trainer.world_size)}
+        values = {"train/tokens_per_second": rate}
+        if hasattr(pl_module, "flops_per_token"):  # not a model of the user's
+            values["train/mfu"] = rate * pl_module.flops_per_token / (self.matrix_rate * trainer.world_size)
+        if (peak := peak_memory(pl_module.device)) is not None:
+            values["train/peak_memory_gib"] = peak / 2**30
+        return values
 
     # Time that is not training (validation, samples, checkpoints) moves the start of the interval forward.
 
@@ -79,6 +83,17 @@ def measure_matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float
     n = max(128, n // 2)
     best = once(n, max(2, int(seconds / max(once(n, 1), 1e-6))))
     return 2 * n**3 / best
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Bytes: on a GPU the most that tensors took there, on a CPU the most that this process held in memory, libraries included (Linux alone)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
 
 
 def _wait(device: torch.device) -> None:

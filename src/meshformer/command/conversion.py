@@ -1,17 +1,20 @@
-"""Which file or folder `meshformer convert` reads and which it writes. No torch: what is wrong with either is found first."""
+"""Which file or folder `meshformer convert` and `export` read and which they write. No torch: what is wrong with either is found first."""
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
 from meshformer import compose
 from meshformer.checkpoint.find import SINGLE, WEIGHTS, candidates, damage, latest_checkpoint, step_of
 from meshformer.checkpoint.manifest import MANIFEST, PARTS
+from meshformer.checkpoint.pretrained.source import derive, layout_for
 from meshformer.config import ConfigError, did_you_mean
 from meshformer.config.paths import run_of
 
 SUFFIX = {"sharded": "", "single": SINGLE, "safetensors": WEIGHTS}
+EXPORTED = {"huggingface": "", "safetensors": WEIGHTS, "onnx": ".onnx", "torch_export": ".pt2"}
 
 
 def source_and_target(options: dict[str, Any]) -> tuple[Path, Path]:
@@ -24,7 +27,30 @@ def source_and_target(options: dict[str, Any]) -> tuple[Path, Path]:
             options["run"],
             fix="Name the run, checkpoint folder or .ckpt file that it was made from.",
         )
-    return source, _target(source, options["to"], options["output"])
+    return source, _target(source, SUFFIX[options["to"]], f"to={options['to']}", options["output"])
+
+
+def export_source_and_target(options: dict[str, Any]) -> tuple[Path, Path]:
+    """(run, checkpoint or foreign weights to read, path to write) of the options of `meshformer export`. ConfigError for what cannot be."""
+    form, spec = options["format"], options["run"]
+    source = compose.locate_foreign(spec, options["paths"]["data"])
+    if source is None:
+        source = _source(spec, options["checkpoint"], options["paths"]["runs"])
+    elif options["checkpoint"] is not None:
+        raise ConfigError("run= names weights that have no steps", "checkpoint", options["checkpoint"], fix="Leave it out.")
+    try:
+        model = derive(source)
+        if form == "huggingface":
+            layout_for(model)
+    except ConfigError as error:
+        raise ConfigError(error.message, error.key or "run", error.value, error.fix) from None
+    if options["output"] is None and run_of(source) == source:
+        raise ConfigError("is needed where the weights lie in no run", "output", fix=f"Add output=NAME{EXPORTED[form]}.")
+    for package in ("onnx", "onnxscript") if form == "onnx" else ():
+        if importlib.util.find_spec(package) is None:
+            raise ConfigError(f"it takes the package {package}", "format", form, fix="Run `pip install 'meshformer[export]'`.")
+    output = options["output"] or (run_of(source) / "exports" / f"{source.name.removesuffix(SINGLE)}{EXPORTED[form] or '-huggingface'}")
+    return source, _target(source, EXPORTED[form], f"format={form}", str(output))
 
 
 def _source(spec: str, checkpoint: int | str | None, runs: str) -> Path:
@@ -63,16 +89,15 @@ def _whole(checkpoint: Path, key: str) -> Path:
     return checkpoint
 
 
-def _target(source: Path, to: str, output: str | None) -> Path:
-    suffix = SUFFIX[to]
+def _target(source: Path, suffix: str, what: str, output: str | None) -> Path:
     if output is None:
         folder = run_of(source) / "exports" if run_of(source) != source else source.parent
         target = folder / (source.name.removesuffix(SINGLE) + suffix)
     else:
         target = Path(output).expanduser().absolute()
-        if (target.suffix if target.suffix in (SINGLE, WEIGHTS) else "") != suffix:
+        if (target.suffix if target.suffix in {*SUFFIX.values(), *EXPORTED.values()} else "") != suffix:
             named = f"ends in {suffix}" if suffix else "is a folder, so it has no such ending"
-            raise ConfigError(f"what to={to} writes {named}", "output", output, fix=f"Use output={target.with_suffix(suffix)}.")
+            raise ConfigError(f"what {what} writes {named}", "output", output, fix=f"Use output={target.with_suffix(suffix)}.")
     if target.exists():
         raise ConfigError("it is there already", "output", str(target), fix="Name another with output=…, or remove it.")
     around = next(parent for parent in target.parents if parent.exists())

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from meshformer.config import ConfigError
 from meshformer.config.resolve import Outside
-from meshformer.record import new_run_folder
+from meshformer.record import atomic_write_text, new_run_folder
 
 STAMP = "%Y-%m-%d_%H-%M-%S"
 
@@ -32,6 +35,19 @@ def claim_folder(folder: Path) -> None:
         raise ConfigError(f"the folder cannot be made ({error.strerror})", "hydra.run.dir", str(folder)) from None
 
 
+def write_settings(folder: Path, config: dict[str, Any], overrides: str) -> None:
+    """config.yaml and overrides.txt of the run in `folder`."""
+    kept = {**config, "resume": None}  # which folder it continues in is no setting of the run
+    atomic_write_text(folder / "config.yaml", yaml.safe_dump(kept, sort_keys=False, allow_unicode=True))
+    atomic_write_text(folder / "overrides.txt", overrides)
+
+
+def forget_folder(folder: Path) -> None:
+    """Takes a folder away that this command has claimed, for a job that refused its settings before the first step: `last` is no such run."""
+    if not (folder / "checkpoints").exists() and not (folder / "metrics.csv").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def shared_folder(config: dict[str, Any], around: Outside | None) -> Path:
     """A new run folder; under torchrun or srun, one that every rank derives alike (a clock read by each would differ)."""
     runs, experiment = Path(config["paths"]["runs"]), config["experiment"]
@@ -42,11 +58,12 @@ def shared_folder(config: dict[str, Any], around: Outside | None) -> Path:
             raise ConfigError(str(error), "experiment", experiment) from None
         except OSError as error:
             raise ConfigError(f"no run folder can be made there ({error.strerror})", "paths.runs", str(runs)) from None
-    job = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    job, port = os.environ.get("TORCHELASTIC_RUN_ID", "none"), os.environ.get("MASTER_PORT", "")
     if job == "none" and "SLURM_JOB_ID" in os.environ:
         job = f"{os.environ['SLURM_JOB_ID']}.{os.environ.get('SLURM_STEP_ID', '0')}"
+        port = port if "RANK" in os.environ else ""  # of srun's ranks, a batch script may choose another whenever the job starts
     if job != "none":
-        return (runs / experiment / f"job-{_suffix(job, os.environ.get('MASTER_PORT', ''), 8)}").absolute()
+        return (runs / experiment / f"job-{_suffix(job, port, 8)}").absolute()
     if around.nodes > 1:
         raise ConfigError("processes on several nodes must be told their folder", "hydra.run.dir", fix="Add hydra.run.dir=FOLDER.")
     # torchrun without an id, on one node: its own process is the parent of every rank, and it started at one moment.
@@ -57,7 +74,7 @@ def shared_folder(config: dict[str, Any], around: Outside | None) -> Path:
         raise ConfigError(
             "these processes cannot agree on a folder by themselves", "hydra.run.dir", fix="Add hydra.run.dir=FOLDER."
         ) from None
-    name = f"{datetime.fromtimestamp(int(started)).strftime(STAMP)}-{_suffix(str(agent), os.environ.get('MASTER_PORT', ''), 4)}"
+    name = f"{datetime.fromtimestamp(int(started)).strftime(STAMP)}-{_suffix(str(agent), port, 4)}"
     return (runs / experiment / name).absolute()
 
 

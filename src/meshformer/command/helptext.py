@@ -14,6 +14,9 @@ meshformer: train a Transformer on real text, every setting an override.
   meshformer evaluate run=RUN [OVERRIDES]       loss, perplexity and bits per byte on a part of the data
   meshformer generate run=RUN prompt=TEXT       continue a text
   meshformer convert run=RUN to=FORMAT          a checkpoint as one file, as weights for other programs, or as a folder again
+  meshformer export run=RUN format=FORMAT       the model for other programs: a Hugging Face folder, safetensors, ONNX, torch.export
+  meshformer runs [FOLDER] [FILTERS]            a table of runs; runs show RUN, runs diff A B
+  meshformer report RUN|FOLDER                  figures, results and settings as one HTML file
   meshformer doctor                             what this machine can run, measured, and a short test of several processes
 
 RUN is a run folder, the end of its name, or `last`; where weights are read, a checkpoint RUN/checkpoints/step-… too.
@@ -26,7 +29,9 @@ Examples
   meshformer train model=micro trainer.max_steps=5000
   meshformer train data=text data.files='texts/*.txt' data.tokenizer=bpe
   meshformer train strategy=ddp trainer.devices=2           two processes, the same optimisation
-  meshformer train -m model/position=learned,rotary,none    one run after another
+  meshformer train -m model/position=learned,rotary,none seed=1,2    a grid, as many runs at a time as fit on the machine
+  meshformer train -m sweep=search                          Optuna chooses the points
+  meshformer train -m sweep.resume=FOLDER                   what is left of a sweep that was stopped
   meshformer train resume=last trainer.max_steps=4000       go on where a run stopped
   meshformer train experiment=kjv_finetune stage.init_from=last""",
     "evaluate": """\
@@ -48,6 +53,33 @@ Examples
   meshformer convert run=last to=safetensors
   meshformer convert run=last to=single checkpoint=500 output=step-500.ckpt
   meshformer convert run=step-00000500.ckpt to=sharded""",
+    "export": """\
+Options: run, format, checkpoint (a step; else the newest), output (else RUN/exports/step-…)
+  run also takes weights from outside: a Hugging Face folder, glassllm, all-minilm-l6-v2
+  format=huggingface    config.json, model.safetensors, tokenizer.json, where the model fits GPT-2, Llama, Mistral, BERT or ViT exactly
+  format=safetensors    the weights alone, with our names
+  format=onnx           for onnxruntime and others
+  format=torch_export   for torch.export.load
+Examples
+  meshformer export run=last format=huggingface output=my-model
+  meshformer export run=all-minilm-l6-v2 format=onnx output=minilm.onnx""",
+    "runs": """\
+Options
+  --sort KEY        by any column, --sort=-KEY the largest first; --limit N; --columns A,B,C; --csv
+  A filter is key=value, key!=value, 'key<number' or 'key>number'; * and ? in a value match any text. Keys are groups (model, model/position),
+  settings (optimizer.lr, or lr alone), state, layout, started, final metrics (val/loss) and the best ones (best/val/loss).
+Examples
+  meshformer runs                                           every run below runs/, and what tells them apart
+  meshformer runs model=nano state=finished 'val/loss<1.7' --sort val/loss
+  meshformer runs runs/shakespeare_char 'started>2026-11-24' --columns run,lr,val/loss --csv
+  meshformer runs show last
+  meshformer runs diff 3f0a 81c2""",
+    "report": """\
+Options
+  --output FILE     where to write the page; else FOLDER/report.html
+Examples
+  meshformer report last
+  meshformer report runs/shakespeare_char --output sweep.html""",
 }
 
 FLAGS = """\
@@ -66,8 +98,9 @@ def overview(command: str | None = None) -> str:
     parts = [COMMANDS]
     if command in (None, "train"):
         parts.append(_groups(described=command is not None))
-    parts += [EXAMPLES[command]] if command else list(EXAMPLES.values())
-    parts.append(FLAGS)
+    parts += [EXAMPLES[command]] if command in EXAMPLES else list(EXAMPLES.values())
+    if command not in ("runs", "report", "doctor"):
+        parts.append(FLAGS)
     return "\n\n".join(parts)
 
 

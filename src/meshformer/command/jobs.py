@@ -7,34 +7,31 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from hydra._internal.callbacks import Callbacks
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import get_args_parser
-from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.plugins import Plugins
 from hydra.core.utils import run_job
 from hydra.types import HydraContext
-from omegaconf import DictConfig, OmegaConf, read_write
+from omegaconf import DictConfig, read_write
 
 from meshformer import compose
 from meshformer.checkpoint.find import candidates, latest_checkpoint
-from meshformer.command.conversion import source_and_target
-from meshformer.command.folders import claim_folder, shared_folder
-from meshformer.config import ConfigError, Convert, Evaluate, Generate, validate
+from meshformer.command.conversion import export_source_and_target, source_and_target
+from meshformer.command.folders import claim_folder, forget_folder, shared_folder, write_settings
+from meshformer.command.slurm import MARK, earlier_start, job_mark
+from meshformer.config import ConfigError, Convert, Evaluate, Export, Generate, validate
 from meshformer.config.paths import run_of
 from meshformer.config.resolve import outside
+from meshformer.config.tasks import writes_text
 from meshformer.explain import EXPLAINED, explain
-from meshformer.record import atomic_write_text
+from meshformer.record import RunRecord, atomic_write_text
 
 Config = dict[str, Any]
 SHOWING = ("cfg", "info", "shell_completion", "hydra_help")
 
 
 def run_command(command: str, argv: Sequence[str]) -> int:
-    """Run `train`, `evaluate`, `generate` or `convert` with Hydra's flags and overrides; return the exit code."""
+    """Run `train`, `evaluate`, `generate`, `convert` or `export` with Hydra's flags and overrides; return the exit code."""
     args = _parse(argv)
     config_name = args.config_name or command
     overrides: list[str] = list(args.overrides)
@@ -50,33 +47,52 @@ def run_command(command: str, argv: Sequence[str]) -> int:
             return 0
         if command == "convert":
             return _convert(hydra, config_name, overrides, args.multirun)
+        if command == "export":
+            return _export(hydra, config_name, overrides, args.multirun)
         if command != "train":
             return _use_run(command, hydra, config_name, overrides, args.multirun)
         if args.multirun or compose.value_of(overrides, "hydra.mode") == "MULTIRUN":
-            return _sweep(hydra, args, config_name, overrides)
+            from meshformer.command.sweep.run import run_sweep
+
+            return run_sweep(args, overrides)
+        if lonely := [override for override in overrides if override.lstrip("+").startswith("sweep.")]:
+            raise ConfigError("a sweep is several runs", *lonely[0].split("=", 1), fix="Add -m.")
         cfg = compose.compose_config(hydra, config_name, overrides)
         if cfg.hydra.runtime.choices.get("sweep") is not None:
             raise ConfigError("a sweep is several runs", "sweep", cfg.hydra.runtime.choices["sweep"], fix="Add -m.")
         config = compose.settle(compose.plain(cfg), overrides)
-    return _train(hydra, cfg, config, compose.write_overrides(overrides, args.config_dir, args.config_name))
+    return _train(args, hydra, cfg, config, compose.write_overrides(overrides, args.config_dir, args.config_name))
 
 
-def _train(hydra: Hydra, cfg: DictConfig, config: Config, overrides: str, run: Path | None = None) -> int:
-    """One run in one folder: `run` where it continues there, else the user's or a new one."""
+def _train(args: argparse.Namespace, hydra: Hydra, cfg: DictConfig, config: Config, overrides: str, run: Path | None = None) -> int:
+    """One run in one folder: `run` where it continues there, that of a SLURM job's earlier start, else the user's or a new one."""
     around = outside()
     _refuse_lonely_node(config)
+    wanted, earlier, mark = str(cfg.hydra.run.dir), None, None
+    if run is None:
+        mark = job_mark(wanted, f"{config['fork']}\n{overrides}")
+        earlier = earlier_start(config, wanted, mark)
+    if earlier is not None and RunRecord(earlier).fields.get("state") == "finished":
+        print(f"the run of this SLURM job is finished already: {earlier}")
+        return 0
+    if earlier is not None and candidates(earlier):
+        allowed = [override for override in args.overrides if override.lstrip("+").startswith("allow=")]
+        return _train_from(args, {"resume": str(earlier)}, allowed)
     _verify(config)
-    wanted = str(cfg.hydra.run.dir)
     if run is not None:
         folder = run
+    elif earlier is not None:  # it ended before its first checkpoint
+        folder = earlier
     elif wanted != "auto":
         folder = Path(wanted).absolute()
     else:
         folder = shared_folder(config, around)
     if around is None or around.rank == 0:
-        if run is None:
+        if run is None and earlier is None:
             claim_folder(folder)
-        _write(folder, config, overrides)
+        if mark is not None:
+            atomic_write_text(folder / MARK, mark)
+        write_settings(folder, config, overrides)
     with read_write(cfg.hydra.run):
         cfg.hydra.run.dir = str(folder)
     callbacks = Callbacks(cfg)
@@ -94,6 +110,8 @@ def _train(hydra: Hydra, cfg: DictConfig, config: Config, overrides: str, run: P
     done = run_job(task_function=job, config=cfg, job_dir_key="hydra.run.dir", job_subdir_key=None, hydra_context=context)
     callbacks.on_run_end(config=cfg, config_name=cfg.hydra.job.config_name, job_return=done)
     if raised:
+        if isinstance(raised[0], ConfigError) and run is None and earlier is None and (around is None or around.rank == 0):
+            forget_folder(folder)
         raise raised[0]
     return 0
 
@@ -138,7 +156,7 @@ def _train_from(args: argparse.Namespace, run_of: dict[str, str], overrides: lis
         # As in `recorded`: what a run folder allows itself does not count.
         config = config or {**compose.plain(cfg), "allow": compose.value_of(overrides, "allow", [])}
         config = compose.settle({**config, "resume": None, "fork": None, key: str(run)}, both)
-    return _train(hydra, cfg, config, compose.write_overrides(both, config_dir, name), run if key == "resume" else None)
+    return _train(args, hydra, cfg, config, compose.write_overrides(both, config_dir, name), run if key == "resume" else None)
 
 
 def _refuse_resume(key: str, recorded: Any) -> ConfigError:
@@ -146,48 +164,6 @@ def _refuse_resume(key: str, recorded: Any) -> ConfigError:
     return ConfigError(
         f"a resumed run keeps it, and the run has {shown}", key, fix="Leave it out, or use fork= to change it in a new folder."
     )
-
-
-def _sweep(hydra: Hydra, args: argparse.Namespace, config_name: str, overrides: list[str]) -> int:
-    """Hydra's sweeper and launcher; each job goes to processes of its own through the same hand-over as a single run."""
-    if outside() is not None:
-        raise ConfigError("a sweep starts its own processes", "--multirun", fix="Start it without torchrun or srun.")
-    cfg = compose.compose_config(hydra, config_name, overrides, multirun=True)
-    task_overrides = [str(override) for override in cfg.hydra.overrides.task]
-    sweeper_target = str(cfg.hydra.sweeper.get("_target_", ""))
-    if sweeper_target.endswith("BasicSweeper"):
-        _check_grid(hydra, cfg, config_name, task_overrides, [o for o in overrides if o not in task_overrides])
-        HydraConfig.instance().set_config(cfg)
-
-    def job(task_cfg: DictConfig) -> float | None:
-        config = compose.settle(compose.plain(task_cfg), HydraConfig.get().overrides.task)
-        _verify(config)
-        folder = Path(HydraConfig.get().runtime.output_dir)
-        claim_folder(folder)
-        _write(folder, config, compose.write_overrides(list(HydraConfig.get().overrides.task), args.config_dir, args.config_name))
-        value = (_launch(config, folder, own_process=True) or {}).get("val/loss")
-        return None if value is None else float(value)  # what an optimising sweeper minimises
-
-    callbacks = Callbacks(cfg)
-    callbacks.on_multirun_start(config=cfg, config_name=config_name)
-    context = HydraContext(config_loader=hydra.config_loader, callbacks=callbacks)
-    sweeper = Plugins.instance().instantiate_sweeper(config=cfg, hydra_context=context, task_function=job)
-    sweeper.sweep(arguments=task_overrides)
-    callbacks.on_multirun_end(config=cfg, config_name=config_name)
-    return 0
-
-
-def _check_grid(hydra: Hydra, cfg: DictConfig, config_name: str, overrides: list[str], hydra_overrides: list[str]) -> None:
-    """Every point of a grid, before the first is trained: a typo in the last must not show after hours."""
-    params = OmegaConf.to_container(cfg.hydra.sweeper, resolve=True)
-    assert isinstance(params, dict)
-    given = [f"{key}={value}" for key, value in (params.get("params") or {}).items()] + overrides
-    parsed = OverridesParser.create(config_loader=hydra.config_loader).parse_overrides(given)
-    grid = [point for batch in BasicSweeper.split_arguments(parsed, None) for point in batch]
-    for point in grid:
-        with _explained(hydra, config_name, point):
-            cfg = compose.compose_config(hydra, config_name, [*hydra_overrides, *point])
-            _refuse_lonely_node(compose.settle(compose.plain(cfg), point))
 
 
 def _use_run(command: str, hydra: Hydra, config_name: str, overrides: list[str], multirun: bool) -> int:
@@ -220,7 +196,10 @@ def _use_run(command: str, hydra: Hydra, config_name: str, overrides: list[str],
     }
     config["trainer"]["limit_val_batches"] = compose.value_of(changes, "trainer.limit_val_batches")
     if command == "generate":  # it needs the run folder alone: the texts may be gone
-        config["data"] = {**config["data"], "files": None}
+        if not writes_text(config):
+            task = str(config["task"].get("_target_", "")).rpartition(".")[2]
+            raise ConfigError(f"its model does not write text, but serves {task}", "run", options["run"], fix="Use `meshformer evaluate`.")
+        config["data"] = {**config["data"], "files": None, "file": None, "validation_file": None}
     # Resume lifts the checks of where finetuning started from: that run is not needed any more.
     config = compose.settle({**config, "resume": str(run)})
     if command == "evaluate":
@@ -244,6 +223,19 @@ def _convert(hydra: Hydra, config_name: str, overrides: list[str], multirun: boo
     return 0
 
 
+def _export(hydra: Hydra, config_name: str, overrides: list[str], multirun: bool) -> int:
+    if multirun:
+        raise ConfigError("meshformer export reads one model", "--multirun", fix="Leave -m out.")
+    text, overrides = compose.take(overrides, "output")  # a path: not Hydra's to read
+    options = compose.plain(compose.compose_config(hydra, config_name, overrides))
+    options = validate({**options, **text}, Export)
+    source, target = export_source_and_target(options)
+    from meshformer.export import export  # imports torch
+
+    export(source, target, options["format"])
+    return 0
+
+
 def _changed(run: Path, changes: list[str]) -> Config:
     """The run's configuration as `evaluate` may change it."""
     before, config_dir, config_name = compose.read_overrides(run)
@@ -256,16 +248,10 @@ def _changed(run: Path, changes: list[str]) -> Config:
         return compose.recorded(hydra, name, run, changes, compose.EVALUABLE, refuse)
 
 
-def _launch(config: Config, folder: Path, own_process: bool = False) -> Config | None:
+def _launch(config: Config, folder: Path) -> Config | None:
     from meshformer.launch import launch  # imports torch
 
-    return launch(config, folder, own_process=own_process)
-
-
-def _write(folder: Path, config: Config, overrides: str) -> None:
-    kept = {**config, "resume": None}  # which folder it continues in is no setting of the run
-    atomic_write_text(folder / "config.yaml", yaml.safe_dump(kept, sort_keys=False, allow_unicode=True))
-    atomic_write_text(folder / "overrides.txt", overrides)
+    return launch(config, folder)
 
 
 def _show(hydra: Hydra, args: argparse.Namespace, config_name: str, overrides: list[str]) -> None:

@@ -4,13 +4,14 @@ from meshformer.config.allow import check_object, check_target
 from meshformer.config.check import check
 from meshformer.config.errors import ConfigError
 from meshformer.config.resolve import resolve
-from meshformer.config.schema import Convert, Evaluate, Generate, Root, validate
+from meshformer.config.schema import Convert, Evaluate, Export, Generate, Root, validate
 from meshformer.config.suggest import did_you_mean
 
 __all__ = [
     "ConfigError",
     "Convert",
     "Evaluate",
+    "Export",
     "Generate",
     "Root",
     "check",

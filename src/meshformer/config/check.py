@@ -13,27 +13,32 @@ from meshformer.config.check_layout import check_batch, check_cut, check_process
 from meshformer.config.errors import ConfigError
 from meshformer.config.paths import run_of
 from meshformer.config.suggest import did_you_mean
+from meshformer.config.tasks import HEAD, check_labelled_files, check_task, has_own_head
 
 Config = dict[str, Any]
 PAIRED = ("Rotary",)  # positions that need an even head size
 # What finetuning must share with the run it starts from, or the weights do not fit.
 SHAPES = (
     "_target_", "n_layers", "n_heads", "n_kv_heads", "d_model", "d_ff", "norm", "norm_position", "embedding_norm", "token_types", "activation",
-    "bias", "qk_norm", "tie_embeddings",
+    "bias", "qk_norm", "tie_embeddings", "head_dim", "norm_eps", "attention_bias", "head", "head_bias", "head_transform",
 )  # fmt: skip
+ABSENT = {"head": True, "head_bias": False, "head_transform": False}  # values where a run is older than the setting; else null
 
 
 def check(config: Config) -> None:
     """Raise ConfigError for the first impossible combination, naming what to write instead."""
     for part in (
+        _finite,
         check_processes,
         check_settings,
         check_batch,
         _precision,
         _length,
         _files,
+        check_labelled_files,
         _model,
         check_cut,
+        check_task,
         _rates,
         _stage,
         _commands,
@@ -84,7 +89,7 @@ def _model(config: Config) -> None:
     for key in ("n_layers", "n_heads", "n_kv_heads", "d_model", "d_ff", "context_length", "vocab_size", "window"):
         if model.get(key) is not None and model[key] < 1:
             raise ConfigError("must be at least 1", f"model.{key}", model[key])
-    if width % heads:
+    if width % heads and model.get("head_dim") is None:
         below, above = width // heads * heads, (width // heads + 1) * heads
         sizes = f"{below} or {above}" if below else f"{above}"
         raise ConfigError(
@@ -94,13 +99,20 @@ def _model(config: Config) -> None:
         divisors = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
         raise ConfigError(f"model.n_heads={heads} does not divide by it", "model.n_kv_heads", kv_heads, fix=f"Use one of {divisors}.")
     position = str(model.get("position", {}).get("_target_", "")).rpartition(".")[2]
-    if position in PAIRED and (width // heads) % 2:
+    head_dim = model.get("head_dim") or width // heads
+    if position in PAIRED and head_dim % 2 and model.get("head_dim") is not None:
+        raise ConfigError("rotary positions need an even head size", "model.head_dim", head_dim, fix=f"Use {head_dim + 1}.")
+    if position in PAIRED and head_dim % 2:
         message = f"rotary positions need an even head size, and model.d_model={width} / model.n_heads={heads} is {width // heads}"
         raise ConfigError(message, "model.n_heads", heads, fix=f"Use model.d_model={width + heads}, or model/position=learned.")
     if model.get("causal") is False and config["task"].get("_target_") == "meshformer.tasks.LanguageModelling":
         raise ConfigError(
             "predicting the next token is no task when the model sees it", "model.causal", False, fix="Use model.causal=true."
         )
+    if model.get("head_transform"):
+        for key, value in {"norm_position": "post", "head": True}.items():
+            if model[key] != value:
+                raise ConfigError(f"belongs to models with model.{key}={_plain(value)}", "model.head_transform", "true", fix="Leave it out.")
     if not 0 <= model.get("dropout", 0.0) < 1:
         raise ConfigError("must be at least 0 and below 1", "model.dropout", model["dropout"])
     if model["context_length"] < data["context_length"]:
@@ -116,11 +128,30 @@ def _rates(config: Config) -> None:
         rate = config["optimizer"].get(key)
         if isinstance(rate, int | float) and rate <= 0:
             raise ConfigError("a learning rate must be above 0", f"optimizer.{key}", rate)
+    for group, key in (("optimizer", "momentum"), ("optimizer", "weight_decay"), ("schedule", "min_ratio"), ("schedule", "decay_fraction")):
+        value = config[group].get(key)
+        if isinstance(value, int | float) and (value < 0 or (group == "schedule" and value > 1)):
+            raise ConfigError("must be from 0 to 1" if group == "schedule" else "must not be negative", f"{group}.{key}", value)
+    threshold = (config["callbacks"].get("spike") or {}).get("threshold")
+    if isinstance(threshold, int | float) and threshold <= 1:
+        raise ConfigError("would skip about every other step", "callbacks.spike.threshold", threshold, fix="5 is a cautious start.")
+
+
+def _finite(config: Config) -> None:
+    def look(node: Any, key: str) -> None:
+        if isinstance(node, float) and not math.isfinite(node):
+            raise ConfigError("is no finite number", key, node)
+        for name, child in node.items() if isinstance(node, dict) else ():
+            look(child, f"{key}.{name}" if key else name)
+
+    look(config, "")
 
 
 def _stage(config: Config) -> None:
     stage = config["stage"]
     source = stage["init_from"]
+    if config["fork"] is not None and (recorded := Path(config["fork"]) / "config.yaml").is_file():
+        check_fits(config, yaml.safe_load(recorded.read_text(encoding="utf-8"))["model"], "the run to fork")
     if config["resume"] is not None or config["fork"] is not None:
         return  # the weights are in the run by now; where they came from may be gone
     if stage["name"] == "pretrain":
@@ -128,30 +159,40 @@ def _stage(config: Config) -> None:
             raise ConfigError(
                 "stage=pretrain starts from scratch and would ignore it", "stage.init_from", source, fix="Add stage=finetune."
             )
+        if config["data"]["tokenizer"] == "pretrained":
+            raise ConfigError("comes with pretrained weights", "data.tokenizer", "pretrained", fix="Use char or bpe, or stage=finetune.")
         return
     if source is None:
         raise ConfigError(
             "stage=finetune needs weights to start from", "stage.init_from", fix="Add stage.init_from=RUN, a run folder or last."
         )
+    if not Path(source).exists():
+        raise ConfigError("there is no such run, checkpoint or model", "stage.init_from", source)
     recorded = run_of(source) / "config.yaml"
-    if not recorded.is_file():
-        raise ConfigError("is not a run folder: it holds no config.yaml", "stage.init_from", source)
+    if not recorded.is_file():  # weights from outside, which compose.py has compared
+        return
     before = yaml.safe_load(recorded.read_text(encoding="utf-8"))
-    for key in SHAPES:
-        mine, theirs = config["model"].get(key), before["model"].get(key)
-        if mine != theirs:
-            raise ConfigError(
-                f"the run to start from has model.{key}={_plain(theirs)}, so its weights do not fit",
-                f"model.{key}",
-                _plain(mine),
-                fix=f"Use the model of that run: model.{key}={_plain(theirs)}, or the model= that its overrides.txt names.",
-            )
-    mine, theirs = (node["model"].get("position", {}).get("_target_") for node in (config, before))
-    if mine != theirs:
-        raise ConfigError(f"the run to start from has {theirs}, so its weights do not fit", "model.position._target_", mine)
+    check_fits(config, before["model"], "the run to start from")
     if config["data"]["tokenizer"] != before["data"]["tokenizer"]:
         message = f"finetuning keeps the tokenizer of the run it starts from, which is {before['data']['tokenizer']}"
         raise ConfigError(message, "data.tokenizer", config["data"]["tokenizer"], fix=f"Use data.tokenizer={before['data']['tokenizer']}.")
+
+
+def check_fits(config: Config, theirs: Config, who: str) -> None:
+    """ConfigError for the first of the model's settings with which the weights of `who`, whose model is `theirs`, would not fit."""
+    own_head = HEAD if has_own_head(config) else ()
+    for key in (key for key in SHAPES if key not in own_head):
+        mine, other = (node.get(key, ABSENT.get(key)) for node in (config["model"], theirs))
+        if mine != other:
+            raise ConfigError(
+                f"{who} has model.{key}={_plain(other)}, so its weights do not fit",
+                f"model.{key}",
+                _plain(mine),
+                fix=f"Use the model of that run: model.{key}={_plain(other)}, or the model= that its overrides.txt names.",
+            )
+    mine, other = (node.get("position", {}).get("_target_") for node in (config["model"], theirs))
+    if mine != other:
+        raise ConfigError(f"{who} has {other}, so its weights do not fit", "model.position._target_", mine)
 
 
 def _commands(config: Config) -> None:

@@ -36,13 +36,16 @@ class ConfigError(Exception):
 
 
 class Stopped(Exception):
-    """Training was told to stop and did, at a step boundary. `reason` is preempted or interrupted (Ctrl-C); `saved`: at this very step."""
+    """Training was told to stop and did, at a step boundary. `reason` is preempted or interrupted (Ctrl-C).
+
+    `saved`: at this very step. If not, `why` says why not.
+    """
 
     CODES: ClassVar[dict[str, int]] = {"preempted": 75, "interrupted": 130}  # 75 is the EX_TEMPFAIL of sysexits.h: try again later
 
-    def __init__(self, reason: str, step: int, saved: bool) -> None:
-        super().__init__(reason, step, saved)
-        self.reason, self.step, self.saved = reason, step, saved
+    def __init__(self, reason: str, step: int, saved: bool, why: str = "callbacks.checkpoint is off") -> None:
+        super().__init__(reason, step, saved, why)
+        self.reason, self.step, self.saved, self.why = reason, step, saved, why
 
     @property
     def exit_code(self) -> int:
@@ -50,7 +53,7 @@ class Stopped(Exception):
 
     def __str__(self) -> str:
         why = "Ctrl-C" if self.reason == "interrupted" else "a signal to stop"
-        return f"stopped by {why} after step {self.step}, {'saved' if self.saved else 'not saved: callbacks.checkpoint is off'}"
+        return f"stopped by {why} after step {self.step}, {'saved' if self.saved else f'not saved: {self.why}'}"
 
 
 def _sentence(text: str) -> str:

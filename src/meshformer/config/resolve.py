@@ -55,6 +55,11 @@ def resolve(config: dict[str, Any], env: Mapping[str, str] | None = None) -> dic
         data["files"] = _files(data["files"])
         data["source"] = {**data["source"], "files": list(data["files"])}  # a copy: YAML would write an alias
 
+    for key in ("file", "validation_file"):
+        if data[key] is not None:
+            data[key] = os.path.abspath(os.path.expanduser(data[key]))
+            data["source"] = {**data["source"], key: data[key]}
+
     gpus = visible_gpus(env)
     if trainer["accelerator"] == "auto":
         trainer["accelerator"] = "gpu" if gpus else "cpu"

@@ -62,10 +62,23 @@ class Data:
     batch_size: PositiveInt
     context_length: PositiveInt
     eval_batch_size: PositiveInt | None = None
-    tokenizer: Literal["char", "bpe"] = "char"
+    tokenizer: Literal["char", "bpe", "pretrained"] = "char"
     vocab_size: PositiveInt = 1024
     workers: Count = 0
     files: str | list[str] | None = None
+    kind: Literal["corpus", "texts", "images"] = "corpus"
+    file: str | None = None
+    validation_file: str | None = None
+    text_column: str = "text"
+    label_column: str | None = None
+    pair_column: str | None = None
+    validation_fraction: Share = 0.2
+    classes: list[str] | None = None
+    packing: bool = False
+    image_size: PositiveInt | None = None
+    shift: NonNegativeFloat = 0.0
+    rotate: NonNegativeFloat = 0.0
+    zoom: NonNegativeFloat = 0.0
 
 
 @dataclass
@@ -117,6 +130,7 @@ class Strategy:
 @dataclass
 class Launch:
     max_restarts: Count = 0
+    requeue: bool = False
 
 
 @dataclass
@@ -134,7 +148,7 @@ class Root:
     task: Target
     stage: Stage
     strategy: Strategy
-    launch: Launch = field(default_factory=lambda: {"max_restarts": 0})  # pyright: ignore[reportAssignmentType]  # configs are dicts
+    launch: Launch = field(default_factory=lambda: {"max_restarts": 0, "requeue": False})  # pyright: ignore[reportAssignmentType]  # configs are dicts
     callbacks: Targets = field(default_factory=dict)
     logger: Targets = field(default_factory=dict)
     allow: list[str] = field(default_factory=list)
@@ -185,7 +199,38 @@ class Convert:
     output: str | None = None
 
 
-SECTIONS: dict[str, type] = {c.__name__: c for c in (Paths, Trainer, Data, Stage, Strategy, Launch, RunsPath)}
+@dataclass
+class Export:
+    """Options of `meshformer export`."""
+
+    run: str
+    format: Literal["huggingface", "safetensors", "onnx", "torch_export"]
+    paths: Paths
+    checkpoint: Count | str | None = None
+    output: str | None = None
+
+
+@dataclass
+class Sweep:
+    """What `-m` does with its runs; no part of the runs' own configuration."""
+
+    jobs: Literal["auto"] | PositiveInt = "auto"
+    fail_fast: bool = False
+    resume: str | None = None
+    retry_failed: bool = False
+    minimize: list[str] = field(default_factory=lambda: ["val/loss"])
+    maximize: list[str] = field(default_factory=list)
+    search: Literal["tpe", "random"] | None = None
+    trials: PositiveInt = 20
+    pruner: Literal["median", "hyperband"] | None = None
+
+
+@dataclass
+class SweepOptions:
+    sweep: Sweep
+
+
+SECTIONS: dict[str, type] = {c.__name__: c for c in (Paths, Trainer, Data, Stage, Strategy, Launch, RunsPath, Sweep)}
 
 
 def validate(config: dict[str, Any], schema: type = Root) -> dict[str, Any]:
@@ -264,9 +309,10 @@ def _arguments(node: dict[str, Any], found: Signature, key: str, allow: tuple[st
             for index, item in enumerate(value if isinstance(value, list) else []):
                 if isinstance(item, dict) and "_target_" in item:
                     _target(item, f"{at}[{index}]", allow)
-    if not node.get("_partial_") and key.partition(".")[0] not in FILLED_BY_BUILD:
+    if not node.get("_partial_") and (key == "model" or key.partition(".")[0] not in FILLED_BY_BUILD):
+        filled = ("seed", "vocab_size") if key == "model" else ()
         for argument, parameter in found.parameters.items():
-            if parameter.required and argument not in node:
+            if parameter.required and argument not in node and argument not in filled:
                 raise ConfigError(f"{name} needs it", _join(key, argument), fix=f"Add {_join(key, argument)}=…")
 
 

@@ -17,6 +17,15 @@ _HOME = {
     "Prepared": "prepared",
     "prepare": "prepared",
     "TextData": "datamodule",
+    "SampledData": "base",
+    "Sentiment": "labelled",
+    "CsvTexts": "labelled",
+    "HubTexts": "labelled",
+    "Examples": "labelled",
+    "SequenceData": "sequences",
+    "Digits": "images",
+    "Mnist5k": "images",
+    "ImageData": "images",
 }
 
 

@@ -108,7 +108,7 @@ class HubText:
 
     def text(self) -> str:
         if self._text is None:
-            rows = self._load()
+            rows = self.rows()
             if self.column not in rows.column_names:
                 raise ConfigError("no such column", "data.source.column", self.column, f"Use one of: {', '.join(rows.column_names)}")
             values = list(rows[self.column])
@@ -121,7 +121,8 @@ class HubText:
         # The text itself: names, revisions and local files all may change under the same words.
         return {"corpus": "hub", "sha256": hashlib.sha256(self.text().encode("utf-8", "surrogatepass")).hexdigest()}
 
-    def _load(self) -> Any:
+    def rows(self) -> Any:
+        """The table, as a ``datasets.Dataset``."""
         try:
             import datasets  # pyright: ignore[reportMissingImports] # an extra: a large dependency that most runs never need
         except ImportError as error:
@@ -168,7 +169,8 @@ def _read(path: Path) -> str:
         text = path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         byte = f"0x{error.object[error.start]:02x} at offset {error.start}"
-        raise ConfigError(f"not UTF-8: byte {byte}", "data.files", path, f"Convert it: iconv -f latin1 -t utf-8 '{path}'") from error
+        encoding = "utf-16" if error.object[:2] in (b"\xff\xfe", b"\xfe\xff") else "latin1"
+        raise ConfigError(f"not UTF-8: byte {byte}", "data.files", path, f"Convert it: iconv -f {encoding} -t utf-8 '{path}'") from error
     except OSError as error:
         raise ConfigError(f"cannot read it ({error.strerror})", "data.files", path) from error
     return text.removeprefix("\ufeff").replace("\r\n", "\n")

@@ -6,36 +6,26 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader
-
 from meshformer.config.errors import ConfigError
+from meshformer.data.base import SampledData
 from meshformer.data.corpus import Corpus
+from meshformer.data.masking import MaskedEvaluation, MaskedWindows, Masking, Numbered
 from meshformer.data.prepared import Prepared, prepare
 from meshformer.data.tokenizer import Tokenizer, Unknown
-from meshformer.data.windows import Batch, Batches, EpochOrder, EvalBatches, GlobalBatchSampler, WindowDataset, collated
+from meshformer.data.windows import EpochOrder, EvalBatches, Order, WindowDataset
 
 
-class TextData(LightningDataModule):
+class TextData(SampledData):
     """Batches ``{"tokens": (B, T), "targets": (B, T)}`` (int64, ignored targets -100) for language modelling.
 
-    Args:
+    Args (the others are ``SampledData``'s):
         source: a corpus, see ``corpus.py``.
-        batch_size: samples in one optimizer step over all processes and micro-batches.
         context_length: T, tokens in a sample.
         tokenizer: ``char`` or ``bpe``; ``vocab_size`` is for ``bpe``.
         cache: folder for what is downloaded and prepared.
-        seed: of the order of the samples.
-        eval_batch_size: windows in one evaluation batch over all data-parallel ranks, rounded up to a multiple of them; by default as
-            many as a training micro-batch. It changes speed and memory, never the result.
-        workers: loader processes for training; 0 is fastest for token files.
-        accumulation: micro-batches in one optimizer step.
         fixed_tokenizer: the pretrained run's tokenizer, for fine-tuning.
         unknown: ``error`` or ``replace`` characters that a fixed character tokenizer does not know.
-
-    ``samples`` is the position in the data: training samples consumed so far, over all epochs and processes. The trainer side sets it
-    after each optimizer step; it is saved in the checkpoint, and the next ``train_dataloader()`` goes on from there.
+        masked: hide tokens, for masked language modelling, instead of asking for the next one.
     """
 
     def __init__(
@@ -52,18 +42,14 @@ class TextData(LightningDataModule):
         accumulation: int = 1,
         fixed_tokenizer: Tokenizer | None = None,
         unknown: Unknown = "error",
+        masked: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size, seed, eval_batch_size, workers, accumulation)
         self.source = source
-        self.batch_size = batch_size
         self.context_length = context_length
-        self.seed = seed
-        self.eval_batch_size = eval_batch_size
-        self.workers = workers
-        self.accumulation = accumulation
-        self.samples = 0
+        self.masked = masked
         self._settings: dict[str, Any] = {"tokenizer": tokenizer, "vocab_size": vocab_size, "cache": cache}
-        self._settings |= {"fixed_tokenizer": fixed_tokenizer, "unknown": unknown}
+        self._settings |= {"fixed_tokenizer": fixed_tokenizer, "unknown": unknown, "mask": masked}
 
     @cached_property
     def prepared(self) -> Prepared:
@@ -71,17 +57,12 @@ class TextData(LightningDataModule):
         return prepare(self.source, **self._settings)
 
     @property
-    def tokenizer(self) -> Tokenizer:
+    def tokenizer(self) -> Tokenizer:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.prepared.tokenizer
 
     @property
     def vocab_size(self) -> int:
         return self.tokenizer.vocab_size
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps in one epoch, whatever the number of ranks."""
-        return self._sampler(data_rank=0, data_world=1, accumulation=1).steps_per_epoch
 
     def bytes_per_token(self, split: str) -> float:
         """Bits per byte = nats per token / ln 2 / bytes per token."""
@@ -94,57 +75,37 @@ class TextData(LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         _ = self.prepared
 
-    def train_dataloader(self) -> Batches | DataLoader[Batch]:
-        """This rank's micro-batches, from ``samples`` on."""
-        sampler = self._sampler(*self._data_axis(), self.accumulation, self.samples)
-        windows = WindowDataset(self.prepared.tokens("train"), self.context_length)
-        if self.workers == 0:
-            return Batches(windows.__getitems__, sampler, self._on_gpu())
-        return DataLoader(
-            windows,
-            batch_sampler=sampler,  # pyright: ignore[reportArgumentType]  # arrays, which a dataset with __getitems__ is handed as they are
-            collate_fn=collated,  # pyright: ignore[reportArgumentType]  # and it returns the batch
-            num_workers=self.workers,
-            persistent_workers=True,
-            pin_memory=self._on_gpu(),
-            generator=torch.Generator(),  # else each start draws from the global one
-        )
+    @property
+    def identity(self) -> str:
+        return self.prepared.identity
 
-    def val_dataloader(self) -> Batches:
-        return self._eval_dataloader("val")
+    @property
+    def mean_length(self) -> float:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.context_length
 
-    def test_dataloader(self) -> Batches:
-        return self._eval_dataloader("test")
+    def model_settings(self) -> dict[str, int]:
+        return {"vocab_size": self.vocab_size}
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"samples": self.samples, "seed": self.seed, "identity": self.prepared.identity}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Raises ConfigError when the position belongs to another order of samples: other text, tokenizer or seed."""
-        if state_dict["identity"] != self.prepared.identity:
-            raise ConfigError(
-                "the checkpoint was trained on other text or with another tokenizer than this run's data",
-                fix="Restore the files it was trained on, or start with stage=finetune stage.init_from=RUN, which takes the weights alone",
-            )
-        if state_dict["seed"] != self.seed:
-            raise ConfigError(f"the checkpoint's order of samples was drawn with seed {state_dict['seed']}", "seed", self.seed)
-        self.samples = state_dict["samples"]
-
-    def _sampler(self, data_rank: int, data_world: int, accumulation: int, start_sample: int = 0) -> GlobalBatchSampler:
+    def order(self) -> Order:
         order = EpochOrder(len(self.prepared.tokens("train")), self.context_length, self.seed)
-        return GlobalBatchSampler(order, self.batch_size, accumulation, data_rank, data_world, start_sample)
+        return Numbered(order) if self.masked else order
 
-    def _eval_dataloader(self, split: str) -> Batches:
-        data_rank, data_world = self._data_axis()
-        wanted = self.batch_size // self.accumulation if self.eval_batch_size is None else self.eval_batch_size
-        a_rank = max(1, -(-wanted // data_world))
-        batches = EvalBatches(self.prepared.tokens(split), self.context_length, a_rank, data_rank, data_world)
-        return Batches(batches.__getitem__, range(len(batches)), self._on_gpu())
+    def training_set(self) -> Any:
+        windows = WindowDataset(self.prepared.tokens("train"), self.context_length)
+        return MaskedWindows(windows, masking_of(self.tokenizer, self.seed, self.context_length)) if self.masked else windows
 
-    def _data_axis(self) -> tuple[int, int]:
-        """(rank, size) along the data axis: the strategy knows which processes share a batch."""
-        axis = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
-        return (axis["rank"], axis["num_replicas"]) if axis else (0, 1)
+    def eval_batches(self, split: str, batch_size: int, data_rank: int, data_world: int) -> Any:
+        batches = EvalBatches(self.prepared.tokens(split), self.context_length, batch_size, data_rank, data_world)
+        # One seed for all runs, so that they are judged by the same hidden tokens.
+        return MaskedEvaluation(batches, masking_of(self.tokenizer, 0, self.context_length)) if self.masked else batches
 
-    def _on_gpu(self) -> bool:
-        return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+
+def masking_of(tokenizer: Tokenizer, seed: int, longest: int) -> Masking:
+    """ConfigError for a tokenizer without a mask token."""
+    if tokenizer.mask_id is None:
+        raise ConfigError(
+            "task=masked_language_modelling needs a mask token, and the tokenizer of the run to start from has none",
+            "stage.init_from",
+            fix="Start from a run of task=masked_language_modelling, or pretrain one.",
+        )
+    return Masking(tokenizer.vocab_size, tokenizer.mask_id, seed, longest, never=getattr(tokenizer, "special_ids", ()))

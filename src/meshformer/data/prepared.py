@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -63,6 +64,7 @@ def prepare(
     cache: str | Path,
     fixed_tokenizer: Tokenizer | None = None,
     unknown: Unknown = "error",
+    mask: bool = False,
 ) -> Prepared:
     """Tokenize ``source`` into a folder below ``cache``, or find the folder an earlier call left there.
 
@@ -71,43 +73,58 @@ def prepare(
     Args:
         tokenizer: ``char`` or ``bpe``; ``vocab_size`` matters to ``bpe`` alone.
         fixed_tokenizer: use this one and train none: fine-tuning must keep the ids its weights were trained with.
+        mask: the tokenizer that is trained gets a mask token.
         unknown: ``error`` or ``replace`` characters that a fixed character tokenizer does not know (see ``tokenizer.py``).
 
     Raises ConfigError for text that is missing, unreadable or too short, and for characters a fixed tokenizer does not know.
     """
     settings: dict[str, Any] = {"layout": _LAYOUT, "source": source.identity()}
-    if fixed_tokenizer is not None:
-        settings |= {"tokenizer": fixed_tokenizer.to_json(), "unknown": unknown}
-    else:
-        settings |= {"tokenizer": tokenizer, "vocab_size": vocab_size if tokenizer == "bpe" else None}
+    settings |= tokenizer_settings(tokenizer, vocab_size, fixed_tokenizer, unknown, mask)
+
+    def build(folder: Path) -> None:
+        text = source.text()
+        texts = _split(text)
+        chosen = fixed_tokenizer if fixed_tokenizer is not None else train_tokenizer(tokenizer, text, texts["train"], vocab_size, mask)
+        for split, part in texts.items():
+            np.save(folder / f"{split}.npy", chosen.encode(part, unknown))
+        chosen.save(folder / "tokenizer.json")
+        about = {"text_bytes": {split: len(part.encode("utf-8", "surrogatepass")) for split, part in texts.items()}}
+        (folder / "prepared.json").write_text(json.dumps(about), encoding="utf-8")
+
+    return Prepared(built_once(settings, cache, build))
+
+
+def tokenizer_settings(kind: str, vocab_size: int, fixed: Tokenizer | None, unknown: Unknown, mask: bool) -> dict[str, Any]:
+    """What the cache key must say of the tokenizer."""
+    if fixed is not None:
+        return {"tokenizer": fixed.to_json(), "unknown": unknown}
+    return {"tokenizer": kind, "vocab_size": vocab_size if kind == "bpe" else None} | ({"mask": True} if mask else {})
+
+
+def built_once(settings: dict[str, Any], cache: str | Path, build: Callable[[Path], None]) -> Path:
+    """The folder below ``cache`` that is named by the hash of ``settings``; if it is not there yet, ``build`` fills it, once, however many
+    processes ask at the same time."""
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     folder = Path(cache).expanduser() / "prepared" / key
     if folder.is_dir():  # without a lock, and in a read-only cache too: a folder appears by rename, complete
-        return Prepared(folder)
+        return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
             if not folder.is_dir():
-                _build(folder, source, tokenizer, vocab_size, fixed_tokenizer, unknown)
+                _build(folder, build)
     except OSError as error:
         raise ConfigError(f"cannot write the data cache ({error})", "paths.data", cache, "Name a folder you may write to") from error
-    return Prepared(folder)
+    return folder
 
 
-def _build(folder: Path, source: Corpus, kind: str, vocab_size: int, fixed_tokenizer: Tokenizer | None, unknown: Unknown) -> None:
+def _build(folder: Path, build: Callable[[Path], None]) -> None:
     log.info("preparing tokens in %s", folder)
-    text = source.text()
-    texts = _split(text)
-    tokenizer = fixed_tokenizer if fixed_tokenizer is not None else train_tokenizer(kind, text, texts["train"], vocab_size)
     for leftover in folder.parent.glob(f".{folder.name}-*"):  # of a process killed while it held our lock
         shutil.rmtree(leftover, ignore_errors=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:
-        for split, part in texts.items():
-            np.save(temporary / f"{split}.npy", tokenizer.encode(part, unknown))
-        tokenizer.save(temporary / "tokenizer.json")
-        about = {"text_bytes": {split: len(part.encode("utf-8", "surrogatepass")) for split, part in texts.items()}}
-        (temporary / "prepared.json").write_text(json.dumps(about), encoding="utf-8")
+        build(temporary)
         temporary.chmod(0o755)  # mkdtemp makes it private; a cache may be shared
         os.replace(temporary, folder)
     finally:

@@ -1,9 +1,10 @@
-"""Two tokenizers with one face: ``encode``, ``decode``, ``vocab_size``, ``to_json``, ``save``. No torch.
+"""Three tokenizers with one face: ``encode``, ``decode``, ``vocab_size``, ``to_json``, ``save``. No torch.
 
 - ``CharTokenizer``: one token a character, ids in code point order. It has no unknown token, for that would be a row of the embedding
   that pretraining never trains. A character outside the vocabulary is an error that names it, or, where the caller asks for
   ``unknown="replace"``, becomes ``?`` (the vocabulary's first character where it has no ``?``), with a warning.
 - ``BpeTokenizer``: byte-level byte-pair encoding; every text can be encoded, and decodes to itself.
+- ``PretrainedTokenizer``: that of a pretrained model, of whatever kind.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 
 Tokens = npt.NDArray[np.unsignedinteger[Any]]
 Unknown = Literal["error", "replace"]
+MASK, MASK_SHOWN = "[MASK]", "\ufffd"
 
 
 class Tokenizer(Protocol):
@@ -32,6 +34,11 @@ class Tokenizer(Protocol):
 
     @property
     def vocab_size(self) -> int: ...
+
+    @property
+    def mask_id(self) -> int | None:
+        """The token that stands for a hidden one in masked language modelling; None where the vocabulary has none."""
+        ...
 
     def encode(self, text: str, unknown: Unknown = "error") -> Tokens:
         """Token ids, shape (n,), uint16 where the vocabulary fits into it and uint32 otherwise."""
@@ -47,24 +54,25 @@ class Tokenizer(Protocol):
 
 
 class CharTokenizer:
-    """One token a character. ``characters`` is the vocabulary, in the order of the ids."""
+    """One token a character. ``characters`` is the vocabulary, in the order of the ids; ``mask`` adds a mask token after them."""
 
-    def __init__(self, characters: str) -> None:
+    def __init__(self, characters: str, mask: bool = False) -> None:
         if not characters or len(set(characters)) != len(characters):
             raise ValueError("a vocabulary is a non-empty string of distinct characters")
-        self.characters = characters
+        self.characters, self.mask_id = characters, len(characters) if mask else None
         self._points = _code_points(characters)
         self._ids = np.full(int(self._points.max()) + 2, -1, dtype=np.int64)  # the last entry stands for everything beyond the table
         self._ids[self._points] = np.arange(len(characters))
+        self._shown = np.append(self._points, _code_points(MASK_SHOWN)) if mask else self._points
 
     @classmethod
-    def train(cls, text: str) -> CharTokenizer:
+    def train(cls, text: str, mask: bool = False) -> CharTokenizer:
         """The distinct characters of ``text``, sorted by code point."""
-        return cls("".join(sorted(set(text))))
+        return cls("".join(sorted(set(text))), mask)
 
     @property
     def vocab_size(self) -> int:
-        return len(self.characters)
+        return len(self._shown)
 
     def encode(self, text: str, unknown: Unknown = "error") -> Tokens:
         """Raises ConfigError naming the most frequent characters outside the vocabulary, unless ``unknown="replace"``."""
@@ -79,10 +87,11 @@ class CharTokenizer:
         return ids.astype(_dtype(self.vocab_size))
 
     def decode(self, ids: Sequence[int] | npt.NDArray[Any]) -> str:
-        return self._points[np.asarray(ids, dtype=np.int64)].tobytes().decode("utf-32-le", "surrogatepass")
+        return self._shown[np.asarray(ids, dtype=np.int64)].tobytes().decode("utf-32-le", "surrogatepass")
 
     def to_json(self) -> str:
-        return json.dumps({"kind": "char", "characters": self.characters})
+        mask = {} if self.mask_id is None else {"mask": True}
+        return json.dumps({"kind": "char", "characters": self.characters, **mask})
 
     def save(self, path: str | Path) -> None:
         Path(path).write_text(self.to_json(), encoding="utf-8")
@@ -91,7 +100,7 @@ class CharTokenizer:
         outside = Counter(character for character in text if character not in self.characters).most_common()
         named = ", ".join(f"{character!r} ({count} times)" for character, count in outside[:5])
         more = f" and {len(outside) - 5} more" if len(outside) > 5 else ""
-        return f"the text has characters outside the tokenizer's {self.vocab_size}: {named}{more}"
+        return f"the text has characters outside the tokenizer's {len(self.characters)}: {named}{more}"
 
 
 class BpeTokenizer:
@@ -103,8 +112,8 @@ class BpeTokenizer:
         self._model = Model.from_str(model)
 
     @classmethod
-    def train(cls, text: str, vocab_size: int) -> BpeTokenizer:
-        """Learn the merges from ``text``; a short text may fill fewer than ``vocab_size`` entries."""
+    def train(cls, text: str, vocab_size: int, mask: bool = False) -> BpeTokenizer:
+        """Learn the merges from ``text``; a short text may fill fewer than ``vocab_size`` entries. ``mask`` adds a mask token after them."""
         from tokenizers import Tokenizer as Model
         from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -116,11 +125,17 @@ class BpeTokenizer:
         alphabet = pre_tokenizers.ByteLevel.alphabet()  # all 256, so that no text is ever outside the vocabulary
         trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False, special_tokens=[])
         model.train_from_iterator(_pieces(text), trainer)
+        if mask:
+            model.add_special_tokens([MASK])
         return cls(model.to_str())
 
     @property
     def vocab_size(self) -> int:
         return self._model.get_vocab_size()
+
+    @property
+    def mask_id(self) -> int | None:
+        return self._model.token_to_id(MASK)
 
     def encode(self, text: str, unknown: Unknown = "error") -> Tokens:
         """``unknown`` is there for the common face: nothing is unknown to a byte-level vocabulary."""
@@ -140,23 +155,69 @@ class BpeTokenizer:
         Path(path).write_text(self.to_json(), encoding="utf-8")
 
 
-def train_tokenizer(kind: str, text: str, train_text: str, vocab_size: int) -> Tokenizer:
+class PretrainedTokenizer:
+    """The tokenizer of a pretrained model, as the ``tokenizers`` library writes it (``tokenizer.json`` of a Hugging Face folder); its ids are kept.
+
+    ``encode`` gives the ids of running text: what the file would add around it ([CLS], a padding, a limit) is left out. ``model`` is the
+    library's object, for what adds those.
+    """
+
+    def __init__(self, model: str) -> None:
+        from tokenizers import Tokenizer as Model
+
+        self.model = Model.from_str(model)
+        self.model.no_padding()
+        self.model.no_truncation()
+
+    @property
+    def vocab_size(self) -> int:
+        return self.model.get_vocab_size()
+
+    @property
+    def mask_id(self) -> int | None:
+        return next((found for name in (MASK, "<mask>") if (found := self.model.token_to_id(name)) is not None), None)
+
+    @property
+    def special_ids(self) -> tuple[int, ...]:
+        """Marks that stand for no text: begin, end, padding, …"""
+        return tuple(i for i, token in self.model.get_added_tokens_decoder().items() if token.special)
+
+    def encode(self, text: str, unknown: Unknown = "error") -> Tokens:
+        """``unknown`` is there for the common face: what the vocabulary lacks becomes its own unknown token."""
+        text = text.encode("utf-8", "replace").decode("utf-8")
+        return np.asarray(self.model.encode(text, add_special_tokens=False).ids, _dtype(self.vocab_size))
+
+    def decode(self, ids: Sequence[int] | npt.NDArray[Any]) -> str:
+        return self.model.decode(np.asarray(ids, dtype=np.int64).tolist(), skip_special_tokens=False)
+
+    def to_json(self) -> str:
+        return json.dumps({"kind": "pretrained", "model": json.loads(self.model.to_str())})
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_text(self.to_json(), encoding="utf-8")
+
+
+def train_tokenizer(kind: str, text: str, train_text: str, vocab_size: int, mask: bool = False) -> Tokenizer:
     """``char``: every character of ``text``, so that validation has no unknown ones. ``bpe``: merges learnt from ``train_text`` alone."""
     if kind == "char":
-        return CharTokenizer.train(text)
+        return CharTokenizer.train(text, mask)
     if kind == "bpe":
-        return BpeTokenizer.train(train_text, vocab_size)
+        return BpeTokenizer.train(train_text, vocab_size, mask)
     raise ConfigError("no such tokenizer", "data.tokenizer", kind, "Use char or bpe")
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Read what ``save`` wrote; raises ConfigError when there is no such file or it holds no tokenizer."""
+    """Read what ``save`` wrote, or a Hugging Face folder's ``tokenizer.json``; ConfigError for no such file and for one without a tokenizer."""
     try:
         saved = json.loads(Path(path).read_text(encoding="utf-8"))
+        if "kind" not in saved and "model" in saved:  # another program's file
+            return PretrainedTokenizer(json.dumps(saved))
         if saved["kind"] == "char":
-            return CharTokenizer(saved["characters"])
+            return CharTokenizer(saved["characters"], saved.get("mask", False))
         if saved["kind"] == "bpe":
             return BpeTokenizer(json.dumps(saved["model"]))
+        if saved["kind"] == "pretrained":
+            return PretrainedTokenizer(json.dumps(saved["model"]))
         raise ValueError(f"kind {saved['kind']!r}")
     except FileNotFoundError as error:
         raise ConfigError(f"there is no tokenizer at {path}") from error

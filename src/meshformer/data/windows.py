@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -97,6 +97,16 @@ class Batches:
             yield {name: value.pin_memory() for name, value in batch.items()} if self.pin_memory else batch
 
 
+class Order(Protocol):
+    """``starts(epoch)``: for each of the epoch's ``n_samples`` samples what its reader needs to know, a number or a row of numbers, as a
+    function of (seed, epoch) alone. ``told``: how few there are, for a message."""
+
+    n_samples: int
+    told: str
+
+    def starts(self, epoch: int) -> Starts: ...
+
+
 class EpochOrder:
     """Where each sample of each epoch starts.
 
@@ -112,6 +122,7 @@ class EpochOrder:
         self.seed = seed
         self.context_length = context_length
         self.n_samples = max(1, n_tokens // context_length - 1)
+        self.told = f"the training text has only {self.n_samples} samples of {context_length} tokens"
         self._n_offsets = min(context_length, n_tokens - self.n_samples * context_length)
 
     def starts(self, epoch: int) -> Starts:
@@ -136,7 +147,7 @@ class GlobalBatchSampler(Sampler[Starts]):
     """
 
     def __init__(
-        self, order: EpochOrder, batch_size: int, accumulation: int = 1, data_rank: int = 0, data_world: int = 1, start_sample: int = 0
+        self, order: Order, batch_size: int, accumulation: int = 1, data_rank: int = 0, data_world: int = 1, start_sample: int = 0
     ) -> None:
         parts = data_world * accumulation
         if batch_size < 1 or batch_size % parts:
@@ -146,9 +157,10 @@ class GlobalBatchSampler(Sampler[Starts]):
             raise ConfigError(message, "data.batch_size", batch_size, f"Use {nearest}")
         self.steps_per_epoch = order.n_samples // batch_size
         if self.steps_per_epoch == 0:
-            message = f"the training text has only {order.n_samples} samples of {order.context_length} tokens"
-            fix = f"Use {order.n_samples // parts * parts} or less" if order.n_samples >= parts else "Use a longer text"
-            raise ConfigError(message, "data.batch_size", batch_size, f"{fix}, or a smaller data.context_length")
+            fix = f"Use {order.n_samples // parts * parts} or less" if order.n_samples >= parts else "Use more data"
+            if isinstance(order, EpochOrder):
+                fix = f"{fix.replace('more data', 'a longer text')}, or a smaller data.context_length"
+            raise ConfigError(order.told, "data.batch_size", batch_size, fix)
         self.order = order
         self.batch_size = batch_size
         self.accumulation = accumulation
@@ -163,7 +175,7 @@ class GlobalBatchSampler(Sampler[Starts]):
         epoch_samples = self.steps_per_epoch * self.batch_size
         epoch, inside = divmod(self.position, epoch_samples)
         starts = self.order.starts(epoch)[:epoch_samples]
-        steps = starts.reshape(self.steps_per_epoch, self.accumulation, self.data_world, -1)[:, :, self.data_rank]
+        steps = starts.reshape(self.steps_per_epoch, self.accumulation, self.data_world, -1, *starts.shape[1:])[:, :, self.data_rank]
         # A position saved under another batch size (a fork) may lie inside a step: that step is taken whole.
         for step in range(inside // self.batch_size, self.steps_per_epoch):
             *first, last = steps[step]

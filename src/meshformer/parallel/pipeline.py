@@ -69,7 +69,7 @@ def stage_costs(model: Any, context_length: int) -> tuple[list[float], float]:
     """Forward FLOPs a token of each block, and of the head; see model/count.py."""
     scores = 4.0 * context_length * model.d_model
     blocks = [2.0 * sum(p.numel() for p in block.parameters() if p.ndim == 2) + scores for block in model.blocks]
-    return blocks, 2.0 * model.head.weight.numel()
+    return blocks, 2.0 * model.head.weight.numel() if model.head is not None else 0.0
 
 
 def cut(model: Any, counts: Sequence[int], keep: Sequence[int]) -> list[Any]:

@@ -42,7 +42,7 @@ from .tensor import apply_tensor_parallel
 class MeshStrategy(ModelParallelStrategy):
     """`settings` is a resolved `strategy` config node; `compile` and `context_length` come from elsewhere in the configuration.
 
-    `init_from`: a checkpoint whose weights the model starts from, set before `fit`.
+    `init_from`: a checkpoint whose weights the model starts from, set before `fit`; all but `new_parts` where those do not fit.
     """
 
     def __init__(self, settings: dict[str, Any], compile: bool = False, context_length: int = 1):
@@ -50,6 +50,7 @@ class MeshStrategy(ModelParallelStrategy):
         self.settings, self.compile, self.context_length = settings, compile, context_length
         self.degrees = Degrees.from_config(settings)
         self.init_from: Path | None = None
+        self.new_parts: tuple[str, ...] = ()
         self.pipeline: Pipeline | None = None
         self.context: ContextAxis | None = None
         self._built = False
@@ -154,7 +155,7 @@ class MeshStrategy(ModelParallelStrategy):
         else:
             self.model_to_device()
         if self.init_from is not None:
-            load_weights(model, self.init_from, partial=self.pipeline is not None, aliases=self.aliases)
+            load_weights(model, self.init_from, partial=self.pipeline is not None, aliases=self.aliases, new=self.new_parts)
         self.model = self.lightning_module
         self._measure_pieces(task)
 
@@ -243,6 +244,12 @@ class MeshStrategy(ModelParallelStrategy):
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         """Over the ranks that see different tokens: copies along tensor and pipeline must not count twice."""
         return all_reduced(tensor, group if group is not None else self.axis("tokens").get_group(), reduce_op)
+
+    def from_last_stage(self, tensor: Tensor) -> Tensor:
+        """What the ranks that hold the head measured, on every rank of a pipeline; elsewhere `tensor` itself. A collective, in place."""
+        if self.pipeline is not None:
+            dist.broadcast(tensor, group=self.pipeline.group, group_src=self.pipeline.last_rank)
+        return tensor
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
         given = torch.tensor(int(decision), device=self.root_device)

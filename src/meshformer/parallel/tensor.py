@@ -25,6 +25,8 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
+from meshformer.model import HeadTransform
+
 
 class Replicated(ParallelStyle):
     """The module computes the same on every rank: plain tensors in and out, parameters as replicated DTensors."""
@@ -53,7 +55,8 @@ def apply_tensor_parallel(model: Any, mesh: DeviceMesh, sequence_parallel: bool,
         if sequence_parallel:
             whole["embedding"] = PrepareModuleOutput(output_layouts=Replicate(), desired_output_layouts=Shard(1))
     if model.norm is not None:
-        whole["norm"] = norm
+        parts = ["norm.dense", "norm.norm"] if isinstance(model.norm, HeadTransform) else ["norm"]
+        whole |= dict.fromkeys(parts, norm)
     if model.head is not None:
         out = Shard(-1) if loss_parallel else Replicate()
         whole["head"] = ColwiseParallel(input_layouts=between, output_layouts=out, use_local_output=not loss_parallel)

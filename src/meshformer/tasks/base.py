@@ -30,7 +30,11 @@ class Task(pl.LightningModule):
     `model` builds the network when Lightning calls `configure_model`; `optimizer` takes named parameters; `schedule` takes the number of
     steps and returns the multiplier of the learning rate at each. `tokens_per_step` only scales the loss to a usual size before the backward
     pass; it cancels out.
+    `objective` is what the data is asked for (data/sequences.py); `writes_text` whether the model's outputs are the next tokens of a text.
     """
+
+    objective = "next"
+    writes_text = False
 
     def __init__(
         self,

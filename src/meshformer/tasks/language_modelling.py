@@ -1,33 +1,31 @@
-"""Predict the next token."""
+"""Predict the next token, or hidden ones."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
 
-from .base import Task
-
-IGNORED = -100
+from .evaluation import IGNORED, SUMMED_HERE, Evaluated
 
 
-class LanguageModelling(Task):
+class LanguageModelling(Evaluated):
     """Cross-entropy of the next token, in nats: −log p(target). Targets of −100 are ignored and not counted.
 
     Logs val/loss (mean over every target token of the split), val/perplexity = exp(loss), and val/bits_per_byte = loss / ln 2 / (bytes of text
     a token), which compares models with different tokenizers.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self._eval_sums: Any = 0.0  # loss sum and count, this rank's; in double precision whatever the model computes in
+    writes_text = True
 
     def inputs(self, batch: dict[str, Tensor]) -> dict[str, Any]:
-        """batch: tokens (B, T); positions (B, T) where the sequence is a slice of a longer one."""
-        return {"tokens_BT": batch["tokens"], "positions_BT": batch.get("positions")}
+        """batch: tokens (B, T); positions (B, T) where the sequence is a slice of a longer one or holds several; documents (B, T) where it holds
+        several, or padding."""
+        return {"tokens_BT": batch["tokens"], "positions_BT": batch.get("positions"), "documents_BT": batch.get("documents")}
 
     def score(self, output: Tensor, batch: dict[str, Tensor], phase: str) -> tuple[Tensor, Tensor]:
         """output: logits (B, T, V); batch: targets (B, T). Returns the summed loss and the number of counted targets, both scalars."""
@@ -35,29 +33,40 @@ class LanguageModelling(Task):
         loss_sum = F.cross_entropy(output.flatten(0, 1).float(), targets_BT.flatten(), ignore_index=IGNORED, reduction="sum")
         return loss_sum, (targets_BT != IGNORED).sum()
 
-    def _evaluate(self, batch: dict[str, Tensor], phase: str) -> None:
-        loss_sum, count = self.losses(batch, phase)
-        self._eval_sums = self._eval_sums + torch.stack((loss_sum.detach().double(), count.double()))
-
-    def _log_evaluation(self, phase: str) -> None:
-        loss_sum, count = self.trainer.strategy.reduce(self._eval_sums, reduce_op="sum")
-        loss = loss_sum / count.clamp(min=1)
-        values = {f"{phase}/loss": loss, f"{phase}/perplexity": loss.exp()}
+    def figures(self, phase: str, loss: Tensor, computed: dict[str, Tensor]) -> dict[str, Tensor]:
+        values = {"loss": loss, "perplexity": loss.exp()}
         bytes_per_token = getattr(getattr(self.trainer, "datamodule", None), "bytes_per_token", None)
         if bytes_per_token is not None:
-            values[f"{phase}/bits_per_byte"] = loss / math.log(2) / bytes_per_token(phase)
-        # logger=False: the run-record callback writes rows, with the step numbers that the rest of the project uses
-        self.log_dict({k: v.float() for k, v in values.items()}, logger=False)
-        self._eval_sums = 0.0
+            values["bits_per_byte"] = loss / math.log(2) / bytes_per_token(phase)
+        return values
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        self._evaluate(batch, "val")
+    def headline(self, final: dict[str, float]) -> str:
+        bits = final.get("val/bits_per_byte")
+        return f"validation loss {final['val/loss']:.4f} nats a token" + (f" ({bits:.3f} bits a byte)" if bits is not None else "")
 
-    def on_validation_epoch_end(self) -> None:
-        self._log_evaluation("val")
 
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        self._evaluate(batch, "test")
+class MaskedLanguageModelling(LanguageModelling):
+    """Cross-entropy of hidden tokens, as BERT is pretrained (Devlin et al. 2019); which ones are hidden is the data's work (data/masking.py).
 
-    def on_test_epoch_end(self) -> None:
-        self._log_evaluation("test")
+    Logs val/loss and val/perplexity a hidden token, and val/accuracy, the share of hidden tokens that are the likeliest in their place.
+    """
+
+    writes_text = False
+    objective = "mask"
+
+    def score(self, output: Tensor, batch: dict[str, Tensor], phase: str) -> tuple[Tensor, Tensor]:
+        if phase != "train":
+            self.update_metrics(phase, output.argmax(-1).flatten(), batch["targets"].flatten(), output.shape[-1])
+        return super().score(output, batch, phase)
+
+    def metrics(self, outputs: int) -> MetricCollection:
+        return MetricCollection({"accuracy": MulticlassAccuracy(outputs, average="micro", **SUMMED_HERE)})
+
+    def outputs_of(self, data: Any) -> int | None:
+        return getattr(data, "vocab_size", None)
+
+    def figures(self, phase: str, loss: Tensor, computed: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"loss": loss, "perplexity": loss.exp(), **computed}
+
+    def headline(self, final: dict[str, float]) -> str:
+        return f"validation loss {final['val/loss']:.4f} nats a hidden token, {final['val/accuracy']:.1%} of them guessed"

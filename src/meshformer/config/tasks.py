@@ -1,0 +1,149 @@
+"""Which data, model and layout a task can work with. On a resolved configuration; tasks of the user's own are not judged."""
+
+from __future__ import annotations
+
+import csv
+from math import lcm
+from pathlib import Path
+from typing import Any
+
+from meshformer.config.degrees import Degrees
+from meshformer.config.errors import ConfigError
+from meshformer.config.suggest import did_you_mean
+
+Config = dict[str, Any]
+HOME = "meshformer.tasks."
+# Task -> the kinds of data it can learn from; data.kind.
+LEARNS_FROM = {
+    "LanguageModelling": ("corpus", "texts"),
+    "MaskedLanguageModelling": ("corpus", "texts"),
+    "SequenceClassification": ("texts",),
+    "TokenClassification": ("texts",),
+    "SentenceEmbedding": ("texts",),
+    "ImageClassification": ("images",),
+}
+NEEDED_COLUMN = {"SequenceClassification": "label_column", "TokenClassification": "label_column", "SentenceEmbedding": "pair_column"}
+POOLED = ("SequenceClassification", "SentenceEmbedding")  # one result from all tokens of a sample
+OWN_HEAD = ("SequenceClassification", "TokenClassification", "SentenceEmbedding", "ImageClassification")  # none that predicts tokens
+HEAD = ("head", "head_bias", "head_transform", "tie_embeddings", "outputs", "classes")  # the model's settings that follow
+KINDS = {"corpus": "running text", "texts": "single texts", "images": "images"}
+EXAMPLES = {"corpus": "data=shakespeare", "texts": "data=sentiment", "images": "data=digits"}
+
+
+def name_of(config: Config) -> str:
+    """The task's class, where it is one of ours."""
+    target = str(config["task"].get("_target_", ""))
+    return target.removeprefix(HOME) if target.startswith(HOME) else ""
+
+
+def has_own_head(config: Config) -> bool:
+    """Whether the task puts a head of its own on the model, so that one that came with pretrained weights is left behind."""
+    return name_of(config) in OWN_HEAD or config["model"].get("outputs") is not None
+
+
+def writes_text(config: Config) -> bool:
+    """Whether the model of this run predicts next tokens."""
+    return name_of(config) in ("", "LanguageModelling") and config["model"].get("causal", True) is not False
+
+
+def padding_multiple(config: Config) -> int:
+    """What the width of a batch is rounded up to: 16, and what the layout cuts along time into equal parts."""
+    return lcm(16, config["strategy"].get("tensor", 1) * config["strategy"].get("context", 1))
+
+
+def check_task(config: Config) -> None:
+    """Raise ConfigError for a task that cannot learn from the data, with the model, or in the layout."""
+    task, data, model, strategy = name_of(config), config["data"], config["model"], config["strategy"]
+    kind = data["kind"]
+    if task in LEARNS_FROM:
+        if kind not in LEARNS_FROM[task]:
+            wanted = LEARNS_FROM[task]
+            given = str(data["source"].get("_target_", "")).rpartition(".")[2]
+            message = f"learns from {' or '.join(KINDS[k] for k in wanted)}, and the data ({given}) is {KINDS[kind]}"
+            raise ConfigError(message, "task", _option(task), fix=f"Use {' or '.join(EXAMPLES[k] for k in wanted)}.")
+        column = NEEDED_COLUMN.get(task)
+        source = data["source"]
+        if column is not None and column in source and source[column] is None:
+            what = "labels" if column == "label_column" else "pairs"
+            message = f"task={_option(task)} learns from {what}: say which column holds them"
+            raise ConfigError(message, f"data.{column}", fix=f"Add data.{column}=… to the command.")
+        if task == "SentenceEmbedding" and column not in source:
+            raise ConfigError("learns from pairs, and this data has none", "task", _option(task), fix="Use data=csv data.pair_column=….")
+    _model(config, task)
+    if data["packing"] and (kind != "texts" or task not in ("LanguageModelling", "MaskedLanguageModelling", "")):
+        why = "running text has no gaps" if kind != "texts" else "the task has a result for each text"
+        raise ConfigError(f"puts several texts into a sample, and {why}", "data.packing", "true", fix="Leave it out.")
+    if strategy["context"] > 1 and task in POOLED:
+        message = f"cuts each text over processes, and task={_option(task)} takes the mean over all of it"
+        raise ConfigError(message, "strategy.context", strategy["context"], fix="Use another layout, such as strategy=fsdp.")
+    if strategy["loss_parallel"] and task in (*OWN_HEAD, "MaskedLanguageModelling"):
+        message = f"is about large vocabularies, and task={_option(task)} reads whole outputs"
+        raise ConfigError(message, "strategy.loss_parallel", "true", fix="Leave it out.")
+    if strategy["tensor"] > 1 and strategy["sequence_parallel"] and model.get("head") is False:
+        message = "leaves the last hidden states cut along time, and a model without a head returns them"
+        raise ConfigError(message, "strategy.sequence_parallel", "true", fix="Use strategy.sequence_parallel=false.")
+    if task == "SentenceEmbedding":
+        _groups(config)
+
+
+def _model(config: Config, task: str) -> None:
+    model, data = config["model"], config["data"]
+    vision = str(model.get("_target_", "")).endswith(".VisionTransformer")
+    if task == "ImageClassification" and str(model.get("_target_")) == "meshformer.model.Transformer":
+        raise ConfigError("reads tokens, and the task is about images", "model._target_", model["_target_"], fix="Use model=vit_tiny.")
+    if vision and task not in ("ImageClassification", ""):
+        raise ConfigError("reads images, and the task is about texts", "model._target_", model["_target_"], fix="Use model=nano.")
+    if vision and data["kind"] == "images" and data["image_size"] not in (None, model.get("image_size")):
+        message = f"the images have {data['image_size']} × {data['image_size']} pixels (data.image_size)"
+        raise ConfigError(message, "model.image_size", model.get("image_size"), fix=f"Use model.image_size={data['image_size']}.")
+    if model.get("outputs") is not None and model.get("tie_embeddings"):
+        message = "a head of model.outputs classes cannot be the embedding's matrix"
+        raise ConfigError(message, "model.tie_embeddings", "true", fix="Use model.tie_embeddings=false.")
+    if task in ("SequenceClassification", "TokenClassification"):
+        if model.get("tie_embeddings"):
+            raise ConfigError("the classes need a head of their own", "model.tie_embeddings", "true", fix="Use model.tie_embeddings=false.")
+        if model.get("head") is False:
+            raise ConfigError(f"task={_option(task)} needs a head", "model.head", "false", fix="Leave it out.")
+    if task == "MaskedLanguageModelling" and model.get("causal") is True:
+        raise ConfigError(
+            "a hidden token is guessed from both sides, and a causal model sees one", "model.causal", "true", fix="Use model.causal=false."
+        )
+
+
+def _groups(config: Config) -> None:
+    """Groups of pairs must lie in one micro-batch."""
+    strategy, batch, group = config["strategy"], config["data"]["batch_size"], config["task"].get("group", 16)
+    slices = Degrees.from_config(strategy).data * config["trainer"]["accumulate_grad_batches"]
+    slices *= strategy["microbatches"] if strategy["pipeline"] > 1 else 1
+    if batch % (slices * group):
+        have = f"data.batch_size={batch}" + (f" / {slices}" if slices > 1 else "")
+        message = f"what a process computes at once, {have} = {batch / slices:g} pairs, is no multiple of it"
+        raise ConfigError(message, "task.group", group, fix=f"Use data.batch_size={-(-batch // (slices * group)) * slices * group}.")
+
+
+def check_labelled_files(config: Config) -> None:
+    """The files of data=csv are there and have the columns, before a process starts. (Their rows are read by the job.)"""
+    for key in ("file", "validation_file"):
+        name = config["data"][key]
+        if name is None:
+            continue
+        path = Path(name)
+        if path.is_dir():
+            raise ConfigError("is a folder", f"data.{key}", name)
+        if not path.is_file():
+            nearby = sorted(p.name for p in path.parent.iterdir() if p.is_file()) if path.parent.is_dir() else []
+            raise ConfigError("there is no such file", f"data.{key}", name, fix=did_you_mean(path.name, nearby))
+        with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+            header = next(csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ","), [])
+        if not header:
+            raise ConfigError("is empty", f"data.{key}", name)
+        for column in ("text_column", "label_column", "pair_column"):
+            wanted = config["data"][column]
+            if wanted is not None and wanted not in header:
+                shown = ", ".join(header)
+                raise ConfigError(f"{path.name} has no such column", f"data.{column}", wanted, fix=f"Use one of its columns: {shown}.")
+
+
+def _option(task: str) -> str:
+    """SequenceClassification -> sequence_classification, as it is typed."""
+    return "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in task).lstrip("_")

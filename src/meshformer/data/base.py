@@ -1,0 +1,120 @@
+"""What every data module here shares: the position as one integer, the same order of samples in every layout, batches for this rank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader
+
+from meshformer.config.errors import ConfigError
+from meshformer.data.windows import Batch, Batches, GlobalBatchSampler, Order, collated
+
+
+class SampledData(LightningDataModule):
+    """A subclass says what its samples are: ``order()``, ``training_set()``, ``eval_batches(...)`` and ``identity``.
+
+    Args:
+        batch_size: samples in one optimizer step over all processes and micro-batches.
+        seed: of the order of the samples.
+        eval_batch_size: samples in one evaluation batch over all data-parallel ranks, rounded up to a multiple of them; by default as
+            many as a training micro-batch. It changes speed and memory, never the result.
+        workers: loader processes for training; 0 is fastest for data in memory.
+        accumulation: micro-batches in one optimizer step.
+
+    ``samples`` is the position in the data: training samples consumed so far, over all epochs and processes. The trainer side sets it
+    after each optimizer step; it is saved in the checkpoint, and the next ``train_dataloader()`` goes on from there.
+    ``classes`` names the classes of labelled data; ``mean_length`` is the tokens of an average sample, None where the model decides.
+    """
+
+    classes: list[str] | None = None
+    mean_length: float | None = None
+    tokenizer: Any = None
+
+    def __init__(self, batch_size: int, seed: int, eval_batch_size: int | None = None, workers: int = 0, accumulation: int = 1) -> None:
+        super().__init__()
+        self.batch_size = batch_size
+        self.seed = seed
+        self.eval_batch_size = eval_batch_size
+        self.workers = workers
+        self.accumulation = accumulation
+        self.samples = 0
+
+    def order(self) -> Order:
+        raise NotImplementedError
+
+    def training_set(self) -> Any:
+        """Something picklable with ``__getitems__(what a sampler yields) -> Batch``."""
+        raise NotImplementedError
+
+    def eval_batches(self, split: str, batch_size: int, data_rank: int, data_world: int) -> Any:
+        """A sequence of this rank's batches of ``batch_size`` samples, as many on every rank."""
+        raise NotImplementedError
+
+    @property
+    def identity(self) -> str:
+        """Equal strings: the same samples."""
+        raise NotImplementedError
+
+    def model_settings(self) -> dict[str, int]:
+        """Sizes that a model takes from its data."""
+        raise NotImplementedError
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in one epoch, whatever the number of ranks."""
+        return self._sampler(data_rank=0, data_world=1, accumulation=1).steps_per_epoch
+
+    def train_dataloader(self) -> Batches | DataLoader[Batch]:
+        """This rank's micro-batches, from ``samples`` on."""
+        sampler = self._sampler(*self._data_axis(), self.accumulation, self.samples)
+        samples = self.training_set()
+        if self.workers == 0:
+            return Batches(samples.__getitems__, sampler, self._on_gpu())
+        return DataLoader(
+            samples,
+            batch_sampler=sampler,  # pyright: ignore[reportArgumentType]  # arrays, which a dataset with __getitems__ is handed as they are
+            collate_fn=collated,  # pyright: ignore[reportArgumentType]  # and it returns the batch
+            num_workers=self.workers,
+            persistent_workers=True,
+            pin_memory=self._on_gpu(),
+            generator=torch.Generator(),  # else each start draws from the global one
+        )
+
+    def val_dataloader(self) -> Batches:
+        return self._eval_dataloader("val")
+
+    def test_dataloader(self) -> Batches:
+        return self._eval_dataloader("test")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"samples": self.samples, "seed": self.seed, "identity": self.identity}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raises ConfigError when the position belongs to another order of samples: other data, tokenizer or seed."""
+        if state_dict["identity"] != self.identity:
+            raise ConfigError(
+                "the checkpoint was trained on other text or with another tokenizer than this run's data",
+                fix="Restore the files it was trained on, or start with stage=finetune stage.init_from=RUN, which takes the weights alone",
+            )
+        if state_dict["seed"] != self.seed:
+            raise ConfigError(f"the checkpoint's order of samples was drawn with seed {state_dict['seed']}", "seed", self.seed)
+        self.samples = state_dict["samples"]
+
+    def _sampler(self, data_rank: int, data_world: int, accumulation: int, start_sample: int = 0) -> GlobalBatchSampler:
+        return GlobalBatchSampler(self.order(), self.batch_size, accumulation, data_rank, data_world, start_sample)
+
+    def _eval_dataloader(self, split: str) -> Batches:
+        data_rank, data_world = self._data_axis()
+        wanted = self.batch_size // self.accumulation if self.eval_batch_size is None else self.eval_batch_size
+        batches = self.eval_batches(split, max(1, -(-wanted // data_world)), data_rank, data_world)
+        return Batches(batches.__getitem__, range(len(batches)), self._on_gpu())
+
+    def _data_axis(self) -> tuple[int, int]:
+        """(rank, size) along the data axis: the strategy knows which processes share a batch."""
+        axis = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
+        return (axis["rank"], axis["num_replicas"]) if axis else (0, 1)
+
+    def _on_gpu(self) -> bool:
+        return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"

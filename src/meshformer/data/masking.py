@@ -1,0 +1,71 @@
+"""Hidden tokens for masked language modelling (Devlin et al. 2019). Shapes: B batch, T time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from meshformer.data.windows import IGNORED, Batch, Order, Starts
+
+
+class Masking:
+    """Of 15 % of the real tokens 80 % become the mask token, 10 % a random one and 10 % stay; these are the targets, all others are ignored.
+
+    What is hidden in a sample depends on (seed, number of the sample) alone: not on the process, nor on what it is batched or padded with.
+    """
+
+    def __init__(self, vocab_size: int, mask_id: int, seed: int, longest: int, share: float = 0.15, never: tuple[int, ...] = ()) -> None:
+        self.vocab_size, self.mask_id, self.seed, self.longest, self.share, self.never = vocab_size, mask_id, seed, longest, share, never
+
+    def __call__(self, tokens_BT: Tensor, real_BT: Tensor, numbers_B: Any) -> Batch:
+        """``tokens`` with some hidden and ``targets``, (B, T) each."""
+        T = tokens_BT.shape[1]
+        # As many draws for a short sample as for a long one, so that padding does not move them.
+        drawn_B3T = np.stack([np.random.default_rng([self.seed, int(number)]).random((3, self.longest))[:, :T] for number in numbers_B])
+        chosen, how, other = (torch.from_numpy(x) for x in drawn_B3T.transpose(1, 0, 2))
+        hidden_BT = (chosen < self.share) & real_BT
+        for token in self.never:
+            hidden_BT &= tokens_BT != token
+        changed = torch.where(how < 0.8, torch.full_like(tokens_BT, self.mask_id), tokens_BT)
+        changed = torch.where(how >= 0.9, (other * self.vocab_size).long(), changed)
+        return {"tokens": torch.where(hidden_BT, changed, tokens_BT), "targets": tokens_BT.masked_fill(~hidden_BT, IGNORED)}
+
+
+class Numbered:
+    """An order whose rows are (what it gives, the number of the sample over all epochs)."""
+
+    def __init__(self, order: Order) -> None:
+        self.inner, self.n_samples, self.told = order, order.n_samples, order.told
+
+    def starts(self, epoch: int) -> Starts:
+        starts = self.inner.starts(epoch)
+        return np.stack((starts, epoch * self.n_samples + np.arange(len(starts))), axis=1)
+
+
+class MaskedWindows:
+    """Training windows of a text, some of whose tokens are hidden; its keys are a ``Numbered`` order's."""
+
+    def __init__(self, windows: Any, masking: Masking) -> None:
+        self.windows, self.masking = windows, masking
+
+    def __getitems__(self, keys: Starts) -> Batch:
+        tokens_BT = self.windows.__getitems__(keys[:, 0])["tokens"]
+        return self.masking(tokens_BT, torch.ones_like(tokens_BT, dtype=torch.bool), keys[:, 1])
+
+
+class MaskedEvaluation:
+    """The same hidden tokens of the validation windows each time, whatever the layout."""
+
+    def __init__(self, batches: Any, masking: Masking) -> None:
+        self.batches, self.masking = batches, masking
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> Batch:
+        batch, windows = self.batches[index], self.batches
+        first = (index * windows.data_world + windows.data_rank) * windows.batch_size
+        return self.masking(batch["tokens"], batch["targets"] != IGNORED, range(first, first + windows.batch_size))
