@@ -22,7 +22,7 @@ train: $(STAMP) ## train the default recipe; ARGS="key=value ..." overrides
 	$(BIN)/meshformer train $(ARGS)
 
 test: lint notebooks ## lint, type check, run the notebooks and the whole suite; ARGS="..." goes to pytest
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: $(STAMP) ## ruff and basedpyright
 	$(BIN)/ruff check src tests

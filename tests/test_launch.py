@@ -112,16 +112,6 @@ def test_torchrun_from_outside_trains_in_one_folder(work: Path) -> None:
     assert done.stdout.count("run folder") == 1
 
 
-def test_multirun_gives_every_point_processes_and_a_folder_of_its_own(work: Path) -> None:
-    done = start([*CLI, "-m", *settings(work, "strategy=single,ddp", "seed=1", f"hydra.sweep.dir={work}/sweep")])
-    assert done.returncode == 0, done.stderr
-    single: list[dict[str, Any]]
-    ddp: list[dict[str, Any]]
-    single, ddp = (read_metrics(work / "sweep" / point / "metrics.csv") for point in ("0", "1"))
-    assert max(abs(a["train/loss"] - b["train/loss"]) for a, b in zip(single, ddp, strict=True)) < 1e-4
-    assert json.loads((work / "sweep" / "1" / "run.json").read_text())["layout"]["processes"] == 2
-
-
 def broken_task(work: Path, mistake: str) -> list[str]:
     """Settings of a task in which rank 1 does `mistake` in the third step."""
     name = f"broken_{abs(hash(mistake))}"

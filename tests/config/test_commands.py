@@ -256,7 +256,7 @@ def test_overrides_survive_the_file(tmp_path):
     ("line", "expected"),
     [
         ("meshformer tr", ["train"]),
-        ("meshformer ", ["train", "evaluate", "generate", "convert", "doctor"]),
+        ("meshformer ", ["train", "evaluate", "generate", "convert", "export", "runs", "report", "doctor"]),
         ("meshformer train model=n", ["model=nano"]),
         ("meshformer train trainer.max_s", ["trainer.max_steps="]),
         ("meshformer generate temp", ["temperature="]),

@@ -17,6 +17,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from harness import run_ranks
 from meshformer.optim import adamw, muon, sgd
 from meshformer.optim.owners import _plan
+from meshformer.optim.shardwise import ShardwiseSGD
 
 torch.set_num_threads(1)
 STEPS = 3
@@ -173,3 +174,13 @@ def after_a_backward_pass() -> list[bool]:
 
 def test_a_rank_with_nothing_of_a_matrix_takes_part():
     assert run_ranks(4, after_a_backward_pass) == [[False, True, True]] * 3 + [[True, True, True]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_sgd_in_any_type_is_the_formula(dtype: torch.dtype) -> None:
+    """torch 2.13's fused kernel is not, for 16-bit numbers on a CPU."""
+    weight, gradient = torch.randn(1000).to(dtype), torch.randn(1000).to(dtype)
+    p = torch.nn.Parameter(weight.clone())
+    p.grad = gradient.clone()
+    ShardwiseSGD([{"params": [p]}], lr=0.1, momentum=0.0, weight_decay=0.0, nesterov=False).step()
+    torch.testing.assert_close(p.detach().float(), weight.float() - 0.1 * gradient.float(), atol=0.02 if dtype != torch.float32 else 1e-6, rtol=0)

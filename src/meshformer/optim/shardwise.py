@@ -45,6 +45,11 @@ def have_kernels(parameters: Iterable[Tensor]) -> bool:
     return all(p.device.type in KERNELS and torch.is_floating_point(p) for p in parameters)
 
 
+def have_sgd_kernels(parameters: Iterable[Tensor]) -> bool:
+    """On a CPU, torch 2.13's fused SGD updates 16-bit numbers by wrong amounts (by up to half a gradient, from 16 of them on)."""
+    return all(have_kernels([p]) and (p.device.type != "cpu" or p.element_size() >= 4) for p in parameters)
+
+
 def update_by_adamw(parameters: list[Tensor], state: dict[Tensor, Any], group: dict[str, Any], found_inf: Tensor | None = None) -> None:
     """AdamW's step for parameters with gradients. State as torch.optim.AdamW keeps it: `step`, `exp_avg`, `exp_avg_sq`."""
     for p in parameters:
@@ -102,7 +107,7 @@ def sgd_step(
         held,
         laid_out_as(held, gradients),
         [*buffers] if buffers is not None else [None] * len(held),
-        fused=True if have_kernels(held) else None,
+        fused=True if have_sgd_kernels(held) else None,
         found_inf=found_inf,
         weight_decay=weight_decay,
         momentum=momentum,
@@ -147,7 +152,9 @@ class ShardwiseOptimizer(Optimizer):
     @property
     def skips_on_device(self) -> bool:
         if self._have_kernels is None:  # asking a hundred DTensors at every step would cost
-            self._have_kernels = have_kernels(p for group in self.param_groups for p in group["params"])
+            adamw = [group for group in self.param_groups if "betas" in group and group.get("method") != "muon"]
+            others = [group for group in self.param_groups if all(group is not one for one in adamw)]
+            self._have_kernels = all(have_kernels(g["params"]) for g in adamw) and all(have_sgd_kernels(g["params"]) for g in others)
         return self._have_kernels and all(group["fused"] for group in self.param_groups if "betas" in group)
 
 

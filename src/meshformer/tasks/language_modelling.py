@@ -25,7 +25,8 @@ class LanguageModelling(Evaluated):
     def inputs(self, batch: dict[str, Tensor]) -> dict[str, Any]:
         """batch: tokens (B, T); positions (B, T) where the sequence is a slice of a longer one or holds several; documents (B, T) where it holds
         several, or padding."""
-        return {"tokens_BT": batch["tokens"], "positions_BT": batch.get("positions"), "documents_BT": batch.get("documents")}
+        documents = {"documents_BT": batch["documents"]} if "documents" in batch else {}  # a model of the user's may know none
+        return {"tokens_BT": batch["tokens"], "positions_BT": batch.get("positions"), **documents}
 
     def score(self, output: Tensor, batch: dict[str, Tensor], phase: str) -> tuple[Tensor, Tensor]:
         """output: logits (B, T, V); batch: targets (B, T). Returns the summed loss and the number of counted targets, both scalars."""
