@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from meshformer.bench import layouts, learning, runs, speed, sweeps
+from meshformer.bench import layouts, learning, runs, safety, speed, sweeps
 
 MEASUREMENTS = {
     "speed": speed.report,
@@ -22,6 +22,8 @@ MEASUREMENTS = {
     "runs": runs.report_runs,
     "sweep_overhead": sweeps.report_sweep_overhead,
     "grid": sweeps.report_grid,
+    "saving": safety.report_saving,
+    "checks": safety.report_checks,
 }
 
 
