@@ -14,6 +14,7 @@ from torch import Tensor
 from meshformer.build import build_data, build_model, build_task
 from meshformer.checkpoint.find import latest_checkpoint
 from meshformer.checkpoint.weights import load_weights
+from meshformer.config import validate
 from meshformer.config.paths import run_of
 from meshformer.data import load_tokenizer
 from meshformer.model import Attention, Learned, Mask, Transformer, attend_reference, training_flops_per_token
@@ -36,7 +37,7 @@ def load_model(run: Path | str, allow: Sequence[str] = ()) -> Any:
 
 def _config(source: Path, allow: Sequence[str]) -> dict[str, Any]:
     config = yaml.safe_load((run_of(source) / "config.yaml").read_text(encoding="utf-8"))
-    return {**config, "allow": list(allow)}
+    return validate({**config, "allow": list(allow)})  # also gives an older run the settings that came since
 
 
 @torch.no_grad()
