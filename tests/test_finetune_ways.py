@@ -26,10 +26,11 @@ from meshformer.optim import sgd
 from meshformer.optim.groups import LayerRates
 from test_parity import References, check_equal, references  # noqa: F401
 
-TO_STEP_2 = ["trainer.max_steps=2", "~callbacks.nonfinite", "optimizer=adamw", "optimizer.lr=1e-2", "schedule=constant"]
+SHAPE = ["model.zero_init=false", "model.n_kv_heads=2"]
+SAVED = ["~callbacks.nonfinite", "optimizer=adamw", "optimizer.lr=1e-2", "schedule=constant"]
 LORA = ["stage.lora.rank=3", "stage.lora.alpha=6", "stage.lora.targets=[q,v,o,up,down]"]
 WAYS = {
-    "lora": [*LORA, "trainer.gradient_clip_val=0.1", "optimizer.lr=4"],
+    "lora": [*LORA, "trainer.gradient_clip_val=0.08", "optimizer.lr=4"],
     "frozen": ["stage.freeze=[embedding.*,'blocks.[0].*']", "trainer.gradient_clip_val=0.1"],
     "by layer": ["stage.layer_decay=0.8", "stage.head_lr_scale=1.5", "stage.unfreeze_every=3"],
 }
@@ -41,13 +42,17 @@ def finetune(folder: Path, *overrides: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def base(references: References) -> Path:  # noqa: F811
-    """A folder with a run in it, two steps old."""
-    run_ranks(1, run_tiny, references.folder, "base", *TO_STEP_2, "model.zero_init=false", "model.n_kv_heads=2", "model.tie_embeddings=false")
+    """A folder with a run in it, ten steps old."""
+    run_ranks(1, run_tiny, references.folder, "base", *SAVED, "trainer.max_steps=10", *SHAPE, "model.tie_embeddings=false")
     return references.folder
 
 
-@pytest.mark.parametrize("layout", ["ddp", "fsdp", "tensor", "pipeline"])
-@pytest.mark.parametrize("way", WAYS)
+# Frozen layers with fsdp and pipeline are in test_parity.py.
+CASES = [("lora", layout) for layout in ("ddp", "fsdp", "tensor", "pipeline")]
+CASES += [("frozen", "ddp"), ("frozen", "tensor"), ("by layer", "fsdp"), ("by layer", "pipeline")]
+
+
+@pytest.mark.parametrize(("way", "layout"), CASES)
 def test_way_equals_one_process(references: References, base: Path, way: str, layout: str) -> None:  # noqa: F811
     check_equal(references, 2, [f"strategy={layout}", *finetune(base, *WAYS[way])])
 
@@ -55,8 +60,8 @@ def test_way_equals_one_process(references: References, base: Path, way: str, la
 @pytest.fixture(scope="module")
 def tuned(base: Path) -> Path:
     """A run that trains adapters, stopped after two steps on two tensor-parallel ranks and continued to the fourth in one process."""
-    command = finetune(base, *LORA, *TO_STEP_2, "model.zero_init=false", "model.n_kv_heads=2")
-    run_ranks(2, run_tiny, base, "tuned", *command, "strategy=tensor", "trainer.devices=2")
+    command = finetune(base, *LORA, *SAVED, *SHAPE)
+    run_ranks(2, run_tiny, base, "tuned", *command, "trainer.max_steps=2", "strategy=tensor", "trainer.devices=2")
     run_ranks(1, resumed, base, "tuned", *command, "trainer.max_steps=4")
     run_ranks(1, run_tiny, base, "at-once", *command, "trainer.max_steps=4")
     return base / "tuned"
@@ -71,13 +76,12 @@ def config_of(run: Path) -> dict[str, Any]:
 
 
 def test_a_run_that_trains_adapters_continues_in_another_layout_and_changes_nothing_else(tuned: Path) -> None:
-    mine, other, start = (
-        {k: x for k, x in read_tensors(latest_checkpoint(run), "model.").items()} for run in (tuned, tuned.parent / "at-once", tuned.parent / "base")
-    )
+    runs = (tuned, tuned.parent / "at-once", tuned.parent / "base")
+    mine, other, start = (read_tensors(latest_checkpoint(run), "model.") for run in runs)
     adapters = [name for name in mine if is_adapter(name)]
     assert len(adapters) == 2 * 5 * 2 and all(mine[name].norm() > 0 for name in adapters)
     for name, x in mine.items():
-        torch.testing.assert_close(x, other[name], atol=2e-6, rtol=0)
+        torch.testing.assert_close(x, other[name], atol=2e-5, rtol=0)
         assert name in adapters or torch.equal(x, start[name]), name
 
 
@@ -101,7 +105,14 @@ def test_adapters_merged_and_adapters_alone_give_the_same_logits(tuned: Path, tm
 
 
 def test_rates_fall_from_the_top_and_the_groups_are_those_of_the_whole_model_in_every_part() -> None:
-    names = ["embedding.tokens.weight", "blocks.0.mlp.up.weight", "blocks.0.norm.weight", "blocks.1.mlp.up.weight", "norm.weight", "head.weight"]
+    names = [
+        "embedding.tokens.weight",
+        "blocks.0.mlp.up.weight",
+        "blocks.0.norm.weight",
+        "blocks.1.mlp.up.weight",
+        "norm.weight",
+        "head.weight",
+    ]
     named = [(name, torch.nn.Parameter(torch.ones(2, 2))) for name in names]
     make = LayerRates(0.5, 3.0, 10).of(partial(sgd, lr=1.0))
     whole, part = make(named), make(named[3:], all_names=names)

@@ -18,7 +18,6 @@ from meshformer.callbacks import Checkpoint, ExactResume, Layout, ProgressBar, R
 from meshformer.checkpoint.lightning_io import FolderCheckpointIO
 from meshformer.config.allow import check_object, check_target
 from meshformer.config.errors import ConfigError
-from meshformer.config.suggest import did_you_mean
 from meshformer.config.tasks import has_own_head, padding_multiple
 from meshformer.data import ImageData, SampledData, SequenceData, TextData
 from meshformer.model.lora import ADAPTERS, add_adapters
@@ -110,7 +109,9 @@ def build_model(config: Config) -> Any:
     stage = config["stage"]
     if (lora := stage.get("lora") or {}).get("rank"):
         if not hasattr(model, "initial_value"):
-            raise ConfigError("adapters are for models that draw each weight by its name, as Transformer does", "stage.lora.rank", lora["rank"])
+            raise ConfigError(
+                "adapters are for models that draw each weight by its name, as Transformer does", "stage.lora.rank", lora["rank"]
+            )
         try:
             add_adapters(model, lora["rank"], lora["alpha"], lora["targets"], config["seed"])
         except ValueError as error:
@@ -129,7 +130,7 @@ def freeze(model: Any, patterns: Sequence[str]) -> None:
         found = [name for name in parameters if fnmatchcase(name, pattern)]
         if not found:
             kinds = list(dict.fromkeys(name if "blocks." not in name else f"blocks.*.{name.split('.', 2)[2]}" for name in parameters))
-            raise ConfigError("no parameter has such a name", "stage.freeze", pattern, fix=f"{did_you_mean(pattern, kinds) or ''} Names: {', '.join(kinds)}.".strip())
+            raise ConfigError("no parameter has such a name", "stage.freeze", pattern, fix=f"Names are {', '.join(kinds)}.")
         for name in found:
             parameters[name].requires_grad_(False)
 

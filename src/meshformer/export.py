@@ -28,15 +28,22 @@ from meshformer.model import Attention, Transformer, VisionTransformer, attend_r
 def export(source: Path, target: Path, form: str) -> None:
     """Writes the model of `source` (a checkpoint, or foreign weights) to the path `target`, which must be free, and prints how to use it.
 
-    Adapters are merged into their weights, but for `form` adapter, which is them (and a new head) alone. `form`: huggingface (a folder) and safetensors keep every tensor's type and bits; onnx and torch_export are the model's computation in fp32,
-    for any batch and every length up to the context.
+    Adapters are merged into their weights, but for `form` adapter, which is them (and a new head) alone. Of the other forms, huggingface (a
+    folder) and safetensors keep every tensor's type and bits; onnx and torch_export are the model's computation in fp32, for any batch and
+    every length up to the context.
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if form == "safetensors" and not is_foreign(source) and settings_of(source) is None:
             convert(source, target, "safetensors")
             return
-        write = {"huggingface": _huggingface, "safetensors": _safetensors, "onnx": _onnx, "torch_export": _torch_export, "adapter": _adapter}[form]
+        write = {
+            "huggingface": _huggingface,
+            "safetensors": _safetensors,
+            "onnx": _onnx,
+            "torch_export": _torch_export,
+            "adapter": _adapter,
+        }[form]
         write(source, target)
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"it cannot be written ({error})", "output", str(target)) from error

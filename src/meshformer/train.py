@@ -153,7 +153,9 @@ def tokenizer_file(source: Path) -> Path:
     found = tokenizer_of(source)
     if found is None:
         fix = f"Put the model's tokenizer.json (as `tokenizers` and transformers write it) into {source if source.is_dir() else source.parent}."
-        raise ConfigError("no tokenizer comes with these weights, so what their token ids stand for is not known", "stage.init_from", source, fix)
+        raise ConfigError(
+            "no tokenizer comes with these weights, so what their token ids stand for is not known", "stage.init_from", source, fix
+        )
     return found
 
 

@@ -37,7 +37,9 @@ def merge_adapters(source: Path) -> dict[str, Tensor]:
         return weights
     stage = settings_of(source)
     if stage is None:
-        raise ConfigError(f"{source} has adapters and lies in no run, so their alpha is not known", fix="Keep it in checkpoints/ of its run.")
+        raise ConfigError(
+            f"{source} has adapters and lies in no run, so their alpha is not known", fix="Keep it in checkpoints/ of its run."
+        )
     return merged(weights, stage["lora"]["alpha"])
 
 
@@ -47,7 +49,8 @@ def write_adapters(source: Path, target: Path, trained: tuple[str, ...] = ()) ->
     stage = settings_of(source)
     if stage is None:
         raise ConfigError("the run trained no adapters (stage.lora.rank)", "run", str(source), fix="Use format=safetensors.")
-    tensors = {name: x for name, x in read_tensors(source, "model.").items() if is_adapter(name) or name.removeprefix("model.").startswith(trained)}
+    every = read_tensors(source, "model.")
+    tensors = {name: x for name, x in every.items() if is_adapter(name) or name.removeprefix("model.").startswith(trained)}
     write_weights(target, tensors, {}, {"lora": stage["lora"], "init_from": stage["init_from"]})
 
 
@@ -64,5 +67,6 @@ def load_adapters(model: nn.Module, path: Path) -> None:
     add_adapters(model, lora["rank"], lora["alpha"], lora["targets"], seed=0)
     shapes = {name: p.shape for name, p in model.named_parameters()}
     wanted = {name: shape for name, shape in shapes.items() if is_adapter(name) or name in tensors}
-    refuse_misfits(misfits({n: x.shape for n, x in tensors.items()}, wanted, tensors.keys() - wanted.keys()), f"the adapters in {path} do not fit this model")
+    problems = misfits({name: x.shape for name, x in tensors.items()}, wanted, tensors.keys() - wanted.keys())
+    refuse_misfits(problems, f"the adapters in {path} do not fit this model")
     model.load_state_dict(tensors, strict=False)

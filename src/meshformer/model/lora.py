@@ -17,7 +17,10 @@ ADAPTERS = ("*.lora_A", "*.lora_B")  # patterns of their names
 
 
 class LoraLinear(nn.Linear):
-    """`linear` with an adapter of `rank`. It takes over the layer's parameters; B starts at 0, so that nothing changes at first. (…, in) → (…, out)."""
+    """`linear` with an adapter of `rank`; it takes over the layer's parameters. B starts at 0, so that nothing changes at first.
+
+    (…, in) → (…, out).
+    """
 
     def __init__(self, linear: nn.Linear, rank: int, alpha: float):
         super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
@@ -32,7 +35,9 @@ class LoraLinear(nn.Linear):
 
 def adaptable(model: nn.Module) -> list[str]:
     """Names of the linear layers inside the blocks, the same in each of them: q, k, v, o, up, down …"""
-    return sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear) and "blocks" in name.split(".")})
+    return sorted(
+        {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear) and "blocks" in name.split(".")}
+    )
 
 
 def add_adapters(model: nn.Module, rank: int, alpha: float, targets: Sequence[str], seed: int) -> None:

@@ -90,7 +90,8 @@ class LayerRates:
         """In place. All layers of the whole model have their groups in every layout, in the same order, the top first: some may be empty."""
         blocks = {number for name in names if (number := _block(name)) is not None}
         if not blocks:
-            raise ConfigError("the model has no `blocks` that it could be about", "stage", fix="Leave out layer_decay, head_lr_scale and unfreeze_every.")
+            fix = "Leave out stage.layer_decay, head_lr_scale and unfreeze_every."
+            raise ConfigError("rates by layer are for models with `blocks`, and this one has none", fix=fix)
         has_head = any(self._is_head(name) for name in names)
         if self.head_scale != 1 and not has_head:
             message = "the model has no head of its own (a tied one is the embedding's matrix)"
