@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,14 @@ from meshformer.callbacks import Checkpoint, ExactResume, Layout, ProgressBar, R
 from meshformer.checkpoint.lightning_io import FolderCheckpointIO
 from meshformer.config.allow import check_object, check_target
 from meshformer.config.errors import ConfigError
-from meshformer.config.tasks import padding_multiple
+from meshformer.config.tasks import has_own_head, padding_multiple
 from meshformer.data import ImageData, SampledData, SequenceData, TextData
+from meshformer.model.lora import ADAPTERS, add_adapters
+from meshformer.optim.groups import LayerRates
 from meshformer.parallel.strategies import make_strategy
 
 Config = dict[str, Any]
+HEAD_PARTS = ("head.*", "norm.dense.*", "norm.norm.*")  # what a task with a head of its own draws anew
 
 
 def instantiate(node: Config, config: Config, key: str, **values: Any) -> Any:
@@ -100,7 +104,35 @@ def task_class(config: Config) -> Any:
 
 
 def build_model(config: Config) -> Any:
-    return instantiate(config["model"], config, "model", seed=config["seed"])
+    """The network, with the adapters that `stage` asks for, and without gradients where it says so."""
+    model = instantiate(config["model"], config, "model", seed=config["seed"])
+    stage = config["stage"]
+    if (lora := stage.get("lora") or {}).get("rank"):
+        if not hasattr(model, "initial_value"):
+            raise ConfigError(
+                "adapters are for models that draw each weight by its name, as Transformer does", "stage.lora.rank", lora["rank"]
+            )
+        try:
+            add_adapters(model, lora["rank"], lora["alpha"], lora["targets"], config["seed"])
+        except ValueError as error:
+            raise ConfigError(str(error), "stage.lora.targets", lora["targets"]) from None
+        trained = (*ADAPTERS, *(HEAD_PARTS if has_own_head(config) else ()))
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(any(fnmatchcase(name, pattern) for pattern in trained))
+    freeze(model, stage.get("freeze") or ())
+    return model
+
+
+def freeze(model: Any, patterns: Sequence[str]) -> None:
+    """Parameters whose names fit one of the patterns get no gradient. ConfigError for a pattern that no name fits."""
+    parameters = dict(model.named_parameters())
+    for pattern in patterns:
+        found = [name for name in parameters if fnmatchcase(name, pattern)]
+        if not found:
+            kinds = list(dict.fromkeys(name if "blocks." not in name else f"blocks.*.{name.split('.', 2)[2]}" for name in parameters))
+            raise ConfigError("no parameter has such a name", "stage.freeze", pattern, fix=f"Names are {', '.join(kinds)}.")
+        for name in found:
+            parameters[name].requires_grad_(False)
 
 
 def build_task(config: Config, max_steps: int) -> pl.LightningModule:
@@ -109,12 +141,14 @@ def build_task(config: Config, max_steps: int) -> pl.LightningModule:
     for key in optimizer:
         if key == "lr" or key.endswith("_lr"):
             optimizer[key] *= config["stage"].get("lr_scale", 1.0)
+    stage = config["stage"]
+    rates = LayerRates(stage.get("layer_decay", 1.0), stage.get("head_lr_scale", 1.0), stage.get("unfreeze_every"), HEAD_PARTS)
     return instantiate(
         config["task"],
         config,
         "task",
         model=partial(build_model, config),
-        optimizer=instantiate(optimizer, config, "optimizer"),
+        optimizer=rates.of(instantiate(optimizer, config, "optimizer")),
         schedule=instantiate(config["schedule"], config, "schedule"),
         max_steps=max_steps,
         seed=config["seed"],

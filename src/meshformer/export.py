@@ -14,8 +14,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from meshformer.checkpoint import derive, load_pretrained
+from meshformer.checkpoint.adapters import merge_adapters, settings_of, write_adapters
 from meshformer.checkpoint.find import is_foreign
-from meshformer.checkpoint.folder import read_tensors
 from meshformer.checkpoint.pretrained.source import TOKENIZER, tokenizer_of
 from meshformer.checkpoint.pretrained.write import write_folder
 from meshformer.checkpoint.single_file import write_weights
@@ -28,15 +28,22 @@ from meshformer.model import Attention, Transformer, VisionTransformer, attend_r
 def export(source: Path, target: Path, form: str) -> None:
     """Writes the model of `source` (a checkpoint, or foreign weights) to the path `target`, which must be free, and prints how to use it.
 
-    `form`: huggingface (a folder) and safetensors keep every tensor's type and bits; onnx and torch_export are the model's computation in fp32,
-    for any batch and every length up to the context.
+    Adapters are merged into their weights, but for `form` adapter, which is them (and a new head) alone. Of the other forms, huggingface (a
+    folder) and safetensors keep every tensor's type and bits; onnx and torch_export are the model's computation in fp32, for any batch and
+    every length up to the context.
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        if form == "safetensors" and not is_foreign(source):
+        if form == "safetensors" and not is_foreign(source) and settings_of(source) is None:
             convert(source, target, "safetensors")
             return
-        write = {"huggingface": _huggingface, "safetensors": _safetensors, "onnx": _onnx, "torch_export": _torch_export}[form]
+        write = {
+            "huggingface": _huggingface,
+            "safetensors": _safetensors,
+            "onnx": _onnx,
+            "torch_export": _torch_export,
+            "adapter": _adapter,
+        }[form]
         write(source, target)
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"it cannot be written ({error})", "output", str(target)) from error
@@ -44,7 +51,11 @@ def export(source: Path, target: Path, form: str) -> None:
 
 
 def _weights(source: Path) -> dict[str, Tensor]:
-    return {name.removeprefix("model."): x for name, x in read_tensors(source, "model.").items()}
+    return merge_adapters(source)
+
+
+def _adapter(source: Path, target: Path) -> None:
+    write_adapters(source, target, trained=("head.", "norm.dense.", "norm.norm."))
 
 
 def _huggingface(source: Path, target: Path) -> None:
@@ -125,6 +136,7 @@ def _told(target: Path, form: str) -> str:
     uses = {
         "huggingface": f"transformers.AutoModel.from_pretrained({str(target)!r}), or here: stage=finetune stage.init_from={target}",
         "safetensors": f"meshformer.checkpoint.load_pretrained({str(target)!r})",
+        "adapter": f"meshformer.checkpoint.adapters.load_adapters(model, {str(target)!r})",
         "onnx": f"onnxruntime.InferenceSession({str(target)!r})",
         "torch_export": f"torch.export.load({str(target)!r}).module()",
     }

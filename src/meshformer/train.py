@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import yaml
 
-from meshformer.build import build_callbacks, build_data, build_loggers, build_task, build_trainer
+from meshformer.build import HEAD_PARTS, build_callbacks, build_data, build_loggers, build_task, build_trainer
 from meshformer.callbacks import Rows
 from meshformer.callbacks.preemption import Preemption, StopSignals
 from meshformer.callbacks.samples import continuation
@@ -24,6 +24,7 @@ from meshformer.config.errors import ConfigError, Stopped
 from meshformer.config.tasks import has_own_head
 from meshformer.data import SampledData, load_tokenizer
 from meshformer.model import Transformer, training_flops_per_token
+from meshformer.model.lora import ADAPTERS
 from meshformer.parallel.levers import apply_levers
 from meshformer.parallel.strategy import MeshStrategy
 from meshformer.record.run_folder import atomic_write_text
@@ -31,7 +32,6 @@ from meshformer.record.run_json import RunRecord
 from meshformer.tasks import Evaluated
 
 Config = dict[str, Any]
-HEAD_PARTS = ("head.", "norm.dense.", "norm.norm.")  # what a task with a head of its own draws anew
 
 
 def train(config: Config, folder: Path, signals: StopSignals | None = None) -> dict[str, float]:
@@ -78,7 +78,7 @@ def _train(config: Config, folder: Path, signals: StopSignals) -> dict[str, floa
     task: Any = build_task(config, max_steps)
     strategy: Any = trainer.strategy
     weights = latest_checkpoint(Path(init_from), key="stage.init_from") if init_from else None
-    new_parts = HEAD_PARTS if has_own_head(config) else ()
+    new_parts = (*(HEAD_PARTS if has_own_head(config) else ()), *ADAPTERS)
     torch.manual_seed(config["seed"])  # of models that draw their weights as torch's modules do
     if isinstance(strategy, MeshStrategy):
         with torch.device("meta"):  # the strategy makes this rank's part real
@@ -153,7 +153,9 @@ def tokenizer_file(source: Path) -> Path:
     found = tokenizer_of(source)
     if found is None:
         fix = f"Put the model's tokenizer.json (as `tokenizers` and transformers write it) into {source if source.is_dir() else source.parent}."
-        raise ConfigError("no tokenizer comes with these weights, so what their token ids stand for is not known", "stage.init_from", source, fix)
+        raise ConfigError(
+            "no tokenizer comes with these weights, so what their token ids stand for is not known", "stage.init_from", source, fix
+        )
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,19 @@ def load_weights(
 
     `partial`: the model is a part of the one that was saved (a pipeline rank's), so the checkpoint may hold more. `aliases` are {own name: name
     in the checkpoint} for names that the checkpoint lacks: the head of a tied model, say, where it is held without the embedding.
-    `new`: parts, by the first letters of their names, that keep the values they have where the checkpoint's are of another shape or not there.
+    `new`: patterns of names of parameters that keep the values they have where the checkpoint's are of another shape or not there.
     ConfigError lists every tensor that is missing, extra or of another shape.
     """
     saved = {key.removeprefix("model."): size for key, (size, _) in tensor_sizes(checkpoint).items() if key.startswith("model.")}
     own: dict[str, Any] = model.state_dict(keep_vars=True)
     if new:
-        fresh = {name for name, x in own.items() if name.startswith(new) and (name not in saved or tuple(saved[name]) != tuple(x.shape))}
+
+        def may_differ(name: str) -> bool:
+            return any(fnmatchcase(name, pattern) for pattern in new)
+
+        fresh = {name for name, x in own.items() if may_differ(name) and (name not in saved or tuple(saved[name]) != tuple(x.shape))}
         own = {name: x for name, x in own.items() if name not in fresh}
-        saved = {name: size for name, size in saved.items() if name in own or not name.startswith(new)}
+        saved = {name: size for name, size in saved.items() if name in own or not may_differ(name)}
     source = {name: name if name in saved else (aliases or {}).get(name, name) for name in own}
     # Of a parameter with two names (tied weights) one is enough.
     found = {id(x) for name, x in own.items() if source[name] in saved}

@@ -14,7 +14,7 @@ from meshformer.config import ConfigError, did_you_mean
 from meshformer.config.paths import run_of
 
 SUFFIX = {"sharded": "", "single": SINGLE, "safetensors": WEIGHTS}
-EXPORTED = {"huggingface": "", "safetensors": WEIGHTS, "onnx": ".onnx", "torch_export": ".pt2"}
+EXPORTED = {"huggingface": "", "safetensors": WEIGHTS, "adapter": f"-adapter{WEIGHTS}", "onnx": ".onnx", "torch_export": ".pt2"}
 
 
 def source_and_target(options: dict[str, Any]) -> tuple[Path, Path]:
@@ -95,6 +95,7 @@ def _target(source: Path, suffix: str, what: str, output: str | None) -> Path:
         target = folder / (source.name.removesuffix(SINGLE) + suffix)
     else:
         target = Path(output).expanduser().absolute()
+        suffix = Path(f"x{suffix}").suffix  # of -adapter.safetensors the last part
         if (target.suffix if target.suffix in {*SUFFIX.values(), *EXPORTED.values()} else "") != suffix:
             named = f"ends in {suffix}" if suffix else "is a folder, so it has no such ending"
             raise ConfigError(f"what {what} writes {named}", "output", output, fix=f"Use output={target.with_suffix(suffix)}.")

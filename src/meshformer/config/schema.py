@@ -82,10 +82,24 @@ class Data:
 
 
 @dataclass
+class Lora:
+    """Adapters of low rank; a rank of null means none."""
+
+    rank: PositiveInt | None = None
+    alpha: PositiveFloat = 16.0
+    targets: list[str] = field(default_factory=lambda: ["q", "v"])
+
+
+@dataclass
 class Stage:
     name: Literal["pretrain", "finetune"]
     init_from: str | None = None
     lr_scale: PositiveFloat = 1.0
+    freeze: list[str] = field(default_factory=list)
+    layer_decay: Share = 1.0
+    head_lr_scale: PositiveFloat = 1.0
+    unfreeze_every: PositiveInt | None = None
+    lora: Lora = field(default_factory=lambda: {"rank": None, "alpha": 16.0, "targets": ["q", "v"]})  # pyright: ignore[reportAssignmentType]
 
 
 @dataclass
@@ -204,7 +218,7 @@ class Export:
     """Options of `meshformer export`."""
 
     run: str
-    format: Literal["huggingface", "safetensors", "onnx", "torch_export"]
+    format: Literal["huggingface", "safetensors", "adapter", "onnx", "torch_export"]
     paths: Paths
     checkpoint: Count | str | None = None
     output: str | None = None
@@ -230,7 +244,7 @@ class SweepOptions:
     sweep: Sweep
 
 
-SECTIONS: dict[str, type] = {c.__name__: c for c in (Paths, Trainer, Data, Stage, Strategy, Launch, RunsPath, Sweep)}
+SECTIONS: dict[str, type] = {c.__name__: c for c in (Paths, Trainer, Data, Lora, Stage, Strategy, Launch, RunsPath, Sweep)}
 
 
 def validate(config: dict[str, Any], schema: type = Root) -> dict[str, Any]:

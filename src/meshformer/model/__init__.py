@@ -4,13 +4,14 @@ from .attention import Attention, Mask, attend_auto, attend_fused, attend_refere
 from .block import Block, FeedForward
 from .cache import KeyValueCache
 from .count import matrix_parameters, parameter_count, training_flops_per_token
+from .lora import LoraLinear, add_adapters
 from .position import Alibi, Learned, NoPosition, Position, PositionalAttention, Rotary, Sinusoidal, sinusoid
 from .sampling import filter_logits, generate
 from .transformer import Embedding, HeadTransform, Transformer
 from .vision import PatchEmbedding, VisionTransformer
 
 __all__ = [
-    "Alibi", "Attention", "Block", "Embedding", "FeedForward", "HeadTransform", "KeyValueCache", "Learned", "Mask", "NoPosition", "PatchEmbedding",
-    "Position", "PositionalAttention", "Rotary", "Sinusoidal", "Transformer", "VisionTransformer", "attend_auto", "attend_fused",
-    "attend_reference", "filter_logits", "generate", "matrix_parameters", "parameter_count", "sinusoid", "training_flops_per_token",
+    "Alibi", "Attention", "Block", "Embedding", "FeedForward", "HeadTransform", "KeyValueCache", "Learned", "LoraLinear", "Mask", "NoPosition",
+    "PatchEmbedding", "Position", "PositionalAttention", "Rotary", "Sinusoidal", "Transformer", "VisionTransformer", "add_adapters", "attend_auto",
+    "attend_fused", "attend_reference", "filter_logits", "generate", "matrix_parameters", "parameter_count", "sinusoid", "training_flops_per_token",
 ]  # fmt: skip

@@ -204,7 +204,7 @@ class Transformer(nn.Module):
         if len(shape) == 1:
             return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
         writes_to_residual = name.endswith(("attention.o.weight", "mlp.down.weight"))
-        if writes_to_residual and self.zero_init:
+        if name.endswith("lora_B") or (writes_to_residual and self.zero_init):
             return torch.zeros(shape)
         digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -1,10 +1,14 @@
 """Parameter groups chosen by name: what is decayed, and what Muon may treat as a matrix."""
 
 import difflib
-from collections.abc import Iterable, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 from torch.nn import Parameter
+from torch.optim import Optimizer
 
 from meshformer.config.errors import ConfigError
 
@@ -51,6 +55,72 @@ def split_matrices(
     if not matrices and not any(_is_hidden(name, exclude) for name in all_names or ()):
         raise ConfigError("Muon found no 2-D weight below `blocks` to train", fix="Use optimizer=adamw for this model.")
     return matrices, others
+
+
+@dataclass(frozen=True)
+class LayerRates:
+    """Rates of their own for layers: `decay`^depth times the optimizer's, the depth counted from the top (head and last norm 0, last block 1,
+    embeddings and positions n + 1; Clark et al. 2020, ELECTRA); the head's also times `head_scale`. `head`: patterns of its parameters' names.
+
+    `unfreeze_every` n: layers of depth d have a rate of 0 for the first d·n steps (gradual unfreezing, Howard & Ruder 2018). They have gradients,
+    which count in the norm that is clipped, and whose averages the optimizer keeps; so the layout and a resume change nothing.
+    """
+
+    decay: float = 1.0
+    head_scale: float = 1.0
+    unfreeze_every: int | None = None
+    head: Sequence[str] = ("head.*",)
+
+    def of(self, make: Callable[..., Optimizer]) -> Callable[..., Optimizer]:
+        """`make`, or the same with every group of its optimizer split by layer."""
+        if self == LayerRates(head=self.head):
+            return make
+        takes_names = "all_names" in inspect.signature(make).parameters
+
+        def make_split(named: NamedParameters, all_names: Sequence[str] | None = None) -> Optimizer:
+            named = list(named)
+            names = all_names or [name for name, _ in named]
+            optimizer = make(named, all_names=all_names) if takes_names and all_names is not None else make(named)
+            self._split(optimizer, names)
+            return optimizer
+
+        return make_split
+
+    def _split(self, optimizer: Optimizer, names: Sequence[str]) -> None:
+        """In place. All layers of the whole model have their groups in every layout, in the same order, the top first: some may be empty."""
+        blocks = {number for name in names if (number := _block(name)) is not None}
+        if not blocks:
+            fix = "Leave out stage.layer_decay, head_lr_scale and unfreeze_every."
+            raise ConfigError("rates by layer are for models with `blocks`, and this one has none", fix=fix)
+        has_head = any(self._is_head(name) for name in names)
+        if self.head_scale != 1 and not has_head:
+            message = "the model has no head of its own (a tied one is the embedding's matrix)"
+            raise ConfigError(message, "stage.head_lr_scale", self.head_scale, fix="Leave it out.")
+        top = max(blocks) + 1
+        groups = []
+        for group in optimizer.param_groups:
+            for depth, is_head in [(0, False), (0, True), *((depth, False) for depth in range(1, top + 2))]:
+                pairs = zip(group["param_names"], group["params"], strict=True)
+                own = [(name, p) for name, p in pairs if (self._depth(name, top), self._is_head(name)) == (depth, is_head)]
+                rate = group["lr"] * self.decay**depth * (self.head_scale if is_head else 1.0)
+                split = {"params": [p for _, p in own], "param_names": [name for name, _ in own], "lr": rate}
+                groups.append({**group, **split, "first_step": depth * (self.unfreeze_every or 0)})
+        optimizer.param_groups[:] = groups
+
+    def _is_head(self, name: str) -> bool:
+        return any(fnmatchcase(name, pattern) for pattern in self.head)
+
+    @staticmethod
+    def _depth(name: str, top: int) -> int:
+        number = _block(name)
+        if number is not None:
+            return top - number
+        return top + 1 if name.startswith(("embedding.", "position.")) else 0
+
+
+def _block(name: str) -> int | None:
+    parts = name.split(".")
+    return int(parts[1]) if parts[0] == "blocks" and len(parts) > 1 and parts[1].isdigit() else None
 
 
 def trainable(named_parameters: NamedParameters, all_names: Sequence[str] | None = None) -> list[tuple[str, Parameter]]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -25,7 +25,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from meshformer.model import HeadTransform
+from meshformer.model import HeadTransform, LoraLinear
 
 
 class Replicated(ParallelStyle):
@@ -44,10 +44,42 @@ class Replicated(ParallelStyle):
         return distribute_module(module, device_mesh, None, inward, outward)  # pyright: ignore[reportArgumentType]
 
 
+class Columns(ColwiseParallel):
+    """Of an adapter B is cut like the weight, by output features, and A is whole: the forward pass exchanges nothing."""
+
+    def _partition_linear_fn(self, name: str, module: Any, device_mesh: DeviceMesh) -> None:
+        adapter = _taken(module)
+        super()._partition_linear_fn(name, module, device_mesh)
+        _put(module, adapter, device_mesh, lora_A=Replicate(), lora_B=Shard(0))
+
+
+class Rows(RowwiseParallel):
+    """Of an adapter A is cut like the weight, by input features, and B is whole: B of the sum of A's partial products."""
+
+    def _partition_linear_fn(self, name: str, module: Any, device_mesh: DeviceMesh) -> None:
+        adapter = _taken(module)
+        super()._partition_linear_fn(name, module, device_mesh)
+        _put(module, adapter, device_mesh, lora_A=Shard(1), lora_B=Replicate())
+
+
+def _taken(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The adapter of a layer, taken out of it: torch's own styles cut every parameter that they find by columns."""
+    if not isinstance(module, LoraLinear):
+        return {}
+    return {name: module._parameters.pop(name) for name in ("lora_A", "lora_B")}  # pyright: ignore[reportReturnType]
+
+
+def _put(module: nn.Module, adapter: dict[str, nn.Parameter], mesh: DeviceMesh, **placements: Any) -> None:
+    for name, p in adapter.items():
+        cut = distribute_tensor(p, mesh, [placements[name]], src_data_rank=None)
+        module.register_parameter(name, nn.Parameter(cut, requires_grad=p.requires_grad))
+
+
 def apply_tensor_parallel(model: Any, mesh: DeviceMesh, sequence_parallel: bool, loss_parallel: bool) -> None:
     """Cuts a Transformer, or the part of one that this rank holds, in place. `mesh` is the one-dimensional tensor axis."""
     between = Shard(1) if sequence_parallel else Replicate()  # activations (B, T, C) between the exchanges
     norm = SequenceParallel(use_local_output=True) if sequence_parallel else Replicated()
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
     whole: dict[str, ParallelStyle] = {}
     if model.embedding is not None:
         # Positions are added to whole sequences, so the cut along time comes after them.
@@ -68,11 +100,13 @@ def apply_tensor_parallel(model: Any, mesh: DeviceMesh, sequence_parallel: bool,
     for module in model.modules():
         if any(not isinstance(p, DTensor) for p in module.parameters(recurse=False)):
             parallelize_module(module, mesh, Replicated(), src_data_rank=None)
+    for name in frozen:  # torch 2.13's SequenceParallel makes parameters anew, with gradients
+        model.get_parameter(name).requires_grad_(False)
     _slice_heads_of_bias(model, mesh)
 
 
 def _block_plan(block: Any, between: Any, norm: ParallelStyle) -> dict[str, ParallelStyle]:
-    columns, rows = ColwiseParallel, lambda: RowwiseParallel(output_layouts=between)
+    columns, rows = Columns, lambda: Rows(output_layouts=between)
     # One gather (or one all-reduce of the gradient) for q, k and v together: they are handed the same DTensor.
     plan: dict[str, Any] = {
         "attention_norm": norm,

@@ -189,8 +189,14 @@ class Task(pl.LightningModule):
             optimizer = self.make_optimizer(named, all_names=self.model_names)
         if self.make_schedule is None:
             return optimizer
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.make_schedule(self.max_steps))
+        multiplier = self.make_schedule(self.max_steps)
+        multipliers = [_from(group.get("first_step", 0), multiplier) for group in optimizer.param_groups]
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, multipliers)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def _from(first: int, multiplier: Callable[[int], float]) -> Callable[[int], float]:
+    return (lambda step: multiplier(step) if step >= first else 0.0) if first else multiplier
 
 
 def _mix(*numbers: int) -> int:

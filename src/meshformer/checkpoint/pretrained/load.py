@@ -12,6 +12,7 @@ import meshformer.model
 from meshformer.config.errors import ConfigError
 from meshformer.model import Transformer
 
+from ..adapters import merge_adapters, settings_of
 from ..find import is_foreign, latest_checkpoint
 from ..weights import load_weights
 from .parts import Model
@@ -36,7 +37,11 @@ def load_pretrained(path: str | Path, *, dtype: torch.dtype = torch.float32, cac
         model = build(derive(place)).to(dtype)
     model.to_empty(device="cpu")
     model.tie_weights()
-    load_weights(model, place if is_foreign(place) else latest_checkpoint(place, key="path"))
+    place = place if is_foreign(place) else latest_checkpoint(place, key="path")
+    if is_foreign(place) or settings_of(place) is None:
+        load_weights(model, place)
+    else:
+        model.load_state_dict(merge_adapters(place), strict=False)
     return model.eval()
 
 

@@ -1,0 +1,68 @@
+"""Low-rank adapters (LoRA, Hu et al. 2021): y = W x + (alpha/r) B A x, of which A and B are trained and W stays as it is.
+
+A subclass of nn.Linear, so that W and its bias keep their names, first values and checkpoints; A (r, in) and B (out, r) are two more
+parameters beside them. `peft` wraps the layer instead, which renames W (`q.base_layer.weight`), and its adapters are modules of their own, for
+which tensor parallel has no cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ADAPTERS = ("*.lora_A", "*.lora_B")  # patterns of their names
+
+
+class LoraLinear(nn.Linear):
+    """`linear` with an adapter of `rank`; it takes over the layer's parameters. B starts at 0, so that nothing changes at first.
+
+    (…, in) → (…, out).
+    """
+
+    def __init__(self, linear: nn.Linear, rank: int, alpha: float):
+        super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+        self.weight, self.bias, self.scale = linear.weight, linear.bias, alpha / rank
+        like = {"device": linear.weight.device, "dtype": linear.weight.dtype}
+        self.lora_A = nn.Parameter(torch.empty(rank, linear.in_features, **like))
+        self.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank, **like))
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) + F.linear(F.linear(input, self.lora_A), self.lora_B) * self.scale
+
+
+def adaptable(model: nn.Module) -> list[str]:
+    """Names of the linear layers inside the blocks, the same in each of them: q, k, v, o, up, down …"""
+    return sorted(
+        {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear) and "blocks" in name.split(".")}
+    )
+
+
+def add_adapters(model: nn.Module, rank: int, alpha: float, targets: Sequence[str], seed: int) -> None:
+    """Gives every linear layer in the blocks whose last name is in `targets` an adapter, in place. Of a model that is not on meta, A is drawn as
+    `model.initial_value` says. ValueError for a target that the blocks do not have."""
+    unknown = [target for target in targets if target not in adaptable(model)]
+    if unknown or not targets:
+        raise ValueError(f"no linear layer in the blocks is called {', '.join(unknown)}: they are {', '.join(adaptable(model))}")
+    for name, module in list(model.named_modules()):
+        path, _, last = name.rpartition(".")
+        if not isinstance(module, nn.Linear) or "blocks" not in path.split(".") or last not in targets:
+            continue
+        adapted = LoraLinear(module, rank, alpha)
+        setattr(model.get_submodule(path), last, adapted)
+        if not adapted.lora_A.is_meta:
+            with torch.no_grad():
+                adapted.lora_A.copy_(model.initial_value(f"{name}.lora_A", adapted.lora_A.shape, seed))  # pyright: ignore[reportCallIssue]
+
+
+def merged(weights: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
+    """The weights of the same model without adapters: W + (alpha/r) B A for each. `weights` are whole tensors by name; none is changed."""
+    found = {name: x for name, x in weights.items() if not name.endswith((".lora_A", ".lora_B"))}
+    for name, a in weights.items():
+        if name.endswith(".lora_A"):
+            layer = name.removesuffix(".lora_A")
+            w, b = weights[f"{layer}.weight"], weights[f"{layer}.lora_B"]
+            found[f"{layer}.weight"] = (w.double() + (alpha / a.shape[0]) * b.double() @ a.double()).to(w.dtype)
+    return found
