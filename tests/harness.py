@@ -14,6 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed
+
 
 class RankFailed(AssertionError):
     pass
@@ -55,10 +58,9 @@ def _fork(rank: int, ranks: int, port: int, scratch: Path, work: Callable[..., A
             RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks), GROUP_RANK="0",
             MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test",
         )  # fmt: skip
+        torch.set_num_threads(1)  # a test before this one may have used more, and a used OpenMP pool does not survive a fork
         result = work(*arguments)
         (scratch / f"{rank}.pickle").write_bytes(pickle.dumps(result))
-        import torch.distributed
-
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         code = 0
