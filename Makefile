@@ -42,7 +42,7 @@ pair: $(STAMP) ## write the edits of notebooks/*.py into the .ipynb beside them,
 bench: $(STAMP) ## speed as ratios: our Trainer against a bare loop, bf16 against fp32
 	$(BIN)/python -m meshformer.bench $(ARGS)
 
-faults: $(STAMP) ## kill, starve and damage 200 runs and see that none is lost; goes on where it was (about 25 minutes)
+faults: $(STAMP) ## kill, starve and damage 200 runs and see that none is lost; goes on where it was
 	$(BIN)/python -m meshformer.bench.faults $(ARGS)
 
 clean: ## remove .venv, caches and builds; runs/ and data stay
