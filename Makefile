@@ -21,7 +21,8 @@ setup: $(STAMP) ## make .venv and install meshformer into it, editable
 train: $(STAMP) ## train the default recipe; ARGS="key=value ..." overrides
 	$(BIN)/meshformer train $(ARGS)
 
-test: lint notebooks ## lint, type check, run the notebooks and the whole suite; ARGS="..." goes to pytest
+test: $(STAMP) ## lint, type check, run the notebooks and the whole suite; ARGS="..." goes to pytest
+	@$(MAKE) --no-print-directory -j2 --output-sync=target lint notebooks
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: $(STAMP) ## ruff and basedpyright

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -34,6 +36,7 @@ def test_it_reports_facts_and_passes_its_own_test() -> None:
     assert len(done.stdout.splitlines()) == len(facts), "what the test jobs print is no part of the report"
 
 
+@pytest.mark.slow
 def test_a_wrong_layout_is_told(tmp_path: Path) -> None:
     """With FSDP's averaging forgotten the self-test fails: it can."""
     (tmp_path / "sitecustomize.py").write_text(

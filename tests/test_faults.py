@@ -15,7 +15,8 @@ def campaign(tmp_path_factory: pytest.TempPathFactory) -> faults.Campaign:
     return faults.Campaign(tmp_path_factory.mktemp("faults"), seed=1)
 
 
-@pytest.mark.parametrize("number", range(len(KINDS)), ids=KINDS)
+# A hung rank is in tests/test_launch.py too.
+@pytest.mark.parametrize("number", [pytest.param(n, id=k, marks=[pytest.mark.slow] * (k == "hang")) for n, k in enumerate(KINDS)])
 def test_nothing_is_lost(campaign: faults.Campaign, number: int) -> None:
     outcome = campaign.fault(number)
     expected = faults.OLDER if KINDS[number] in faults.DAMAGE else faults.EXACT

@@ -103,6 +103,7 @@ def test_a_killed_rank_is_recorded_as_a_failure(work: Path) -> None:
     assert json.loads((folder / "run.json").read_text())["state"] == "failed"
 
 
+@pytest.mark.slow
 def test_torchrun_from_outside_trains_in_one_folder(work: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "meshformer.cli", "train"]
     done = start([*torchrun, *settings(work, "strategy=ddp", "trainer.devices=2", f"hydra.run.dir={work}/torchrun")])
@@ -127,7 +128,7 @@ def broken_task(work: Path, mistake: str) -> list[str]:
     return [f"task._target_={name}.Broken", f"allow=[{name}]"]
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "pipeline"])
+@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "pipeline"])
 def test_a_failing_rank_ends_the_job_with_its_own_words(work: Path, strategy: str) -> None:
     task = broken_task(work, "raise RuntimeError('the widget fell off')")
     command = settings(work, f"strategy={strategy}", "trainer.devices=2", f"hydra.run.dir={work}/failed-{strategy}", *task)

@@ -221,7 +221,12 @@ def test_accumulation_of_a_tied_model_and_a_whole_batch_of_an_untied_one(referen
     check_equal(references, 2, [f"strategy={layout}", "model.tie_embeddings=false"], ignore=False)
 
 
-@pytest.mark.parametrize(("processes", "overrides"), [case[1:] for case in VARIANTS], ids=[case[0] for case in VARIANTS])
+SLOW = ("compiled, tensor", "ulysses × tensor")  # compiled fsdp, and ALiBi with both, say as much
+
+
+@pytest.mark.parametrize(
+    ("processes", "overrides"), [pytest.param(*case[1:], id=case[0], marks=[pytest.mark.slow] * (case[0] in SLOW)) for case in VARIANTS]
+)
 def test_variant_equals_one_process(references: References, processes: int, overrides: list[str]) -> None:
     check_equal(references, processes, overrides)
 

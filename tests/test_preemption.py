@@ -77,7 +77,7 @@ def begin(command: list[str], folder: Path, rows: int = 4) -> subprocess.Popen[s
 
 @pytest.mark.parametrize(
     ("layout", "number", "code"),
-    [("single", signal.SIGTERM, 75), ("single", signal.SIGINT, 130), ("pipeline", signal.SIGUSR1, 75)],
+    [("single", signal.SIGINT, 130), ("pipeline", signal.SIGUSR1, 75), pytest.param("single", signal.SIGTERM, 75, marks=pytest.mark.slow)],
 )
 def test_a_signal_stops_the_run_saved_and_it_goes_on_exactly(work: Path, layout: str, number: signal.Signals, code: int) -> None:
     folder = work / f"{layout}-{number.name}"

@@ -311,6 +311,7 @@ def command(work: Path, *words: str) -> list[str]:
     return ["train", *TINY, f"data.files=[{work}/text.txt]", f"paths.data={work}/cache", f"paths.runs={work}/runs", *SETTINGS, *words]
 
 
+@pytest.mark.slow
 def test_the_command_resumes_from_the_checkpoint_before_a_damaged_one(work: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """In two processes of our own agent: the parent verifies and speaks, once."""
     run = work / "command"
