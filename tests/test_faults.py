@@ -8,6 +8,7 @@ from meshformer.bench import faults
 from meshformer.checkpoint import find
 
 KINDS = list(faults.FAULTS)
+ELSEWHERE = ("hang", "kill -9 of a rank")  # tests/test_launch.py and tests/test_preemption.py do the same
 
 
 @pytest.fixture(scope="module")
@@ -15,8 +16,7 @@ def campaign(tmp_path_factory: pytest.TempPathFactory) -> faults.Campaign:
     return faults.Campaign(tmp_path_factory.mktemp("faults"), seed=1)
 
 
-# A hung rank is in tests/test_launch.py too.
-@pytest.mark.parametrize("number", [pytest.param(n, id=k, marks=[pytest.mark.slow] * (k == "hang")) for n, k in enumerate(KINDS)])
+@pytest.mark.parametrize("number", [pytest.param(n, id=k, marks=[pytest.mark.slow] * (k in ELSEWHERE)) for n, k in enumerate(KINDS)])
 def test_nothing_is_lost(campaign: faults.Campaign, number: int) -> None:
     outcome = campaign.fault(number)
     expected = faults.OLDER if KINDS[number] in faults.DAMAGE else faults.EXACT

@@ -222,6 +222,7 @@ def test_a_search_survives_an_interruption_and_goes_on(work: Path) -> None:
     assert f"best trial: {folder}/{study.best_trial.number}" in out
 
 
+@pytest.mark.slow
 def test_submitit_runs_the_points_in_jobs_of_its_own(work: Path) -> None:
     """The launcher of hydra/launcher=slurm, with the executor that needs no cluster."""
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher.submitit_launcher")

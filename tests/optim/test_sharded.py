@@ -183,4 +183,6 @@ def test_sgd_in_any_type_is_the_formula(dtype: torch.dtype) -> None:
     p = torch.nn.Parameter(weight.clone())
     p.grad = gradient.clone()
     ShardwiseSGD([{"params": [p]}], lr=0.1, momentum=0.0, weight_decay=0.0, nesterov=False).step()
-    torch.testing.assert_close(p.detach().float(), weight.float() - 0.1 * gradient.float(), atol=0.02 if dtype != torch.float32 else 1e-6, rtol=0)
+    torch.testing.assert_close(
+        p.detach().float(), weight.float() - 0.1 * gradient.float(), atol=0.02 if dtype != torch.float32 else 1e-6, rtol=0
+    )
