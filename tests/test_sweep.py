@@ -190,6 +190,7 @@ def search(work: Path, folder: Path, *more: str) -> list[str]:
     return settings(work, f"hydra.sweep.dir={folder}", "sweep.search=tpe", "sweep.jobs=1", *ranges, *more)
 
 
+@pytest.mark.slow
 def test_a_search_survives_an_interruption_and_goes_on(work: Path) -> None:
     optuna = pytest.importorskip("optuna")
     folder = work / "search"
