@@ -192,7 +192,6 @@ def test_finetuning_takes_model_weights_and_tokenizer_from_the_folder(work: Path
     assert main(["generate", f"run={work}/kept", "prompt=abc", "max_tokens=3"]) == 0
 
 
-@pytest.mark.slow
 def test_every_layout_starts_from_the_folder_alike(work: Path, llama: Path) -> None:
     expected = finetuned(work, "single", llama, "optimizer.lr=0.5")
     for strategy in ("fsdp", "tensor", "pipeline"):

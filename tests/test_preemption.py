@@ -136,7 +136,7 @@ def test_a_run_that_could_not_be_saved_does_not_say_so(work: Path, layout: str) 
 def test_a_second_signal_ends_the_job_at_once(work: Path) -> None:
     folder = work / "twice"
     command = [*CLI, *settings(work, "strategy=ddp", "trainer.devices=2", f"hydra.run.dir={folder}", "trainer.max_steps=100000")]
-    job = begin([*command, *slow_task(work, "time.sleep(600)", "self.trainer.global_step == 6")], folder)
+    job = begin([*command, *slow_task(work, "time.sleep(600)", "self.trainer.global_step == 6")], folder, rows=6)  # the next step sleeps
     processes = psutil.Process(job.pid).children(recursive=True)
     job.send_signal(signal.SIGTERM)
     time.sleep(1)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from harness import run_ranks
-from jobs import run_tiny, text_file
+from jobs import run_tiny, text_file, tiny_config
 
 STEPS, SAVED = 18, 8  # resumed for ten steps
 COMMON = [
@@ -31,8 +31,8 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "pipeline": (2, ["strategy=pipeline"]),
     "interleaved": (2, ["strategy=pipeline", "strategy.schedule=interleaved_1f1b"]),
     "fsdp_tensor": (4, ["strategy=fsdp_tensor"]),
-    "fsdp_pipeline": (4, ["strategy=fsdp_pipeline"]),
-    "tensor_pipeline": (4, ["strategy=tensor_pipeline"]),
+    "fsdp_pipeline": (4, ["strategy=fsdp_pipeline", "strategy.microbatches=4"]),
+    "tensor_pipeline": (4, ["strategy=tensor_pipeline", "strategy.microbatches=4"]),
 }
 # (saved in, resumed in)
 PAIRS = [
@@ -68,7 +68,9 @@ class Runs:
         if key not in self.known:
             processes, overrides = LAYOUTS[layout]
             name = f"whole-{len(self.known)}"
-            found = run_ranks(processes, rows, self.folder, name, [*overrides, *settings, f"trainer.devices={processes}"])[0]
+            overrides = [*overrides, *settings, f"trainer.devices={processes}"]
+            tiny_config(self.folder, *COMMON, *overrides)  # once, for all ranks
+            found = run_ranks(processes, rows, self.folder, name, overrides)[0]
             self.known[key] = name, found
         return self.known[key]
 
@@ -83,7 +85,9 @@ class Runs:
 
     def resumed(self, name: str, layout: str, *settings: str) -> list[dict[str, Any]]:
         processes, overrides = LAYOUTS[layout]
-        return run_ranks(processes, rows, self.folder, name, [*overrides, *settings, f"trainer.devices={processes}"], True)[0]
+        overrides = [*overrides, *settings, f"trainer.devices={processes}"]
+        tiny_config(self.folder, *COMMON, *overrides)
+        return run_ranks(processes, rows, self.folder, name, overrides, True)[0]
 
 
 @pytest.fixture(scope="module")

@@ -190,7 +190,6 @@ def search(work: Path, folder: Path, *more: str) -> list[str]:
     return settings(work, f"hydra.sweep.dir={folder}", "sweep.search=tpe", "sweep.jobs=1", *ranges, *more)
 
 
-@pytest.mark.slow
 def test_a_search_survives_an_interruption_and_goes_on(work: Path) -> None:
     optuna = pytest.importorskip("optuna")
     folder = work / "search"
@@ -223,7 +222,6 @@ def test_a_search_survives_an_interruption_and_goes_on(work: Path) -> None:
     assert f"best trial: {folder}/{study.best_trial.number}" in out
 
 
-@pytest.mark.slow
 def test_submitit_runs_the_points_in_jobs_of_its_own(work: Path) -> None:
     """The launcher of hydra/launcher=slurm, with the executor that needs no cluster."""
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher.submitit_launcher")

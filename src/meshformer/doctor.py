@@ -76,7 +76,7 @@ def facts() -> list[tuple[str, str]]:
 
 def self_test() -> float:
     """The largest difference between the losses of two FSDP processes and one."""
-    with tempfile.TemporaryDirectory() as scratch, _silence():
+    with tempfile.TemporaryDirectory() as scratch, silence():
         text = Path(scratch) / "text.txt"
         draw = random.Random(0)
         text.write_text(" ".join("".join(draw.choices("abcdefgh", k=draw.randint(2, 5))) for _ in range(1500)))
@@ -93,7 +93,7 @@ def self_test() -> float:
 
 
 @contextlib.contextmanager
-def _silence() -> Iterator[None]:
+def silence() -> Iterator[None]:
     """Of this process and those it starts: what they print is no part of the report."""
     sys.stdout.flush()
     kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)

@@ -27,7 +27,6 @@ from meshformer.record.run_json import RunRecord
 if TYPE_CHECKING:
     from meshformer.callbacks.preemption import StopSignals
 
-START_METHOD = "forkserver"  # bench/faults.py, which has imported everything and used nothing of it, forks its ranks itself
 TIMED_OUT = ("Timed out waiting", "Watchdog caught collective operation timeout", "Timed out after")  # gloo's words, and NCCL's
 PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
@@ -40,17 +39,18 @@ class JobFailed(Exception):
         self.details = details
 
 
-def launch(config: dict[str, Any], folder: Path, own_process: bool = False, start_method: str | None = None) -> dict[str, float]:
+def launch(config: dict[str, Any], folder: Path, own_process: bool = False, start_method: str = "forkserver") -> dict[str, float]:
     """Trains `config` in `folder` and returns rank 0's final metrics. `own_process`: start a worker even for one device (grids).
 
-    `start_method="fork"`: only from a process that has imported all and computed nothing, which saves each job seconds (see command/sweep).
+    `start_method="fork"`: only from a process that has imported all and computed nothing, as command/sweep and
+    bench/faults.py have; it saves each job seconds.
     """
     processes, around = config["trainer"]["devices"], outside()
     os.environ["OMP_NUM_THREADS"] = str(config["trainer"]["threads"])  # read once, when torch is imported
     try:
         if around is not None or (processes == 1 and not own_process):
             return _train(config, folder)  # torchrun and srun made the ranks already
-        return _launch_agent(config, folder, processes, start_method or START_METHOD)
+        return _launch_agent(config, folder, processes, start_method)
     except Stopped as stopped:
         if config["launch"]["requeue"] and stopped.reason == "preempted" and stopped.saved and (around is None or around.rank == 0):
             requeue()

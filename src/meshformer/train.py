@@ -32,6 +32,7 @@ from meshformer.record.run_json import RunRecord
 from meshformer.tasks import Evaluated
 
 Config = dict[str, Any]
+TEXT_TOKENS = 400  # of the text a run ends with
 
 
 def train(config: Config, folder: Path, signals: StopSignals | None = None) -> dict[str, float]:
@@ -127,7 +128,7 @@ def _train(config: Config, folder: Path, signals: StopSignals) -> dict[str, floa
     final = {**rows.latest, **final}
     text = None
     if getattr(task, "writes_text", False):
-        text = continuation(task, data.tokenizer, "\n", 400, temperature=0.8, top_p=0.95, seed=1)  # takes every rank
+        text = continuation(task, data.tokenizer, "\n", TEXT_TOKENS, temperature=0.8, top_p=0.95, seed=1)  # takes every rank
     if record:
         for name, content in task.results(data).items() if isinstance(task, Evaluated) else ():
             atomic_write_text(folder / name, content)

@@ -6,7 +6,6 @@ Each set is a folder of runs, trained by the command a user would type, seconds 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import hashlib
 import os
 import shutil
@@ -17,6 +16,7 @@ from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 
+from meshformer.doctor import silence
 from meshformer.record import read_run
 
 SMALL = [
@@ -75,26 +75,11 @@ def train_missing(name: str, steps: int, folder: Path) -> None:
             continue
         shutil.rmtree(target, ignore_errors=True)  # of a start that was killed
         start = time.perf_counter()
-        with _silent():
+        with silence():
             code = main(["train", f"hydra.run.dir={target}", *overrides])
         if code:
             raise SystemExit(f"{name}/{run} failed with exit code {code}")
         print(f"  {name}/{run:<24}{time.perf_counter() - start:6.1f} s", flush=True)
-
-
-@contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """What runs print at their end goes nowhere, that of ranks in other processes too; errors are still seen."""
-    sys.stdout.flush()
-    before, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        os.dup2(before, 1)
-        os.close(before)
-        os.close(nowhere)
 
 
 def _finished(folder: Path) -> bool:

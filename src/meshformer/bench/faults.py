@@ -26,11 +26,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from meshformer import launch
+from meshformer import train
 from meshformer.bench.__main__ import machine
 from meshformer.checkpoint.find import candidates, checkpoints, step_of
 from meshformer.compose import compose
 from meshformer.config.errors import ConfigError, Stopped
+from meshformer.launch import launch
 from meshformer.record.metrics_csv import read_metrics
 from meshformer.record.run_json import read_run
 from meshformer.tasks import LanguageModelling
@@ -85,8 +86,8 @@ class Job:
         os.environ["MESHFORMER_FAULT"] = fault
         code = 1
         try:
-            launch.START_METHOD = "fork"
-            launch.launch(config, self.folder)
+            train.TEXT_TOKENS = 16  # nobody reads it
+            launch(config, self.folder, start_method="fork")
             code = 0
         except Stopped:
             code = 75

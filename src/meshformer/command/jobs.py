@@ -45,10 +45,8 @@ def run_command(command: str, argv: Sequence[str]) -> int:
         if any(getattr(args, name) for name in SHOWING):
             _show(hydra, args, config_name, overrides)
             return 0
-        if command == "convert":
-            return _convert(hydra, config_name, overrides, args.multirun)
-        if command == "export":
-            return _export(hydra, config_name, overrides, args.multirun)
+        if command in ("convert", "export"):
+            return _write_elsewhere(command, hydra, config_name, overrides, args.multirun)
         if command != "train":
             return _use_run(command, hydra, config_name, overrides, args.multirun)
         if args.multirun or compose.value_of(overrides, "hydra.mode") == "MULTIRUN":
@@ -210,29 +208,23 @@ def _use_run(command: str, hydra: Hydra, config_name: str, overrides: list[str],
     return 0
 
 
-def _convert(hydra: Hydra, config_name: str, overrides: list[str], multirun: bool) -> int:
+def _write_elsewhere(command: str, hydra: Hydra, config_name: str, overrides: list[str], multirun: bool) -> int:
+    """`convert` and `export`: what a run has learned, in another form at another place."""
     if multirun:
-        raise ConfigError("meshformer convert reads one checkpoint", "--multirun", fix="Leave -m out.")
+        raise ConfigError(f"meshformer {command} reads one {'checkpoint' if command == 'convert' else 'model'}", "--multirun", fix="Leave -m out.")
     text, overrides = compose.take(overrides, "output")  # a path: not Hydra's to read
     options = compose.plain(compose.compose_config(hydra, config_name, overrides))
-    options = validate({**options, **text}, Convert)
-    source, target = source_and_target(options)
-    from meshformer.convert import convert  # imports torch
+    options = validate({**options, **text}, Convert if command == "convert" else Export)
+    if command == "convert":
+        source, target = source_and_target(options)
+        from meshformer.convert import convert  # imports torch
 
-    convert(source, target, options["to"])
-    return 0
+        convert(source, target, options["to"])
+    else:
+        source, target = export_source_and_target(options)
+        from meshformer.export import export  # imports torch
 
-
-def _export(hydra: Hydra, config_name: str, overrides: list[str], multirun: bool) -> int:
-    if multirun:
-        raise ConfigError("meshformer export reads one model", "--multirun", fix="Leave -m out.")
-    text, overrides = compose.take(overrides, "output")  # a path: not Hydra's to read
-    options = compose.plain(compose.compose_config(hydra, config_name, overrides))
-    options = validate({**options, **text}, Export)
-    source, target = export_source_and_target(options)
-    from meshformer.export import export  # imports torch
-
-    export(source, target, options["format"])
+        export(source, target, options["format"])
     return 0
 
 

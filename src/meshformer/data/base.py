@@ -41,7 +41,10 @@ class SampledData(LightningDataModule):
         self.accumulation = accumulation
         self.samples = 0
 
+    # Abstract, all five: TextData, SequenceData and ImageData say what they are.
+
     def order(self) -> Order:
+        """Of the training samples."""
         raise NotImplementedError
 
     def training_set(self) -> Any:
