@@ -84,7 +84,7 @@ def run_labelled(folder: Path, name: str, *overrides: str, resume: bool = False)
     texts = texts if texts.is_file() else labelled_file(folder)
     tiny = [o for o in TINY if not o.startswith("data=")]
     own = ["data=csv", f"data.file={texts}", f"paths.data={folder}/cache", f"paths.runs={folder}/runs"]
-    return _run(Path(folder) / name, compose([*tiny, *own, *overrides]), resume)
+    return _run(Path(folder) / name, deepcopy(_composed(*tiny, *own, *overrides)), resume)
 
 
 def tiny_config(folder: Path, *overrides: str) -> dict[str, Any]:

@@ -32,6 +32,7 @@ LORA = ["stage.lora.rank=3", "stage.lora.alpha=6", "stage.lora.targets=[q,v,o,up
 WAYS = {
     "lora": [*LORA, "trainer.gradient_clip_val=0.08", "optimizer.lr=4"],
     "frozen": ["stage.freeze=[embedding.*,'blocks.[0].*']", "trainer.gradient_clip_val=0.1"],
+    "drawn anew": ["stage.reinit=['blocks.1.*',norm.*,head.*]", "trainer.gradient_clip_val=0.1"],
     "by layer": ["stage.layer_decay=0.8", "stage.head_lr_scale=1.5", "stage.unfreeze_every=3"],
 }
 
@@ -49,12 +50,24 @@ def base(references: References) -> Path:  # noqa: F811
 
 # Frozen layers with fsdp and pipeline are in test_parity.py.
 CASES = [("lora", layout) for layout in ("ddp", "fsdp", "tensor", "pipeline")]
-CASES += [("frozen", "ddp"), ("frozen", "tensor"), ("by layer", "fsdp"), ("by layer", "pipeline")]
+CASES += [("frozen", "ddp"), ("frozen", "tensor"), ("by layer", "fsdp"), ("by layer", "pipeline"), ("drawn anew", "pipeline")]
 
 
 @pytest.mark.parametrize(("way", "layout"), CASES)
 def test_way_equals_one_process(references: References, base: Path, way: str, layout: str) -> None:  # noqa: F811
     check_equal(references, 2, [f"strategy={layout}", *finetune(base, *WAYS[way])])
+
+
+def test_what_is_drawn_anew_is_what_training_from_scratch_starts_with(base: Path) -> None:
+    config = config_of(base / "base")
+    fresh, model = build_model(config), build_model(config)
+    load_weights(model, latest_checkpoint(base / "base"), anew=["blocks.1.*", "norm.*"])
+    saved = read_tensors(latest_checkpoint(base / "base"), "model.")
+    start = dict(fresh.named_parameters())
+    for name, p in model.named_parameters():
+        assert torch.equal(p, start[name] if name.startswith(("blocks.1.", "norm.")) else saved[f"model.{name}"]), name
+    load_weights(fresh, latest_checkpoint(base / "base"), anew=["*"])
+    assert all(torch.equal(p, build_model(config).state_dict()[name]) for name, p in fresh.named_parameters())
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +142,7 @@ def test_rates_fall_from_the_top_and_the_groups_are_those_of_the_whole_model_in_
     ("overrides", "message"),
     [
         (["+stage.freeze=[blocs.0.*]"], "no parameter has such a name.*blocks"),
+        (["+stage.reinit=[blocks.7.*]"], "stage.reinit=.*no parameter has such a name"),
         (["+stage.lora.rank=2", "+stage.lora.targets=[query]"], "no linear layer in the blocks is called query.*: they are down, k, o, q"),
     ],
 )

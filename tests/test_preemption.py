@@ -20,6 +20,7 @@ import pytest
 from harness import run_ranks
 from jobs import TINY, run_tiny, text_file
 from meshformer.checkpoint.find import latest_checkpoint, step_of
+from meshformer.cli import main
 from meshformer.config.errors import Stopped
 from meshformer.record.metrics_csv import read_metrics
 from meshformer.tasks import LanguageModelling
@@ -95,11 +96,7 @@ def test_a_signal_stops_the_run_saved_and_it_goes_on_exactly(work: Path, layout:
     step = step_of(latest_checkpoint(folder))
     assert record["state"] == "preempted" and f"after step {step}" in record["error"]["message"]
     assert not (folder / ".ranks").exists()
-    more = subprocess.run(
-        [*CLI, f"resume={folder}", f"trainer.max_steps={step + 3}", "strategy=single", "trainer.devices=1"], capture_output=True, text=True,
-        env=os.environ | {"PYTHONPATH": f"{ROOT / 'src'}", "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert more.returncode == 0, more.stderr
+    assert run_ranks(1, main, ["train", f"resume={folder}", f"trainer.max_steps={step + 3}", "strategy=single", "trainer.devices=1"]) == [0]
     resumed = read_metrics(folder / "metrics.csv")
     expected = run_tiny(work, f"whole-{folder.name}", "schedule=constant", f"trainer.max_steps={step + 3}")
     assert [r["step"] for r in resumed] == list(range(1, step + 4))
@@ -166,8 +163,6 @@ def test_a_dead_rank_starts_again_from_the_newest_checkpoint(work: Path) -> None
     assert job.returncode == 0, err
     record = json.loads((folder / "run.json").read_text())
     assert record["state"] == "finished" and [segment["state"] for segment in record["segments"]] == ["failed"]
-    whole = work / "never-died"
-    subprocess.run([*CLI, *settings(work, *layout, f"hydra.run.dir={whole}")], check=True, capture_output=True, env=environment(folder))
-    rows, expected = read_metrics(folder / "metrics.csv"), read_metrics(whole / "metrics.csv")
+    rows, (expected, _) = read_metrics(folder / "metrics.csv"), run_ranks(2, run_tiny, work, "never-died", "schedule=constant", *layout)
     assert [(r["step"], r["train/loss"]) for r in rows] == [(r["step"], r["train/loss"]) for r in expected]
     assert len(rows) == 60

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from fnmatch import fnmatchcase
 from functools import partial
@@ -120,19 +120,27 @@ def build_model(config: Config) -> Any:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(any(fnmatchcase(name, pattern) for pattern in trained))
     freeze(model, stage.get("freeze") or ())
+    fitting((name for name, _ in model.named_parameters()), stage.get("reinit") or (), "stage.reinit")  # acted on where weights are loaded
     return model
 
 
 def freeze(model: Any, patterns: Sequence[str]) -> None:
     """Parameters whose names fit one of the patterns get no gradient. ConfigError for a pattern that no name fits."""
     parameters = dict(model.named_parameters())
+    for name in fitting(parameters, patterns, "stage.freeze"):
+        parameters[name].requires_grad_(False)
+
+
+def fitting(names: Iterable[str], patterns: Sequence[str], key: str) -> list[str]:
+    """Those of the parameters' names that fit one of the patterns. ConfigError for a pattern that none fits."""
+    names, found = list(names), []
     for pattern in patterns:
-        found = [name for name in parameters if fnmatchcase(name, pattern)]
-        if not found:
-            kinds = list(dict.fromkeys(name if "blocks." not in name else f"blocks.*.{name.split('.', 2)[2]}" for name in parameters))
-            raise ConfigError("no parameter has such a name", "stage.freeze", pattern, fix=f"Names are {', '.join(kinds)}.")
-        for name in found:
-            parameters[name].requires_grad_(False)
+        fit = [name for name in names if fnmatchcase(name, pattern)]
+        if not fit:
+            kinds = list(dict.fromkeys(name if "blocks." not in name else f"blocks.*.{name.split('.', 2)[2]}" for name in names))
+            raise ConfigError("no parameter has such a name", key, pattern, fix=f"Names are {', '.join(kinds)}.")
+        found += fit
+    return found
 
 
 def build_task(config: Config, max_steps: int) -> pl.LightningModule:

@@ -20,6 +20,7 @@ NEEDED = {
     "stage=finetune": ["stage.init_from={run}"],
     "experiment=kjv_finetune": ["stage.init_from={run}"],
     "experiment=mlm_then_classify": ["stage.init_from={run}"],
+    "experiment=mlm_pretrain_then_classify": ["stage.init_from={run}", "stage.pretrain=null"],
     "experiment=sentiment_minilm": ["stage.init_from={run}"],
     "data=csv": ["data.file={text}"],
     "data=hub_texts": ["data.source.path=somebody/texts"],

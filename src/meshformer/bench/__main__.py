@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from meshformer.bench import layouts, learning, runs, safety, speed, sweeps
+from meshformer.bench import layouts, learning, runs, safety, speed, sweeps, transfer
 
 MEASUREMENTS = {
     "speed": speed.report,
@@ -24,6 +24,10 @@ MEASUREMENTS = {
     "grid": sweeps.report_grid,
     "saving": safety.report_saving,
     "checks": safety.report_checks,
+    "sentiment": transfer.report_sentiment,
+    "images": transfer.report_images,
+    "masked": transfer.report_masked,
+    "decoder": transfer.report_decoder,
 }
 
 

@@ -111,7 +111,8 @@ def report_pipeline(options: argparse.Namespace) -> None:
             shares = []
             for name, split in (("flops", []), ("blocks", ["strategy.blocks_per_stage=[3,3]"])):
                 file = Path(scratch) / f"{name}-{m}.json"
-                clock = ["+callbacks.idle._target_=meshformer.bench.layouts.IdleClock", f"+callbacks.idle.file={file}"]
+                target = "meshformer.bench.layouts"
+                clock = [f"+callbacks.idle._target_={target}.IdleClock", f"+callbacks.idle.file={file}", f"allow=[{target}]"]
                 run(Path(scratch), f"{name}-{m}", *COMMON, *PIPELINE, *split, *clock, f"strategy.microbatches={m}", "trainer.max_steps=12")
                 shares.append(json.loads(file.read_text())["idle"])
             print(f"  {m:<16}{1 / (m + 1):>8.2f}{shares[0]:>12.2f}{shares[1]:>12.2f}")

@@ -23,7 +23,9 @@ def report_saving(options: argparse.Namespace) -> None:
     """Weights and AdamW's two moments to this disk, flushed, with checksums: until `write` returns, and until all is on disk."""
     model = Transformer(vocab_size=8192, n_layers=14, n_heads=8, d_model=512, context_length=256)
     tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
-    tensors |= {f"optimizer.{name}.{moment}": torch.rand_like(p) for name, p in model.named_parameters() for moment in ("exp_avg", "exp_avg_sq")}
+    tensors |= {
+        f"optimizer.{name}.{moment}": torch.rand_like(p) for name, p in model.named_parameters() for moment in ("exp_avg", "exp_avg_sq")
+    }
     size = sum(x.numel() * x.element_size() for x in tensors.values())
     waits: dict[bool, list[float]] = {False: [], True: []}
     totals: dict[bool, list[float]] = {False: [], True: []}

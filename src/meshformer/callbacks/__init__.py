@@ -1,6 +1,7 @@
 """One concern a file; each docstring says what state the callback keeps."""
 
 from .checkpoint import Checkpoint, ExactResume
+from .ema import EMA
 from .layout import Layout
 from .nonfinite import NonFinite, Spike
 from .progress import ProgressBar
@@ -9,4 +10,4 @@ from .rows import Rows
 from .samples import Samples
 from .throughput import Throughput
 
-__all__ = ["Checkpoint", "ExactResume", "Layout", "NonFinite", "ProgressBar", "Pruning", "Rows", "Samples", "Spike", "Throughput"]
+__all__ = ["EMA", "Checkpoint", "ExactResume", "Layout", "NonFinite", "ProgressBar", "Pruning", "Rows", "Samples", "Spike", "Throughput"]

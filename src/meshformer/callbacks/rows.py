@@ -45,7 +45,7 @@ class Rows(Callback):
             return
         # A row at the end, out of turn, does not end the interval: a resumed run then has the rows of one that never stopped.
         running = pl_module.running_metrics(reset=step % self.every_n_steps == 0)
-        values = dict(zip(running, torch.stack([v.double() for v in running.values()]).tolist(), strict=True))  # the one host sync
+        values = dict(zip(running, torch.stack([v.double() for v in running.values()]).tolist(), strict=True))
         values["train/lr"] = self._lr
         for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
             if hasattr(callback, "measure"):

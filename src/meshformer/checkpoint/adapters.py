@@ -14,8 +14,9 @@ from meshformer.config.errors import ConfigError
 from meshformer.config.paths import run_of
 from meshformer.model.lora import add_adapters, merged
 
-from .folder import misfits, read_tensors, refuse_misfits
+from .folder import misfits, refuse_misfits
 from .single_file import write_weights
+from .weights import read_weights
 
 
 def is_adapter(name: str) -> bool:
@@ -32,7 +33,7 @@ def settings_of(source: Path) -> dict[str, Any] | None:
 
 def merge_adapters(source: Path) -> dict[str, Tensor]:
     """The weights of a checkpoint by name, its adapters, if it has any, merged into them."""
-    weights = {name.removeprefix("model."): x for name, x in read_tensors(source, "model.").items()}
+    weights = read_weights(source)
     if not any(map(is_adapter, weights)):
         return weights
     stage = settings_of(source)
@@ -49,8 +50,7 @@ def write_adapters(source: Path, target: Path, trained: tuple[str, ...] = ()) ->
     stage = settings_of(source)
     if stage is None:
         raise ConfigError("the run trained no adapters (stage.lora.rank)", "run", str(source), fix="Use format=safetensors.")
-    every = read_tensors(source, "model.")
-    tensors = {name: x for name, x in every.items() if is_adapter(name) or name.removeprefix("model.").startswith(trained)}
+    tensors = {f"model.{name}": x for name, x in read_weights(source).items() if is_adapter(name) or name.startswith(trained)}
     write_weights(target, tensors, {}, {"lora": stage["lora"], "init_from": stage["init_from"]})
 
 

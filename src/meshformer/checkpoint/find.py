@@ -101,7 +101,9 @@ def is_folder(path: Path) -> bool:
     """A Hugging Face folder, whole or not. (A run's configuration is config.yaml.)"""
     if not path.is_dir() or (path / "config.yaml").is_file():
         return False
-    return any((path / name).is_file() for name in (CONFIG, INDEX)) or any(path.glob("*.safetensors")) or any(path.glob("pytorch_model*.bin"))
+    return (
+        any((path / name).is_file() for name in (CONFIG, INDEX)) or any(path.glob("*.safetensors")) or any(path.glob("pytorch_model*.bin"))
+    )
 
 
 def latest_checkpoint(run: Path, key: str = "run") -> Path:

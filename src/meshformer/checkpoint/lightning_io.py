@@ -18,6 +18,7 @@ from .background import Background
 from .folder import read_rest, read_tensors, write_folder
 from .optimizer import PREFIX, names_by_number, state_tensors
 from .ranks import StepFailed
+from .weights import AVERAGE
 
 
 class FolderCheckpointIO(CheckpointIO):
@@ -72,7 +73,7 @@ class FolderCheckpointIO(CheckpointIO):
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         checkpoint, tensors = read_rest(Path(path)), read_tensors(Path(path))
-        checkpoint["state_dict"] = {key: x for key, x in tensors.items() if not key.startswith(PREFIX)}
+        checkpoint["state_dict"] = {key: x for key, x in tensors.items() if not key.startswith((PREFIX, AVERAGE))}
         states: dict[str, tuple[dict[int, Any], int]] = {}
         for optimizer in checkpoint["optimizer_states"]:
             optimizer["state"] = {}

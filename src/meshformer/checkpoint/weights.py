@@ -2,28 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from .folder import misfits, read_into, refuse_misfits, tensor_sizes
+from .folder import misfits, read_into, read_tensors, refuse_misfits, tensor_sizes
+
+PREFIX, AVERAGE = "model.", "average."  # of the keys of weights, and of their averages over the training steps (callbacks.EMA)
 
 
 def load_weights(
-    model: nn.Module, checkpoint: Path, partial: bool = False, aliases: Mapping[str, str] | None = None, new: tuple[str, ...] = ()
+    model: nn.Module,
+    checkpoint: Path,
+    partial: bool = False,
+    aliases: Mapping[str, str] | None = None,
+    new: tuple[str, ...] = (),
+    anew: Sequence[str] = (),
+    averaged: bool = True,
 ) -> None:
-    """Copies the checkpoint's `model.*` tensors into `model`, whose parameters may be DTensors; each process reads its pieces, no communication.
+    """Copies the checkpoint's weights into `model`, whose parameters may be DTensors; each process reads its pieces, no communication.
+
+    Where the run kept an average of its weights, that is taken, unless `averaged` is False (to go on training).
 
     `partial`: the model is a part of the one that was saved (a pipeline rank's), so the checkpoint may hold more. `aliases` are {own name: name
     in the checkpoint} for names that the checkpoint lacks: the head of a tied model, say, where it is held without the embedding.
     `new`: patterns of names of parameters that keep the values they have where the checkpoint's are of another shape or not there.
+    `anew`: patterns of names of parameters that keep them in any case.
     ConfigError lists every tensor that is missing, extra or of another shape.
     """
-    saved = {key.removeprefix("model."): size for key, (size, _) in tensor_sizes(checkpoint).items() if key.startswith("model.")}
+    sizes = tensor_sizes(checkpoint)
+    saved = {key.removeprefix(PREFIX): size for key, (size, _) in sizes.items() if key.startswith(PREFIX)}
     own: dict[str, Any] = model.state_dict(keep_vars=True)
+    averages = {name for name in saved if AVERAGE + name in sizes} if averaged else set()
+    if averages:  # they are there for each parameter once: the second name of a tied one would be that of the last step's weights
+        saved = {name: size for name, size in saved.items() if name in averages or not isinstance(own.get(name), nn.Parameter)}
+    if anew:
+
+        def keeps(name: str) -> bool:
+            return any(fnmatchcase((aliases or {}).get(name, name), pattern) for pattern in anew)
+
+        kept = {id(x) for name, x in own.items() if keeps(name)}
+        gone = {name for name, x in own.items() if id(x) in kept}
+        own = {name: x for name, x in own.items() if name not in gone}
+        saved = {name: size for name, size in saved.items() if name not in gone and not keeps(name)}
     if new:
 
         def may_differ(name: str) -> bool:
@@ -40,4 +65,18 @@ def load_weights(
     problems = misfits(saved, {name: x.shape for name, x in wanted.items()}, extra)
     refuse_misfits(problems, f"the weights in {checkpoint} do not fit this model")
     once = {id(x): name for name, x in wanted.items()}
-    read_into(checkpoint, {f"model.{name}": wanted[name] for name in once.values()})
+    read_into(checkpoint, {(AVERAGE if name in averages else PREFIX) + name: wanted[name] for name in once.values()})
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Every weight by name, whole and on the CPU; its average where the run kept one."""
+    weights = {key.removeprefix(PREFIX): x for key, x in read_tensors(path, PREFIX).items()}
+    averages = {key.removeprefix(AVERAGE): x for key, x in read_tensors(path, AVERAGE).items()}
+    if not averages:
+        return weights
+
+    def averaged(name: str, x: Tensor) -> Tensor:
+        same = (first for first in averages if weights[first].shape == x.shape and torch.equal(weights[first], x))  # tied weights
+        return averages[name] if name in averages else averages.get(next(same, ""), x)
+
+    return {name: averaged(name, x) for name, x in weights.items()}

@@ -18,6 +18,7 @@ from meshformer import compose
 from meshformer.checkpoint.find import candidates, latest_checkpoint
 from meshformer.command.conversion import export_source_and_target, source_and_target
 from meshformer.command.folders import claim_folder, forget_folder, shared_folder, write_settings
+from meshformer.command.recipe import pretraining, run_that_did
 from meshformer.command.slurm import MARK, earlier_start, job_mark
 from meshformer.config import ConfigError, Convert, Evaluate, Export, Generate, validate
 from meshformer.config.paths import run_of
@@ -58,8 +59,26 @@ def run_command(command: str, argv: Sequence[str]) -> int:
         cfg = compose.compose_config(hydra, config_name, overrides)
         if cfg.hydra.runtime.choices.get("sweep") is not None:
             raise ConfigError("a sweep is several runs", "sweep", cfg.hydra.runtime.choices["sweep"], fix="Add -m.")
-        config = compose.settle(compose.plain(cfg), overrides)
+        config = compose.plain(cfg)
+        first = pretraining(config, overrides)
+        if first is None:
+            config = compose.settle(config, overrides)
+    if first is not None:
+        return _train_both(argv, first, str(config["paths"]["runs"]))
     return _train(args, hydra, cfg, config, compose.write_overrides(overrides, args.config_dir, args.config_name))
+
+
+def _train_both(argv: Sequence[str], first: list[str], runs: str) -> int:
+    """`stage.pretrain`: the run that `first` makes, unless it is there already, and then that of the command, from its weights."""
+    found = run_that_did(first, runs)
+    if found is None or not found[1]:
+        code = run_command("train", first if found is None else [f"resume={found[0]}"])
+        found = run_that_did(first, runs)
+        if code or found is None:
+            return code or 1
+    else:
+        print(f"pretrained already: {found[0]}", flush=True)
+    return run_command("train", [*argv, f"stage.init_from={found[0]}", "stage.pretrain=null"])
 
 
 def _train(args: argparse.Namespace, hydra: Hydra, cfg: DictConfig, config: Config, overrides: str, run: Path | None = None) -> int:
@@ -211,7 +230,9 @@ def _use_run(command: str, hydra: Hydra, config_name: str, overrides: list[str],
 def _write_elsewhere(command: str, hydra: Hydra, config_name: str, overrides: list[str], multirun: bool) -> int:
     """`convert` and `export`: what a run has learned, in another form at another place."""
     if multirun:
-        raise ConfigError(f"meshformer {command} reads one {'checkpoint' if command == 'convert' else 'model'}", "--multirun", fix="Leave -m out.")
+        raise ConfigError(
+            f"meshformer {command} reads one {'checkpoint' if command == 'convert' else 'model'}", "--multirun", fix="Leave -m out."
+        )
     text, overrides = compose.take(overrides, "output")  # a path: not Hydra's to read
     options = compose.plain(compose.compose_config(hydra, config_name, overrides))
     options = validate({**options, **text}, Convert if command == "convert" else Export)

@@ -112,7 +112,9 @@ def _model(config: Config) -> None:
     if model.get("head_transform"):
         for key, value in {"norm_position": "post", "head": True}.items():
             if model[key] != value:
-                raise ConfigError(f"belongs to models with model.{key}={_plain(value)}", "model.head_transform", "true", fix="Leave it out.")
+                raise ConfigError(
+                    f"belongs to models with model.{key}={_plain(value)}", "model.head_transform", "true", fix="Leave it out."
+                )
     if not 0 <= model.get("dropout", 0.0) < 1:
         raise ConfigError("must be at least 0 and below 1", "model.dropout", model["dropout"])
     if model["context_length"] < data["context_length"]:
@@ -162,6 +164,10 @@ def _stage(config: Config) -> None:
         if config["data"]["tokenizer"] == "pretrained":
             raise ConfigError("comes with pretrained weights", "data.tokenizer", "pretrained", fix="Use char or bpe, or stage=finetune.")
         return
+    if source is None and stage.get("pretrain"):
+        message = "trains another run first, once, which a sweep or a fork does not"
+        fix = "Train that run by a command of its own, and add stage.init_from=RUN stage.pretrain=null."
+        raise ConfigError(message, "stage.pretrain", stage["pretrain"], fix=fix)
     if source is None:
         raise ConfigError(
             "stage=finetune needs weights to start from", "stage.init_from", fix="Add stage.init_from=RUN, a run folder or last."

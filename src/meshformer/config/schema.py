@@ -94,8 +94,10 @@ class Lora:
 class Stage:
     name: Literal["pretrain", "finetune"]
     init_from: str | None = None
+    pretrain: list[str] | None = None
     lr_scale: PositiveFloat = 1.0
     freeze: list[str] = field(default_factory=list)
+    reinit: list[str] = field(default_factory=list)
     layer_decay: Share = 1.0
     head_lr_scale: PositiveFloat = 1.0
     unfreeze_every: PositiveInt | None = None

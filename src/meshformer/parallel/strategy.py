@@ -6,7 +6,7 @@ compilation → FSDP → memory → first values. The model is on torch's meta d
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -42,7 +42,8 @@ from .tensor import apply_tensor_parallel
 class MeshStrategy(ModelParallelStrategy):
     """`settings` is a resolved `strategy` config node; `compile` and `context_length` come from elsewhere in the configuration.
 
-    `init_from`: a checkpoint whose weights the model starts from, set before `fit`; all but `new_parts` where those do not fit.
+    `init_from`: a checkpoint whose weights the model starts from, set before `fit`; all but those in `anew`, and in `new_parts` where these do
+    not fit.
     """
 
     def __init__(self, settings: dict[str, Any], compile: bool = False, context_length: int = 1):
@@ -51,6 +52,7 @@ class MeshStrategy(ModelParallelStrategy):
         self.degrees = Degrees.from_config(settings)
         self.init_from: Path | None = None
         self.new_parts: tuple[str, ...] = ()
+        self.anew: Sequence[str] = ()
         self.pipeline: Pipeline | None = None
         self.context: ContextAxis | None = None
         self._built = False
@@ -155,7 +157,8 @@ class MeshStrategy(ModelParallelStrategy):
         else:
             self.model_to_device()
         if self.init_from is not None:
-            load_weights(model, self.init_from, partial=self.pipeline is not None, aliases=self.aliases, new=self.new_parts)
+            partial = self.pipeline is not None
+            load_weights(model, self.init_from, partial, self.aliases, new=self.new_parts, anew=self.anew)
         self.model = self.lightning_module
         self._measure_pieces(task)
 
@@ -259,7 +262,7 @@ class MeshStrategy(ModelParallelStrategy):
     def whole_weights(self) -> dict[str, Tensor] | None:
         """Every parameter, whole and on the host, by name: on global rank 0; None elsewhere. A collective, and as much memory as the model."""
         task: Any = self.lightning_module
-        self._give_back()
+        self.give_back()
         mine: dict[str, Tensor] = {}
         for name, p in task.model.named_parameters():
             full = p.full_tensor() if isinstance(p, DTensor) else p
@@ -276,7 +279,7 @@ class MeshStrategy(ModelParallelStrategy):
     # --- checkpoints: every rank writes and reads its own pieces, by name
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        self._give_back()
+        self.give_back()
         assert self.lightning_module is not None
         return self.lightning_module.state_dict()
 
@@ -295,8 +298,8 @@ class MeshStrategy(ModelParallelStrategy):
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         path, task = Path(self.broadcast(checkpoint_path)), self.lightning_module
         assert task is not None
-        self._give_back()
-        load_weights(task.model, path, partial=self.pipeline is not None, aliases=self.aliases)  # pyright: ignore[reportArgumentType]
+        self.give_back()
+        load_weights(task.model, path, partial=self.pipeline is not None, aliases=self.aliases, averaged=False)  # pyright: ignore[reportArgumentType]
         rest = read_rest(path)
         for optimizer, saved in zip(self.optimizers, rest["optimizer_states"], strict=False):
             optimizer.load_state_dict(read_optimizer(path, optimizer, saved["param_groups"]))
@@ -307,7 +310,8 @@ class MeshStrategy(ModelParallelStrategy):
         assert isinstance(self.checkpoint_io, FolderCheckpointIO), "build.py gives the Trainer a FolderCheckpointIO"
         return self.checkpoint_io
 
-    def _give_back(self) -> None:
+    def give_back(self) -> None:
+        """Whole parameters that FSDP keeps make room for its pieces of them: before weights are read or written by piece."""
         for stage in self._stages:
             give_back(stage)
 
