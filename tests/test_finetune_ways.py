@@ -141,8 +141,8 @@ def test_rates_fall_from_the_top_and_the_groups_are_those_of_the_whole_model_in_
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["+stage.freeze=[blocs.0.*]"], "no parameter has such a name.*blocks"),
-        (["+stage.reinit=[blocks.7.*]"], "stage.reinit=.*no parameter has such a name"),
+        (["+stage.freeze=[blocks.0.blok.*]"], "no parameter has such a name.*blocks"),
+        (["+stage.reinit=[blocks.1.blok.*]"], "stage.reinit=.*no parameter has such a name"),
         (["+stage.lora.rank=2", "+stage.lora.targets=[query]"], "no linear layer in the blocks is called query.*: they are down, k, o, q"),
     ],
 )

@@ -78,13 +78,18 @@ def begin(command: list[str], folder: Path, rows: int = 4) -> subprocess.Popen[s
 
 @pytest.mark.parametrize(
     ("layout", "number", "code"),
-    [("single", signal.SIGINT, 130), ("pipeline", signal.SIGUSR1, 75), pytest.param("single", signal.SIGTERM, 75, marks=pytest.mark.slow)],
+    [
+        ("single", signal.SIGINT, 130),
+        ("pipeline", signal.SIGUSR1, 75),
+        ("ddp", signal.SIGTERM, 75),
+        pytest.param("single", signal.SIGTERM, 75, marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_stops_the_run_saved_and_it_goes_on_exactly(work: Path, layout: str, number: signal.Signals, code: int) -> None:
     folder = work / f"{layout}-{number.name}"
     command = [*CLI, *settings(work, *LAYOUTS[layout], f"hydra.run.dir={folder}", "trainer.max_steps=100000")]
     job = begin(command, folder)
-    if number == signal.SIGUSR1:  # SLURM sends it to every process of a job step, and the command passes its own on
+    if layout != "single":  # SLURM sends it to every process of a job step, and the command passes its own on
         for process in psutil.Process(job.pid).children(recursive=True):
             process.send_signal(number)
     job.send_signal(number)
@@ -145,6 +150,19 @@ def test_a_second_signal_ends_the_job_at_once(work: Path) -> None:
     assert time.monotonic() - begun < 30
     _, alive = psutil.wait_procs(processes, timeout=5)
     assert not alive
+
+
+def test_ranks_that_were_not_there_yet_hear_of_it_too(work: Path) -> None:
+    folder = work / "early"
+    command = [*CLI, *settings(work, "strategy=ddp", "trainer.devices=2", f"hydra.run.dir={folder}", "trainer.max_steps=100000")]
+    job = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment(folder))
+    while not (folder / ".ranks").exists():
+        time.sleep(0.01)
+    time.sleep(0.1)
+    assert not list((folder / ".ranks").glob("*.pid"))
+    job.send_signal(signal.SIGTERM)
+    _, err = job.communicate(timeout=120)
+    assert job.returncode == 75 and "saved" in err, err
 
 
 def test_a_dead_rank_starts_again_from_the_newest_checkpoint(work: Path) -> None:

@@ -15,6 +15,7 @@ import threading
 import time
 import traceback
 import uuid
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from meshformer.callbacks.preemption import StopSignals
 
 TIMED_OUT = ("Timed out waiting", "Watchdog caught collective operation timeout", "Timed out after")  # gloo's words, and NCCL's
+STOP, LEAVE = "stop", "leave"  # files beside the ranks' notes: stop after this step, saved; leave at once
 PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
 
@@ -122,16 +124,17 @@ def _launch_agent(config: dict[str, Any], folder: Path, processes: int, start_me
 
 
 def _start_fork_server() -> None:
-    """Deaf to SIGUSR1, which SLURM sends to every process of a job step: without it the agent takes all ranks for dead."""
+    """Deaf to the signals that SLURM sends to every process of a job step: without it the agent takes all ranks for dead."""
     from multiprocessing import forkserver
 
     if threading.current_thread() is not threading.main_thread():
         return
-    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # what is ignored stays so in a new program
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGUSR1, signal.SIGTERM)}  # which a new program inherits
     try:
         forkserver.ensure_running()
     finally:
-        signal.signal(signal.SIGUSR1, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class _PassingOn:
@@ -153,8 +156,10 @@ class _PassingOn:
 
     def _pass_on(self, number: int, frame: Any) -> None:
         if self.asked:
+            (self.notes / LEAVE).touch()
             raise KeyboardInterrupt  # the agent kills its ranks on the way out
         self.asked = "interrupted" if number == signal.SIGINT else "preempted"
+        (self.notes / STOP).touch()  # for ranks that are not there yet
         print("stopping after this step; once more to stop at once", file=sys.stderr, flush=True)
         for file in self.notes.glob("*.pid"):
             try:
@@ -169,14 +174,18 @@ def _worker(config: dict[str, Any], folder: str, notes: str, launcher: int, veri
     What restarting cannot mend (a stop that was asked for, a mistake in the configuration) is returned instead. `verified`: the checkpoints that
     the parent has read already.
     """
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the fork server ignores it
     threading.Thread(target=_leave_with, args=(launcher,), daemon=True).start()
     rank = os.environ["RANK"]
+    (Path(notes) / f"{rank}.json").unlink(missing_ok=True)  # of the start before this one
     VERIFIED.update(verified)
     try:
         from meshformer.callbacks.preemption import StopSignals
 
-        with StopSignals(by_agent=True) as signals:
+        with StopSignals(by_agent=True, leaving=partial(_someone_left, Path(notes))) as signals:
             (Path(notes) / f"{rank}.pid").write_text(str(os.getpid()))
+            if (Path(notes) / STOP).exists():
+                signals.asked = "preempted"
             if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and checkpoints(Path(folder)):
                 config = {**config, "resume": folder}
             return _train(config, Path(folder), signals)
@@ -195,14 +204,35 @@ def _worker(config: dict[str, Any], folder: str, notes: str, launcher: int, veri
         raise SystemExit(1) from None
 
 
+def _someone_left(notes: Path) -> bool:
+    """Whether a rank has failed or is gone, or all are to leave at once. To ranks that are all well SIGTERM comes from outside."""
+    if (notes / LEAVE).exists() or any(notes.glob("*.json")) or not notes.is_dir():
+        return True
+    return any(not _runs(file.read_text()) for file in notes.glob("*.pid"))
+
+
+def _runs(process: str) -> bool:
+    status = Path("/proc") / process / "status"
+    try:
+        return "\nState:\tZ" not in status.read_text()
+    except OSError:
+        return not Path("/proc/self").exists() and _exists(int(process))
+
+
 def _leave_with(launcher: int) -> None:
     """A killed parent cannot stop its workers: they watch it and leave."""
     while True:
         time.sleep(1)
-        try:
-            os.kill(launcher, 0)
-        except ProcessLookupError:
+        if not _exists(launcher):
             os._exit(1)
+
+
+def _exists(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def _first_cause(folder: Path, failure: Exception, processes: int) -> Exception:

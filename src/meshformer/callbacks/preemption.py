@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -23,21 +25,21 @@ ASKING = {signal.SIGUSR1: "preempted", signal.SIGTERM: "preempted", signal.SIGIN
 class StopSignals:
     """SIGTERM, SIGUSR1 and Ctrl-C only set a flag; the one after that ends the process at once, whatever it is doing.
 
-    `by_agent`: in a rank of our own elastic agent SIGTERM means leave now, and Ctrl-C, which the terminal sends to every process, is the
-    parent's to pass on (as SIGUSR1). So is the second signal: SLURM sends SIGUSR1 to each process of a job step, and the parent passes its own on.
+    `by_agent`: in a rank of our own elastic agent Ctrl-C, which the terminal sends to every process, is the parent's to pass on (as SIGUSR1). So
+    is the second signal: SLURM sends SIGTERM and SIGUSR1 to each process of a job step, and the parent passes its own on. The agent, too, sends
+    SIGTERM, when another rank has failed: `leaving` tells whether that is so, and then the process ends at once.
     """
 
-    def __init__(self, by_agent: bool):
-        self.by_agent = by_agent
+    def __init__(self, by_agent: bool, leaving: Callable[[], bool] = lambda: True):
+        self.by_agent, self.leaving = by_agent, leaving
         self.asked: str | None = None
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():  # in a notebook's or a test's thread signals are not ours
             self._before = {number: signal.getsignal(number) for number in ASKING}
-            leave = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.SIG_IGN} if self.by_agent else {}
             for number in ASKING:
-                signal.signal(number, leave.get(number, self._ask))
+                signal.signal(number, signal.SIG_IGN if self.by_agent and number == signal.SIGINT else self._ask)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -45,6 +47,9 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.by_agent and number == signal.SIGTERM and self.leaving():
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
         self.asked = ASKING[signal.Signals(number)]
         for again in () if self.by_agent else ASKING:  # the default ends a process even inside a collective that never returns
             signal.signal(again, signal.SIG_DFL)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ SHAPES = (
     "_target_", "n_layers", "n_heads", "n_kv_heads", "d_model", "d_ff", "norm", "norm_position", "embedding_norm", "token_types", "activation",
     "bias", "qk_norm", "tie_embeddings", "head_dim", "norm_eps", "attention_bias", "head", "head_bias", "head_transform",
 )  # fmt: skip
+MODEL_PARTS = ("embedding", "position", "blocks", "norm", "head")  # of a Transformer
 ABSENT = {"head": True, "head_bias": False, "head_transform": False}  # values where a run is older than the setting; else null
 
 
@@ -40,6 +42,7 @@ def check(config: Config) -> None:
         check_cut,
         check_task,
         _rates,
+        _patterns,
         _stage,
         _commands,
         _saving,
@@ -147,6 +150,23 @@ def _finite(config: Config) -> None:
             look(child, f"{key}.{name}" if key else name)
 
     look(config, "")
+
+
+def _patterns(config: Config) -> None:
+    """The beginnings of patterns of parameters' names; which names there are in full is known in the job."""
+    model = config["model"]
+    if not str(model["_target_"]).startswith("meshformer.model."):
+        return
+    for key in ("freeze", "reinit"):
+        for pattern in config["stage"].get(key) or ():
+            part, _, rest = pattern.partition(".")
+            if not set(part) & set("*?[") and part not in MODEL_PARTS:  # (a wildcard may reach over dots)
+                told = f"Names begin with {', '.join(f'{name}.' for name in MODEL_PARTS)}"
+                raise ConfigError("no parameter has such a name", f"stage.{key}", pattern, fix=f"{told}.")
+            number = rest.partition(".")[0]
+            if part == "blocks" and not set(number) & set("*?") and not any(fnmatchcase(str(n), number) for n in range(model["n_layers"])):
+                fix = f"Use 0 to {model['n_layers'] - 1}, or blocks.*."
+                raise ConfigError("there is no such block", f"stage.{key}", pattern, fix=fix)
 
 
 def _stage(config: Config) -> None:
