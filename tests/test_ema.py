@@ -11,9 +11,9 @@ import torch
 import yaml
 
 from harness import run_ranks
-from jobs import run_tiny
+from jobs import run_tiny, tiny_config
 from meshformer import callbacks
-from meshformer.build import build_model
+from meshformer.build import build_callbacks, build_model
 from meshformer.checkpoint import load_pretrained
 from meshformer.checkpoint.find import latest_checkpoint
 from meshformer.checkpoint.folder import read_tensors
@@ -97,6 +97,17 @@ def test_what_loads_the_run_gets_the_average(folder: Path, tmp_path: Path) -> No
     raw = load_model(run).model
     load_weights(raw, latest_checkpoint(run), averaged=False)
     assert not torch.equal(raw.head.weight, found["average.embedding.tokens.weight"])
+
+
+def test_the_texts_are_those_of_the_average(folder: Path) -> None:
+    config = tiny_config(folder, *EMA)
+    config["callbacks"] = {
+        "ema": config["callbacks"]["ema"],
+        "samples": {"_target_": "meshformer.callbacks.Samples"},
+        **config["callbacks"],
+    }
+    kinds = [type(callback) for callback in build_callbacks(config, folder / "averaged", 1)]
+    assert kinds.index(callbacks.Samples) < kinds.index(callbacks.EMA) < kinds.index(callbacks.Checkpoint)
 
 
 def test_a_run_without_it_drops_it(folder: Path) -> None:

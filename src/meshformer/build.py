@@ -14,7 +14,7 @@ import lightning.pytorch as pl
 from hydra.errors import InstantiationException
 from lightning.pytorch.profilers import PassThroughProfiler
 
-from meshformer.callbacks import Checkpoint, ExactResume, Layout, ProgressBar, Rows, Samples
+from meshformer.callbacks import EMA, Checkpoint, ExactResume, Layout, ProgressBar, Rows, Samples
 from meshformer.checkpoint.lightning_io import FolderCheckpointIO
 from meshformer.config.allow import check_object, check_target
 from meshformer.config.errors import ConfigError
@@ -172,7 +172,7 @@ def build_callbacks(config: Config, folder: Path, steps_per_epoch: int) -> list[
             callback.folder = folder / "checkpoints"
         if isinstance(callback, Samples):
             callback.folder = folder / "samples"
-    saving = [c for c in configured if isinstance(c, Checkpoint)]
+    saving = [c for kind in (EMA, Checkpoint) for c in configured if isinstance(c, kind)]
     rows = Rows(folder, config["trainer"]["log_every_n_steps"])
     progress = [Layout(config["strategy"]), ProgressBar(rows)] if config["trainer"]["progress"] else []
     return [c for c in configured if c not in saving] + [ExactResume(steps_per_epoch), rows, *progress, *saving]

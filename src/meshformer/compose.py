@@ -23,6 +23,7 @@ from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
@@ -228,6 +229,11 @@ def value_of(overrides: Sequence[str], key: str, default: Any = None) -> Any:
     """The value that the last override of `key` gives it."""
     found = [override for override in overrides if override.lstrip("+").startswith(f"{key}=")]
     return OverridesParser.create().parse_overrides(found)[-1].value() if found else default
+
+
+def quoted(text: str) -> str:
+    """As a value that Hydra reads literally."""
+    return QuotedString(text, Quote.single).with_quotes()
 
 
 def write_overrides(overrides: Sequence[str], config_dir: str | None, config_name: str | None) -> str:

@@ -8,7 +8,7 @@ import yaml
 
 from meshformer.checkpoint.folder import read_rest, read_tensors, write_folder
 from meshformer.checkpoint.single_file import tied_weights, write_single, write_weights
-from meshformer.checkpoint.weights import read_weights
+from meshformer.checkpoint.weights import weights_of
 from meshformer.config.errors import ConfigError
 from meshformer.config.paths import run_of
 
@@ -29,7 +29,7 @@ def convert(source: Path, target: Path, to: str) -> None:
             write_single(target, tensors, rest)
         else:
             about = {"step": step, "model": _model_settings(run_of(source))}
-            tied, weights = tied_weights(tensors, rest), {f"model.{name}": x for name, x in read_weights(source).items()}
+            tied, weights = tied_weights(tensors, rest), {f"model.{name}": x for name, x in weights_of(tensors).items()}
             write_weights(target, weights, tied, {k: v for k, v in about.items() if v is not None})
     except (OSError, RuntimeError) as error:  # torch's archives report a full disk as the latter
         raise ConfigError(f"it cannot be written ({error})", "output", str(target)) from error

@@ -15,6 +15,7 @@ import threading
 import time
 import traceback
 import uuid
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from meshformer.checkpoint.find import VERIFIED, checkpoints
 from meshformer.command.slurm import requeue
 from meshformer.config.errors import ConfigError, Stopped
 from meshformer.config.resolve import outside
+from meshformer.record.run_folder import atomic_write_text
 from meshformer.record.run_json import RunRecord
 
 if TYPE_CHECKING:
@@ -156,10 +158,10 @@ class _PassingOn:
 
     def _pass_on(self, number: int, frame: Any) -> None:
         if self.asked:
-            (self.notes / LEAVE).touch()
+            _touch(self.notes / LEAVE)
             raise KeyboardInterrupt  # the agent kills its ranks on the way out
         self.asked = "interrupted" if number == signal.SIGINT else "preempted"
-        (self.notes / STOP).touch()  # for ranks that are not there yet
+        _touch(self.notes / STOP)  # for ranks that are not there yet
         print("stopping after this step; once more to stop at once", file=sys.stderr, flush=True)
         for file in self.notes.glob("*.pid"):
             try:
@@ -176,17 +178,18 @@ def _worker(config: dict[str, Any], folder: str, notes: str, launcher: int, veri
     """
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the fork server ignores it
     threading.Thread(target=_leave_with, args=(launcher,), daemon=True).start()
-    rank = os.environ["RANK"]
-    (Path(notes) / f"{rank}.json").unlink(missing_ok=True)  # of the start before this one
+    rank, start = os.environ["RANK"], os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    for old in Path(notes).glob(f"*.{rank}.*"):  # of the start before this one
+        old.unlink(missing_ok=True)
     VERIFIED.update(verified)
     try:
         from meshformer.callbacks.preemption import StopSignals
 
-        with StopSignals(by_agent=True, leaving=partial(_someone_left, Path(notes))) as signals:
-            (Path(notes) / f"{rank}.pid").write_text(str(os.getpid()))
+        with StopSignals(by_agent=True, leaving=partial(_someone_left, Path(notes), start)) as signals:
+            atomic_write_text(Path(notes) / f"{start}.{rank}.pid", str(os.getpid()))
             if (Path(notes) / STOP).exists():
                 signals.asked = "preempted"
-            if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and checkpoints(Path(folder)):
+            if int(start) and checkpoints(Path(folder)):
                 config = {**config, "resume": folder}
             return _train(config, Path(folder), signals)
     except Stopped as stopped:
@@ -200,21 +203,25 @@ def _worker(config: dict[str, Any], folder: str, notes: str, launcher: int, veri
             "config": list(error.args) if isinstance(error, ConfigError) else None,
             "traceback": traceback.format_exc(),
         }
-        (Path(notes) / f"{rank}.json").write_text(json.dumps(note, default=str))
+        (Path(notes) / f"{start}.{rank}.json").write_text(json.dumps(note, default=str))
         raise SystemExit(1) from None
 
 
-def _someone_left(notes: Path) -> bool:
-    """Whether a rank has failed or is gone, or all are to leave at once. To ranks that are all well SIGTERM comes from outside."""
-    if (notes / LEAVE).exists() or any(notes.glob("*.json")) or not notes.is_dir():
-        return True
-    return any(not _runs(file.read_text()) for file in notes.glob("*.pid"))
+def _touch(file: Path) -> None:
+    with suppress(OSError):  # a full disk, or ranks that have all ended
+        file.touch()
+
+
+def _someone_left(notes: Path, start: str) -> bool:
+    """Whether a rank of this start has failed, is gone or not there yet, or all are to leave at once. Else SIGTERM comes from outside."""
+    processes = [file.read_text() for file in notes.glob(f"{start}.*.pid")]
+    gone = len(processes) < int(os.environ["WORLD_SIZE"]) or not all(map(_runs, processes))
+    return gone or (notes / LEAVE).exists() or any(notes.glob(f"{start}.*.json"))
 
 
 def _runs(process: str) -> bool:
-    status = Path("/proc") / process / "status"
     try:
-        return "\nState:\tZ" not in status.read_text()
+        return "\nState:\tZ" not in (Path("/proc") / process / "status").read_text()
     except OSError:
         return not Path("/proc/self").exists() and _exists(int(process))
 

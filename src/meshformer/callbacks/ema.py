@@ -22,67 +22,80 @@ if TYPE_CHECKING:
 
 
 class EMA(Callback):
-    """Keeps the exponential moving average a ← β a + (1 − β) θ of the weights θ after every optimizer step (Polyak & Juditsky 1992).
+    """Keeps the exponential moving average a ← β a + (1 − β) θ of the trained weights θ after every optimizer step (Polyak & Juditsky 1992).
 
     β is `decay`, or (1 + n) / (10 + n) after n steps where that is less, so that the first weights are soon forgotten; with `decay` null nothing
     is done. Training itself is not changed. Validation, sample texts, and all that loads weights from the run's checkpoints (evaluate, generate,
     export, fine-tuning) use the average; `resume` and `fork` go on from the weights, and with the average. It is kept in fp32, cut as the
     parameters are. State: "average.<parameter>", tensors beside the checkpoint's "model.<parameter>".
+
+    Comes after what looks at weights in validation (Samples) and before what saves: build.py sees to it.
     """
 
     def __init__(self, decay: Share | None = None):
         if decay == 1:
             raise ConfigError("such an average never moves", "callbacks.ema.decay", decay, fix="0.999 is usual.")
         self.decay = decay
-        self._names: list[str] = []
-        self._weights: list[Tensor] = []  # of the parameters
-        self._averages: list[Tensor] = []
-        self._swapped: Any = None
+        self._parameters: list[Any] = []
+        self._second: set[str] = set()
+        self._weights: list[Tensor] = []  # what this rank holds of them; sharing memory
+        self._averages: dict[str, Tensor] = {}  # key in a checkpoint -> of the parameter's shape and layout
+        self._held: list[Tensor] = []  # what this rank holds of those; sharing memory
+        self._aside: list[Tensor] | None = None  # the weights while the model has the averages
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if self.decay is None:
             return
-        named = [(pl_module.aliases.get(name, name), p) for name, p in pl_module.model.named_parameters()]
-        averages = [p.detach().float().clone() for _, p in named]
-        self._names, self._weights, self._averages = [name for name, _ in named], pieces([p.detach() for _, p in named]), pieces(averages)
-        self._shaped = dict(zip((AVERAGE + name for name in self._names), averages, strict=True))
-        self._own = [name for name, _ in pl_module.model.named_parameters() if name not in pl_module.aliases]
+        named = {pl_module.aliases.get(name, name): p for name, p in pl_module.model.named_parameters() if p.requires_grad}
+        self._second = {AVERAGE + name for name in pl_module.aliases.values()}  # another rank saves them
+        self._parameters = list(named.values())
+        self._averages = {AVERAGE + name: p.detach().float().clone() for name, p in named.items()}
+        self._weights, self._held = self._pieces(), pieces(list(self._averages.values()))
         if trainer.ckpt_path is not None:
             path = Path(trainer.ckpt_path)
             saved = tensor_sizes(path)
-            read_into(path, {key: x for key, x in self._shaped.items() if key in saved})
+            read_into(path, {key: x for key, x in self._averages.items() if key in saved})
+
+    def _pieces(self) -> list[Tensor]:
+        return pieces([p.detach() for p in self._parameters])
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.decay is None or (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         n = trainer.global_step
-        torch._foreach_lerp_(self._averages, [w.float() for w in self._weights], 1 - min(self.decay, (1 + n) / (10 + n)))
+        torch._foreach_lerp_(self._held, [w.float() for w in self._weights], 1 - min(self.decay, (1 + n) / (10 + n)))
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        if self._names:
-            checkpoint["state_dict"] |= {AVERAGE + name: self._shaped[AVERAGE + name] for name in self._own}
+        checkpoint["state_dict"] |= {key: x for key, x in self._averages.items() if key not in self._second}
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        self._swapped = self.averaged(trainer)
-        self._swapped.__enter__()
+        self._swap(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        if self._swapped is not None:
-            self._swapped.__exit__(None, None, None)
-            self._swapped = None
+        self._swap_back(trainer)
 
     @contextmanager
     def averaged(self, trainer: pl.Trainer) -> Iterator[None]:
         """The model has the averages for weights until this is left."""
-        if not self._names:
-            yield
-            return
-        give_back = getattr(trainer.strategy, "give_back", lambda: None)  # FSDP may keep whole copies of what is changed here
-        give_back()
-        weights = [w.clone() for w in self._weights]
-        torch._foreach_copy_(self._weights, self._averages)
+        self._swap(trainer)
         try:
             yield
         finally:
-            give_back()
-            torch._foreach_copy_(self._weights, weights)
+            self._swap_back(trainer)
+
+    def _swap(self, trainer: pl.Trainer) -> None:
+        if self._averages:
+            self._give_back(trainer)
+            weights = self._pieces()  # not those of training: when it ends, Lightning moves a GPU's parameters away and back
+            self._aside = [w.clone() for w in weights]
+            torch._foreach_copy_(weights, self._held)
+
+    def _swap_back(self, trainer: pl.Trainer) -> None:
+        if self._aside is not None:
+            self._give_back(trainer)
+            torch._foreach_copy_(self._pieces(), self._aside)
+            self._aside = None
+
+    def _give_back(self, trainer: pl.Trainer) -> None:
+        """FSDP may keep whole copies of what is to be changed."""
+        getattr(trainer.strategy, "give_back", lambda: None)()

@@ -34,22 +34,40 @@ class StopSignals:
         self.by_agent, self.leaving = by_agent, leaving
         self.asked: str | None = None
         self._before: dict[signal.Signals, Any] = {}
+        self._pipe: int | None = None
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():  # in a notebook's or a test's thread signals are not ours
             self._before = {number: signal.getsignal(number) for number in ASKING}
             for number in ASKING:
                 signal.signal(number, signal.SIG_IGN if self.by_agent and number == signal.SIGINT else self._ask)
+            if self.by_agent and self._pipe is None:  # train() enters again what the rank has entered
+                self._watch()
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self._pipe is not None:
+            signal.set_wakeup_fd(-1)
+            os.close(self._pipe)  # which ends the thread
+            self._pipe = None
+
+    def _watch(self) -> None:
+        """A thread that looks at every SIGTERM at once: Python's own handlers wait until the main thread comes back, from a collective, say."""
+        read, self._pipe = os.pipe()
+        os.set_blocking(self._pipe, False)
+        signal.set_wakeup_fd(self._pipe, warn_on_full_buffer=False)
+
+        def watch() -> None:
+            while number := os.read(read, 1):
+                if number[0] == signal.SIGTERM and self.leaving():
+                    os._exit(1)
+            os.close(read)
+
+        threading.Thread(target=watch, daemon=True).start()
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.by_agent and number == signal.SIGTERM and self.leaving():
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
         self.asked = ASKING[signal.Signals(number)]
         for again in () if self.by_agent else ASKING:  # the default ends a process even inside a collective that never returns
             signal.signal(again, signal.SIG_DFL)

@@ -42,10 +42,8 @@ def continuation(task: Any, tokenizer: Any, prompt: str, max_tokens: int, **opti
     a look at the text must not end a run. Every rank must call it; where a rank holds a part of the model only, rank 0 gathers all of it,
     draws, and is the only one to return text."""
     model = whole_model(task)
-    if (
-        not isinstance(model, Transformer) or model.head is None
-    ):  # another rank's work, or a model of the user's that may not continue texts
-        return ""
+    if not isinstance(model, Transformer) or model.head is None:
+        return ""  # another rank's work, or a model of the user's that may not continue texts
     try:
         ids = tokenizer.encode(prompt) if prompt else [0]
     except ConfigError:

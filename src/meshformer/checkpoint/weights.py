@@ -38,14 +38,16 @@ def load_weights(
     saved = {key.removeprefix(PREFIX): size for key, (size, _) in sizes.items() if key.startswith(PREFIX)}
     own: dict[str, Any] = model.state_dict(keep_vars=True)
     averages = {name for name in saved if AVERAGE + name in sizes} if averaged else set()
-    if averages:  # they are there for each parameter once: the second name of a tied one would be that of the last step's weights
-        saved = {name: size for name, size in saved.items() if name in averages or not isinstance(own.get(name), nn.Parameter)}
+    if averages:  # they are there for each parameter once: under the second name of a tied one lie the last step's weights
+        averaged_ids = {id(own[name]) for name in averages & own.keys()}
+        second = {name for name, x in own.items() if id(x) in averaged_ids or (aliases or {}).get(name) in averages} - averages
+        saved = {name: size for name, size in saved.items() if name not in second}
     if anew:
 
         def keeps(name: str) -> bool:
             return any(fnmatchcase((aliases or {}).get(name, name), pattern) for pattern in anew)
 
-        kept = {id(x) for name, x in own.items() if keeps(name)}
+        kept = {id(p) for name, p in model.named_parameters() if keeps(name)}
         gone = {name for name, x in own.items() if id(x) in kept}
         own = {name: x for name, x in own.items() if name not in gone}
         saved = {name: size for name, size in saved.items() if name not in gone and not keeps(name)}
@@ -70,13 +72,16 @@ def load_weights(
 
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Every weight by name, whole and on the CPU; its average where the run kept one."""
-    weights = {key.removeprefix(PREFIX): x for key, x in read_tensors(path, PREFIX).items()}
-    averages = {key.removeprefix(AVERAGE): x for key, x in read_tensors(path, AVERAGE).items()}
-    if not averages:
-        return weights
+    return weights_of({**read_tensors(path, PREFIX), **read_tensors(path, AVERAGE)})
+
+
+def weights_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same from all of a checkpoint's tensors by key. Each has the type that it was trained in."""
+    weights = {key.removeprefix(PREFIX): x for key, x in tensors.items() if key.startswith(PREFIX)}
+    averages = {key.removeprefix(AVERAGE): x for key, x in tensors.items() if key.startswith(AVERAGE)}
 
     def averaged(name: str, x: Tensor) -> Tensor:
         same = (first for first in averages if weights[first].shape == x.shape and torch.equal(weights[first], x))  # tied weights
-        return averages[name] if name in averages else averages.get(next(same, ""), x)
+        return averages.get(name if name in averages else next(same, ""), x).to(x.dtype)
 
     return {name: averaged(name, x) for name, x in weights.items()}

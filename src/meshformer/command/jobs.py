@@ -18,7 +18,7 @@ from meshformer import compose
 from meshformer.checkpoint.find import candidates, latest_checkpoint
 from meshformer.command.conversion import export_source_and_target, source_and_target
 from meshformer.command.folders import claim_folder, forget_folder, shared_folder, write_settings
-from meshformer.command.recipe import pretraining, run_that_did
+from meshformer.command.recipe import First, pretraining
 from meshformer.command.slurm import MARK, earlier_start, job_mark
 from meshformer.config import ConfigError, Convert, Evaluate, Export, Generate, validate
 from meshformer.config.paths import run_of
@@ -60,25 +60,27 @@ def run_command(command: str, argv: Sequence[str]) -> int:
         if cfg.hydra.runtime.choices.get("sweep") is not None:
             raise ConfigError("a sweep is several runs", "sweep", cfg.hydra.runtime.choices["sweep"], fix="Add -m.")
         config = compose.plain(cfg)
-        first = pretraining(config, overrides)
+        flags = [f"--config-dir={args.config_dir}"] if args.config_dir else []
+        first = pretraining(config, overrides, flags, args.config_dir)
         if first is None:
             config = compose.settle(config, overrides)
     if first is not None:
-        return _train_both(argv, first, str(config["paths"]["runs"]))
+        return _train_both(argv, first)
     return _train(args, hydra, cfg, config, compose.write_overrides(overrides, args.config_dir, args.config_name))
 
 
-def _train_both(argv: Sequence[str], first: list[str], runs: str) -> int:
-    """`stage.pretrain`: the run that `first` makes, unless it is there already, and then that of the command, from its weights."""
-    found = run_that_did(first, runs)
-    if found is None or not found[1]:
-        code = run_command("train", first if found is None else [f"resume={found[0]}"])
-        found = run_that_did(first, runs)
-        if code or found is None:
-            return code or 1
-    else:
-        print(f"pretrained already: {found[0]}", flush=True)
-    return run_command("train", [*argv, f"stage.init_from={found[0]}", "stage.pretrain=null"])
+def _train_both(argv: Sequence[str], first: First) -> int:
+    """`stage.pretrain`: the run `first`, unless it is there already, and then that of the command, from its weights."""
+    with first.alone():
+        found = first.find()
+        if found is None or not found[1]:
+            code = run_command("train", first.arguments if found is None else [f"resume={found[0]}"])
+            found = first.find()
+            if code or found is None:
+                return code or 1
+        else:
+            print(f"pretrained already: {found[0]}", flush=True)
+    return run_command("train", [*argv, f"stage.init_from={compose.quoted(str(found[0]))}", "stage.pretrain=null"])
 
 
 def _train(args: argparse.Namespace, hydra: Hydra, cfg: DictConfig, config: Config, overrides: str, run: Path | None = None) -> int:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from meshformer import compose
 from meshformer.checkpoint.find import candidates
 from meshformer.config import ConfigError, check, resolve, validate
+from meshformer.config.check import check_fits
 from meshformer.config.resolve import outside
 from meshformer.record import RunRecord
 
@@ -18,43 +24,79 @@ SHARED = (
     "strategy", "model", "seed", "paths", "allow", "logger", "launch", "trainer.devices", "trainer.num_nodes", "trainer.accelerator",
     "trainer.threads", "trainer.precision", "trainer.progress", "trainer.compile", "trainer.deterministic", "data.tokenizer", "data.vocab_size",
 )  # fmt: skip
+FOUND_OUT = ("model.vocab_size", "model.classes", "model.outputs", "data.classes", "resume", "fork")  # what a job fills in
 
 
-def pretraining(config: Config, overrides: Sequence[str]) -> list[str] | None:
-    """The overrides of the run to train first; None where `config`, composed and not settled, asks for none.
+@dataclass
+class First:
+    """The run to be trained first: what is typed for it, and its settled configuration."""
+
+    arguments: list[str]
+    config: Config
+
+    @property
+    def runs(self) -> Path:
+        return Path(self.config["paths"]["runs"]).expanduser() / self.config["experiment"]
+
+    def find(self) -> tuple[Path, bool] | None:
+        """(folder, whether it is finished) of the newest run with this configuration that can be used or continued."""
+        made = sorted((file.parent for file in self.runs.glob("*/config.yaml")), key=lambda run: run.stat().st_mtime, reverse=True)
+        usable = [run for run in made if candidates(run) and self._is_of(compose.read_config(run))]
+        finished = [run for run in usable if RunRecord(run).fields.get("state") == "finished"]
+        return next(((run.absolute(), run in finished) for run in (*finished, *usable)), None)
+
+    def _is_of(self, recorded: Config) -> bool:
+        may_differ = (*compose.RESUMABLE, *FOUND_OUT)
+        other = [key for key in compose.differences(recorded, self.config) if not key.startswith(may_differ)]
+        return not other and recorded["trainer"]["max_steps"] == self.config["trainer"]["max_steps"]
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Waits until no other command trains it."""
+        name = hashlib.sha256(repr(sorted(self.arguments)).encode()).hexdigest()[:16]
+        self.runs.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.runs / f".pretraining-{name}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            print("another command trains the run of stage.pretrain; waiting for it", flush=True)
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+
+
+def pretraining(config: Config, overrides: Sequence[str], flags: Sequence[str], config_dir: str | None) -> First | None:
+    """What to train first; None where `config`, composed and not settled, asks for nothing. `flags`: those of the command, for both runs.
 
     Raises ConfigError for what is wrong with either run, before the first is started.
     """
     stage = config.get("stage") or {}
-    first = stage.get("pretrain")
-    if not first:
+    listed = stage.get("pretrain")
+    if not listed:
         return None
     if stage.get("init_from") == "???":
         config = {**config, "stage": {**stage, "init_from": None}}
     config = validate(config)
+    if config["stage"]["name"] != "finetune":
+        raise ConfigError("trains a run to fine-tune", "stage.pretrain", listed, fix="Add stage=finetune.")
     if config["stage"]["init_from"] is not None:
         message = "says where the weights come from, and so does stage.init_from"
-        raise ConfigError(message, "stage.pretrain", first, fix="Leave one of them out.")
+        raise ConfigError(message, "stage.pretrain", listed, fix="Leave one of them out.")
     if outside() is not None:
         message = "trains two runs, and torchrun or srun starts the processes of one"
-        raise ConfigError(message, "stage.pretrain", first, fix="Train the first by a command of its own, and add stage.init_from=RUN.")
+        raise ConfigError(message, "stage.pretrain", listed, fix="Train the first by a command of its own, and add stage.init_from=RUN.")
+    own = [o for o in config["stage"]["pretrain"] if _key(o).startswith(("hydra", "paths"))]
+    if own:
+        raise ConfigError("both runs lie in one place", "stage.pretrain", own[0], fix="Say it for both, outside of stage.pretrain.")
     shared = [o for o in overrides if any(_key(o) == key or _key(o).startswith((f"{key}.", f"{key}/")) for key in SHARED)]
     first = [*config["stage"]["pretrain"], *shared]
-    source = compose.compose(first)
-    later = validate(compose.adopt(config, source, overrides))
-    check({**resolve(later), "resume": "later"})  # which lifts the checks of what is not there yet
-    return first
-
-
-def run_that_did(overrides: Sequence[str], runs: str) -> tuple[Path, bool] | None:
-    """(folder, whether it is finished) of the newest run under `runs` that these overrides made and that can be used or continued."""
-    text = compose.write_overrides(overrides, None, None)
-    made = [file.parent for file in Path(runs).expanduser().glob("*/*/overrides.txt") if file.read_text(encoding="utf-8") == text]
-    usable = [folder for folder in sorted(made, key=lambda run: run.stat().st_mtime) if candidates(folder)]
-    finished = [folder for folder in usable if RunRecord(folder).fields.get("state") == "finished"]
-    if finished:
-        return finished[-1].absolute(), True
-    return (usable[-1].absolute(), False) if usable else None
+    source = compose.compose(first, config_dir=config_dir)
+    later = resolve(validate(compose.adopt(config, source, overrides)))
+    check({**later, "resume": "later"})  # which lifts the checks of what is not there yet
+    check_fits(later, source["model"], "the run of stage.pretrain")
+    return First([*flags, *first], source)
 
 
 def _key(override: str) -> str:

@@ -137,6 +137,8 @@ def _rates(config: Config) -> None:
         value = config[group].get(key)
         if isinstance(value, int | float) and (value < 0 or (group == "schedule" and value > 1)):
             raise ConfigError("must be from 0 to 1" if group == "schedule" else "must not be negative", f"{group}.{key}", value)
+    if (config["callbacks"].get("ema") or {}).get("decay") == 1:
+        raise ConfigError("such an average never moves", "callbacks.ema.decay", 1, fix="0.999 is usual.")
     threshold = (config["callbacks"].get("spike") or {}).get("threshold")
     if isinstance(threshold, int | float) and threshold <= 1:
         raise ConfigError("would skip about every other step", "callbacks.spike.threshold", threshold, fix="5 is a cautious start.")
@@ -154,7 +156,12 @@ def _finite(config: Config) -> None:
 
 def _patterns(config: Config) -> None:
     """The beginnings of patterns of parameters' names; which names there are in full is known in the job."""
-    model = config["model"]
+    model, stage = config["model"], config["stage"]
+    if stage.get("reinit") and stage["name"] == "pretrain" and config["resume"] is None:
+        raise ConfigError("in pretraining all is drawn anew", "stage.reinit", stage["reinit"], fix="Leave it out, or add stage=finetune.")
+    if stage.get("reinit") and (stage.get("lora") or {}).get("rank"):
+        message = "adapters alone learn, so what is drawn anew would stay as drawn"
+        raise ConfigError(message, "stage.reinit", stage["reinit"], fix="Leave it or stage.lora.rank out.")
     if not str(model["_target_"]).startswith("meshformer.model."):
         return
     for key in ("freeze", "reinit"):

@@ -11,7 +11,6 @@ from typing import Any
 from hydra._internal.callbacks import Callbacks
 from hydra._internal.hydra import Hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.core.plugins import Plugins
 from hydra.types import HydraContext
 from omegaconf import DictConfig
@@ -79,11 +78,6 @@ class PluginLauncher:
 
     def run(self, points: Sequence[Point], allow: Sequence[str]) -> list[Outcome]:
         HydraConfig.instance().set_config(self.cfg)
-        given = [[*point.overrides, *allow, f"hydra.sweep.subdir={quoted(point.folder)}"] for point in points]
+        given = [[*point.overrides, *allow, f"hydra.sweep.subdir={compose.quoted(point.folder)}"] for point in points]
         returns = self.launcher.launch(given, initial_job_idx=points[0].number)
         return [value if (value := done._return_value) and isinstance(value, tuple) else ("failed", str(value)) for done in returns]
-
-
-def quoted(text: str) -> str:
-    """As a value that Hydra reads literally."""
-    return QuotedString(text, Quote.single).with_quotes()

@@ -29,7 +29,7 @@ from . import results
 from .book import Book, Point
 from .display import Display
 from .local import Ended, LocalLauncher
-from .plugin import PluginLauncher, continued, quoted
+from .plugin import PluginLauncher, continued
 from .points import Composer, Job, differences, grid, open_folder, path_of_modules
 from .resources import Machine, Need
 from .search import FILE as STUDY
@@ -57,7 +57,7 @@ def run_sweep(args: argparse.Namespace, overrides: list[str]) -> int:
                 message = "the sweep there builds things that are not on the list of what a configuration may build"
                 raise ConfigError(message, "sweep.resume", str(book.folder), fix=f"If you trust it, add {allowed[-1]} to the command.")
             overrides = [o for o in book.overrides if not o.lstrip("+").startswith(("allow=", "hydra.sweep.dir="))] + overrides
-        overrides = [o for o in overrides if not o.startswith("hydra.sweep.dir=")] + [f"hydra.sweep.dir={quoted(str(book.folder))}"]
+        overrides = [o for o in overrides if not o.startswith("hydra.sweep.dir=")] + [f"hydra.sweep.dir={compose.quoted(str(book.folder))}"]
     composer = Composer(flags, [])
     cfg = composer.command(overrides)
     composer.hydra_overrides = [o for o in cfg.hydra.overrides.hydra if not o.startswith("hydra.mode=")]
