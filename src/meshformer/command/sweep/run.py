@@ -157,15 +157,8 @@ class _Sweep:
         search: Search | None,
         lock: int,
     ):
-        self.composer, self.cfg, self.options, self.book, self.jobs, self.search, self.lock = (
-            composer,
-            cfg,
-            options,
-            book,
-            jobs,
-            search,
-            lock,
-        )
+        self.composer, self.cfg, self.options, self.lock = composer, cfg, options, lock
+        self.book, self.jobs, self.search = book, jobs, search
         self.metrics = [*options["minimize"], *options["maximize"]]
         self.largest_first = not options["minimize"]
         self.allow = [f"allow=[{','.join(cfg.allow)}]"] if cfg.get("allow") else []
