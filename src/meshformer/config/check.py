@@ -157,8 +157,6 @@ def _finite(config: Config) -> None:
 def _patterns(config: Config) -> None:
     """The beginnings of patterns of parameters' names; which names there are in full is known in the job."""
     model, stage = config["model"], config["stage"]
-    if stage.get("reinit") and stage["name"] == "pretrain" and config["resume"] is None:
-        raise ConfigError("in pretraining all is drawn anew", "stage.reinit", stage["reinit"], fix="Leave it out, or add stage=finetune.")
     if stage.get("reinit") and (stage.get("lora") or {}).get("rank"):
         message = "adapters alone learn, so what is drawn anew would stay as drawn"
         raise ConfigError(message, "stage.reinit", stage["reinit"], fix="Leave it or stage.lora.rank out.")
