@@ -82,7 +82,7 @@ def launched(*arguments: object) -> None:
         ("train optimizer.weight_decay=-1", ["optimizer.weight_decay=-1", "negative"]),
         ("train model.d_model=-32", ["model.d_model=-32", "at least 1"]),
         ("train schedule.min_ratio=7", ["schedule.min_ratio=7", "0 to 1"]),
-        ("train +stage.freeze=['blocs.*']", ["stage.freeze=blocs.*", "embedding., position., blocks."]),
+        ("train +stage.freeze=['blocs.*']", ["stage.freeze=blocs.*", "Names begin with embedding, position, blocks"]),
         ("train +stage.reinit=['blocks.[6-9].*']", ["stage.reinit=blocks.[6-9].*", "Use 0 to"]),
         ("train callbacks.spike.threshold=0.5", ["callbacks.spike.threshold=0.5", "5 is a cautious start"]),
         ("train callbacks.nonfinite.action=ignore", ["callbacks.nonfinite.action=ignore", "stop, skip"]),

@@ -61,12 +61,12 @@ def test_way_equals_one_process(references: References, base: Path, way: str, la
 def test_what_is_drawn_anew_is_what_training_from_scratch_starts_with(base: Path) -> None:
     config = config_of(base / "base")
     fresh, model = build_model(config), build_model(config)
-    load_weights(model, latest_checkpoint(base / "base"), anew=["blocks.1.*", "norm.*"])
+    load_weights(model, latest_checkpoint(base / "base"), reinit=["blocks.1.*", "norm.*"])
     saved = read_tensors(latest_checkpoint(base / "base"), "model.")
     start = dict(fresh.named_parameters())
     for name, p in model.named_parameters():
         assert torch.equal(p, start[name] if name.startswith(("blocks.1.", "norm.")) else saved[f"model.{name}"]), name
-    load_weights(fresh, latest_checkpoint(base / "base"), anew=["*"])
+    load_weights(fresh, latest_checkpoint(base / "base"), reinit=["*"])
     assert all(torch.equal(p, build_model(config).state_dict()[name]) for name, p in fresh.named_parameters())
 
 

@@ -179,7 +179,7 @@ def _worker(config: dict[str, Any], folder: str, notes: str, launcher: int, veri
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the fork server ignores it
     threading.Thread(target=_leave_with, args=(launcher,), daemon=True).start()
     rank, start = os.environ["RANK"], os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    for old in Path(notes).glob(f"*.{rank}.*"):  # of the start before this one
+    for old in Path(notes).glob(f"[0-9]*.{rank}.*"):  # of the start before this one; not what another rank is writing, .0.1.pid…
         old.unlink(missing_ok=True)
     VERIFIED.update(verified)
     try:

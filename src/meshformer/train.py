@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ import torch.distributed as dist
 import yaml
 
 from meshformer.build import HEAD_PARTS, build_callbacks, build_data, build_loggers, build_task, build_trainer
-from meshformer.callbacks import EMA, Rows
+from meshformer.callbacks import Rows
+from meshformer.callbacks.ema import averaged
 from meshformer.callbacks.preemption import Preemption, StopSignals
 from meshformer.callbacks.samples import continuation
 from meshformer.checkpoint.find import checkpoints, latest_checkpoint
@@ -79,7 +80,7 @@ def _train(config: Config, folder: Path, signals: StopSignals) -> dict[str, floa
     task: Any = build_task(config, max_steps)
     strategy: Any = trainer.strategy
     weights = latest_checkpoint(Path(init_from), key="stage.init_from") if init_from else None
-    new_parts, anew = (*(HEAD_PARTS if has_own_head(config) else ()), *ADAPTERS), config["stage"].get("reinit", ())
+    new_parts, reinit = (*(HEAD_PARTS if has_own_head(config) else ()), *ADAPTERS), config["stage"].get("reinit", ())
     torch.manual_seed(config["seed"])  # of models that draw their weights as torch's modules do
     if isinstance(strategy, MeshStrategy):
         with torch.device("meta"):  # the strategy makes this rank's part real
@@ -88,11 +89,11 @@ def _train(config: Config, folder: Path, signals: StopSignals) -> dict[str, floa
             task.model = None
             torch.manual_seed(config["seed"])
             task.configure_model()
-        strategy.init_from, strategy.new_parts, strategy.anew = weights, new_parts, anew
+        strategy.init_from, strategy.new_parts, strategy.reinit = weights, new_parts, reinit
     else:
         task.configure_model()
         if weights:
-            load_weights(task.model, weights, new=new_parts, anew=anew)
+            load_weights(task.model, weights, new=new_parts, reinit=reinit)
         apply_levers(getattr(task.model, "blocks", ()), config["strategy"]["activation_checkpointing"], config["trainer"]["compile"])
     if isinstance(task.model, Transformer):
         length = data.mean_length or task.model.context_length
@@ -128,9 +129,7 @@ def _train(config: Config, folder: Path, signals: StopSignals) -> dict[str, floa
     final = {**rows.latest, **final}
     text = None
     if getattr(task, "writes_text", False):
-        with ExitStack() as averaged:
-            for ema in (callback for callback in callbacks if isinstance(callback, EMA)):
-                averaged.enter_context(ema.averaged(trainer))
+        with averaged(trainer):
             text = continuation(task, data.tokenizer, "\n", TEXT_TOKENS, temperature=0.8, top_p=0.95, seed=1)  # takes every rank
     if record:
         for name, content in task.results(data).items() if isinstance(task, Evaluated) else ():

@@ -74,15 +74,6 @@ class EMA(Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._swap_back(trainer)
 
-    @contextmanager
-    def averaged(self, trainer: pl.Trainer) -> Iterator[None]:
-        """The model has the averages for weights until this is left."""
-        self._swap(trainer)
-        try:
-            yield
-        finally:
-            self._swap_back(trainer)
-
     def _swap(self, trainer: pl.Trainer) -> None:
         if self._averages:
             self._give_back(trainer)
@@ -99,3 +90,16 @@ class EMA(Callback):
     def _give_back(self, trainer: pl.Trainer) -> None:
         """FSDP may keep whole copies of what is to be changed."""
         getattr(trainer.strategy, "give_back", lambda: None)()
+
+
+@contextmanager
+def averaged(trainer: pl.Trainer) -> Iterator[None]:
+    """Until this is left the trained model has for weights what its EMA, if it keeps one, has made of them."""
+    own = [callback for callback in trainer.callbacks if isinstance(callback, EMA)]  # pyright: ignore[reportAttributeAccessIssue]
+    for ema in own:
+        ema._swap(trainer)
+    try:
+        yield
+    finally:
+        for ema in own:
+            ema._swap_back(trainer)

@@ -21,7 +21,7 @@ def load_weights(
     partial: bool = False,
     aliases: Mapping[str, str] | None = None,
     new: tuple[str, ...] = (),
-    anew: Sequence[str] = (),
+    reinit: Sequence[str] = (),
     averaged: bool = True,
 ) -> None:
     """Copies the checkpoint's weights into `model`, whose parameters may be DTensors; each process reads its pieces, no communication.
@@ -31,35 +31,28 @@ def load_weights(
     `partial`: the model is a part of the one that was saved (a pipeline rank's), so the checkpoint may hold more. `aliases` are {own name: name
     in the checkpoint} for names that the checkpoint lacks: the head of a tied model, say, where it is held without the embedding.
     `new`: patterns of names of parameters that keep the values they have where the checkpoint's are of another shape or not there.
-    `anew`: patterns of names of parameters that keep them in any case.
+    `reinit`: patterns of names of parameters that keep them in any case.
     ConfigError lists every tensor that is missing, extra or of another shape.
     """
-    sizes = tensor_sizes(checkpoint)
+    aliases, sizes = aliases or {}, tensor_sizes(checkpoint)
     saved = {key.removeprefix(PREFIX): size for key, (size, _) in sizes.items() if key.startswith(PREFIX)}
     own: dict[str, Any] = model.state_dict(keep_vars=True)
     averages = {name for name in saved if AVERAGE + name in sizes} if averaged else set()
     if averages:  # they are there for each parameter once: under the second name of a tied one lie the last step's weights
         averaged_ids = {id(own[name]) for name in averages & own.keys()}
-        second = {name for name, x in own.items() if id(x) in averaged_ids or (aliases or {}).get(name) in averages} - averages
+        second = {name for name, x in own.items() if id(x) in averaged_ids or aliases.get(name) in averages} - averages
         saved = {name: size for name, size in saved.items() if name not in second}
-    if anew:
 
-        def keeps(name: str) -> bool:
-            return any(fnmatchcase((aliases or {}).get(name, name), pattern) for pattern in anew)
+    def fits(name: str, patterns: Sequence[str]) -> bool:
+        return any(fnmatchcase(aliases.get(name, name), pattern) for pattern in patterns)
 
-        kept = {id(p) for name, p in model.named_parameters() if keeps(name)}
-        gone = {name for name, x in own.items() if id(x) in kept}
-        own = {name: x for name, x in own.items() if name not in gone}
-        saved = {name: size for name, size in saved.items() if name not in gone and not keeps(name)}
-    if new:
-
-        def may_differ(name: str) -> bool:
-            return any(fnmatchcase(name, pattern) for pattern in new)
-
-        fresh = {name for name, x in own.items() if may_differ(name) and (name not in saved or tuple(saved[name]) != tuple(x.shape))}
-        own = {name: x for name, x in own.items() if name not in fresh}
-        saved = {name: size for name, size in saved.items() if name in own or not may_differ(name)}
-    source = {name: name if name in saved else (aliases or {}).get(name, name) for name in own}
+    kept = {id(p) for name, p in model.named_parameters() if fits(name, reinit)}
+    drawn = {name for name, x in own.items() if id(x) in kept}
+    saved = {name: size for name, size in saved.items() if name not in drawn and not fits(name, reinit)}
+    drawn |= {name for name, x in own.items() if fits(name, new) and (name not in saved or tuple(saved[name]) != tuple(x.shape))}
+    own = {name: x for name, x in own.items() if name not in drawn}
+    saved = {name: size for name, size in saved.items() if name in own or not fits(name, new)}
+    source = {name: name if name in saved else aliases.get(name, name) for name in own}
     # Of a parameter with two names (tied weights) one is enough.
     found = {id(x) for name, x in own.items() if source[name] in saved}
     wanted = {source[name]: x for name, x in own.items() if source[name] in saved or id(x) not in found}

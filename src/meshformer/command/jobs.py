@@ -18,7 +18,7 @@ from meshformer import compose
 from meshformer.checkpoint.find import candidates, latest_checkpoint
 from meshformer.command.conversion import export_source_and_target, source_and_target
 from meshformer.command.folders import claim_folder, forget_folder, shared_folder, write_settings
-from meshformer.command.recipe import First, pretraining
+from meshformer.command.recipe import FirstRun, pretraining
 from meshformer.command.slurm import MARK, earlier_start, job_mark
 from meshformer.config import ConfigError, Convert, Evaluate, Export, Generate, validate
 from meshformer.config.paths import run_of
@@ -69,7 +69,7 @@ def run_command(command: str, argv: Sequence[str]) -> int:
     return _train(args, hydra, cfg, config, compose.write_overrides(overrides, args.config_dir, args.config_name))
 
 
-def _train_both(argv: Sequence[str], first: First) -> int:
+def _train_both(argv: Sequence[str], first: FirstRun) -> int:
     """`stage.pretrain`: the run `first`, unless it is there already, and then that of the command, from its weights."""
     with first.alone():
         found = first.find()

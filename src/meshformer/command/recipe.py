@@ -28,7 +28,7 @@ FOUND_OUT = ("model.vocab_size", "model.classes", "model.outputs", "data.classes
 
 
 @dataclass
-class First:
+class FirstRun:
     """The run to be trained first: what is typed for it, and its settled configuration."""
 
     arguments: list[str]
@@ -67,7 +67,7 @@ class First:
             lock.release()
 
 
-def pretraining(config: Config, overrides: Sequence[str], flags: Sequence[str], config_dir: str | None) -> First | None:
+def pretraining(config: Config, overrides: Sequence[str], flags: Sequence[str], config_dir: str | None) -> FirstRun | None:
     """What to train first; None where `config`, composed and not settled, asks for nothing. `flags`: those of the command, for both runs.
 
     Raises ConfigError for what is wrong with either run, before the first is started.
@@ -96,7 +96,7 @@ def pretraining(config: Config, overrides: Sequence[str], flags: Sequence[str], 
     later = resolve(validate(compose.adopt(config, source, overrides)))
     check({**later, "resume": "later"})  # which lifts the checks of what is not there yet
     check_fits(later, source["model"], "the run of stage.pretrain")
-    return First([*flags, *first], source)
+    return FirstRun([*flags, *first], source)
 
 
 def _key(override: str) -> str:

@@ -166,8 +166,9 @@ def _patterns(config: Config) -> None:
         for pattern in config["stage"].get(key) or ():
             part, _, rest = pattern.partition(".")
             if not set(part) & set("*?[") and part not in MODEL_PARTS:  # (a wildcard may reach over dots)
-                told = f"Names begin with {', '.join(f'{name}.' for name in MODEL_PARTS)}"
-                raise ConfigError("no parameter has such a name", f"stage.{key}", pattern, fix=f"{told}.")
+                raise ConfigError(
+                    "no parameter has such a name", f"stage.{key}", pattern, fix=f"Names begin with {', '.join(MODEL_PARTS)}."
+                )
             number = rest.partition(".")[0]
             if part == "blocks" and not set(number) & set("*?") and not any(fnmatchcase(str(n), number) for n in range(model["n_layers"])):
                 fix = f"Use 0 to {model['n_layers'] - 1}, or blocks.*."

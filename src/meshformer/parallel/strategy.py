@@ -42,8 +42,8 @@ from .tensor import apply_tensor_parallel
 class MeshStrategy(ModelParallelStrategy):
     """`settings` is a resolved `strategy` config node; `compile` and `context_length` come from elsewhere in the configuration.
 
-    `init_from`: a checkpoint whose weights the model starts from, set before `fit`; all but those in `anew`, and in `new_parts` where these do
-    not fit.
+    `init_from`: a checkpoint whose weights the model starts from, set before `fit`; all but those in `reinit`, and in `new_parts` where these
+    do not fit.
     """
 
     def __init__(self, settings: dict[str, Any], compile: bool = False, context_length: int = 1):
@@ -52,7 +52,7 @@ class MeshStrategy(ModelParallelStrategy):
         self.degrees = Degrees.from_config(settings)
         self.init_from: Path | None = None
         self.new_parts: tuple[str, ...] = ()
-        self.anew: Sequence[str] = ()
+        self.reinit: Sequence[str] = ()
         self.pipeline: Pipeline | None = None
         self.context: ContextAxis | None = None
         self._built = False
@@ -158,7 +158,7 @@ class MeshStrategy(ModelParallelStrategy):
             self.model_to_device()
         if self.init_from is not None:
             partial = self.pipeline is not None
-            load_weights(model, self.init_from, partial, self.aliases, new=self.new_parts, anew=self.anew)
+            load_weights(model, self.init_from, partial, self.aliases, new=self.new_parts, reinit=self.reinit)
         self.model = self.lightning_module
         self._measure_pieces(task)
 
