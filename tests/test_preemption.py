@@ -128,7 +128,7 @@ def stopped_on_a_full_disk(folder: Path, name: str, *overrides: str) -> tuple[St
 
 @pytest.mark.parametrize("layout", ["single", "pipeline"])
 def test_a_run_that_could_not_be_saved_does_not_say_so(work: Path, layout: str) -> None:
-    ends = run_ranks(len(LAYOUTS[layout]), stopped_on_a_full_disk, work, f"full-{layout}", *LAYOUTS[layout], "trainer.max_steps=50")
+    ends = run_ranks(len(LAYOUTS[layout]), stopped_on_a_full_disk, work, f"full-{layout}", *LAYOUTS[layout], "trainer.max_steps=1000")
     for stopped, _ in ends:
         assert not stopped.saved and str(stopped).endswith("not saved: the save failed")
     assert "not enough disk space" in ends[0][1] and "continue with" not in ends[0][1]

@@ -14,6 +14,7 @@ from meshformer.bench import layouts, learning, runs, safety, speed, sweeps, tra
 
 MEASUREMENTS = {
     "speed": speed.report,
+    "memory": speed.report_memory,
     "learning": learning.report_learning,
     "speedrun": learning.report_speedrun,
     "finetune": learning.report_finetune,
@@ -25,6 +26,7 @@ MEASUREMENTS = {
     "saving": safety.report_saving,
     "checks": safety.report_checks,
     "sentiment": transfer.report_sentiment,
+    "adapters": transfer.report_adapters,
     "images": transfer.report_images,
     "masked": transfer.report_masked,
     "decoder": transfer.report_decoder,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import resource
 import statistics
 import tempfile
 import time
@@ -14,12 +15,12 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, multiprocessing, nn
 
 from meshformer.build import build_callbacks, build_data, build_task, build_trainer
 from meshformer.compose import compose
 from meshformer.model import Transformer, attend_fused, attend_reference
-from meshformer.train import quiet_libraries
+from meshformer.train import keep_freed_memory, quiet_libraries
 
 LEAST = 8  # steps of each variant, however long one takes
 WARM_UP = 2
@@ -32,10 +33,36 @@ SIZES = {
 
 def report(options: argparse.Namespace) -> None:
     quiet_libraries()
+    keep_freed_memory()  # plain PyTorch gains by it as we do
     for name, size in SIZES.items():
         print(f"\n{name}")
         trainer_against_bare_loop(size, options.seconds)
         types_against_plain_pytorch(size, options.seconds)
+
+
+def report_memory(options: argparse.Namespace) -> None:
+    """The larger step in a process that gives freed memory back to the system, as glibc does, and in one that keeps it, as ours do."""
+    for keeps in (False, True):
+        multiprocessing.start_processes(_time_memory, (keeps, options.threads, options.seconds))
+
+
+def _time_memory(rank: int, keeps: bool, threads: int, seconds: float) -> None:
+    torch.set_num_threads(threads)
+    if keeps:
+        keep_freed_memory()
+    layers, heads, width, context, batch = list(SIZES.values())[-1]
+    bf16 = _has_bf16_units()
+    step = _stepper(Transformer(84, layers, heads, width, context), bf16, batch, context)
+    for _ in range(WARM_UP):
+        step()
+    faults, times = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, []
+    while sum(times) < seconds:
+        start = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - start)
+    faults = (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults) // len(times)
+    name, dtype = ("kept" if keeps else "given back"), ("bf16" if bf16 else "fp32")
+    print(f"  freed memory {name:<12}{1e3 * statistics.median(times):6.1f} ms a step ({dtype}), {faults:,} page faults", flush=True)
 
 
 def _config(size: tuple[int, ...], folder: str, steps: int) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -19,6 +20,8 @@ from meshformer.config.errors import Stopped
 from .checkpoint import Checkpoint
 
 REASONS = (None, "preempted", "interrupted")  # the number that ranks agree on is the place in here
+AGREE_SECONDS = 0.5  # between two agreements: half a second is nothing to one who waits, and 14 steps of 35 ms
+LONGEST_WAIT = 100  # steps
 ASKING = {signal.SIGUSR1: "preempted", signal.SIGTERM: "preempted", signal.SIGINT: "interrupted"}
 
 
@@ -76,8 +79,8 @@ class StopSignals:
 class Preemption(Callback):
     """Ends training after the step in which all ranks have heard that one was told to stop: saves, then raises Stopped on every rank.
 
-    Ranks agree by one integer a step, summed among the hosts while the next step runs, so nobody waits for it. Where the step is also to be
-    validated, it is, so that the resumed run misses nothing. State: none.
+    Ranks agree about twice a second, or after every step where steps are longer: by two integers, of which the hosts find the largest while the
+    next step runs, so nobody waits for it. Where the step is also to be validated, it is, so that the resumed run misses nothing. State: none.
     """
 
     def __init__(self, signals: StopSignals):
@@ -85,9 +88,11 @@ class Preemption(Callback):
         self._pending: tuple[Any, torch.Tensor] | None = None
         self._group: Any = None
         self._reason: str | None = None
+        self._wait, self._steps, self._since = 1, 0, 0.0  # steps between exchanges; how many since the last began; when that was
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._reason, self._pending = None, None
+        self._wait, self._steps, self._since = 1, 0, time.monotonic()
         if trainer.world_size > 1 and self._group is None:
             self._group = dist.new_group(backend="gloo")
 
@@ -106,16 +111,24 @@ class Preemption(Callback):
             self._stop(trainer)
 
     def _agreed(self) -> str | None:
-        """What the ranks asked for one step ago, the same on all of them; in one process, what was asked for by now."""
+        """What the ranks had asked for when they last exchanged, the same on all of them; in one process, what was asked for by now."""
         if self._group is None:
             return self.signals.asked
         agreed = 0
         if self._pending is not None:
-            work, asked = self._pending
+            work, numbers = self._pending
             work.wait()
-            agreed = int(asked)
-        asked = torch.tensor(REASONS.index(self.signals.asked))
-        self._pending = (dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=self._group, async_op=True), asked)
+            self._pending = None
+            agreed, fewer = numbers.tolist()
+            self._wait = LONGEST_WAIT - fewer
+        self._steps += 1
+        if self._steps >= self._wait:
+            now = time.monotonic()
+            fit = int(AGREE_SECONDS * self._steps / max(now - self._since, 1e-6))
+            # The most that any rank asks for, and the fewest steps that any would wait.
+            numbers = torch.tensor([REASONS.index(self.signals.asked), LONGEST_WAIT - min(max(fit, 1), LONGEST_WAIT)])
+            self._pending = (dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=self._group, async_op=True), numbers)
+            self._steps, self._since = 0, now
         return REASONS[agreed]
 
     def _finish(self) -> None:
