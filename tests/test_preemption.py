@@ -87,7 +87,8 @@ def begin(command: list[str], folder: Path, rows: int = 4) -> subprocess.Popen[s
 )
 def test_a_signal_stops_the_run_saved_and_it_goes_on_exactly(work: Path, layout: str, number: signal.Signals, code: int) -> None:
     folder = work / f"{layout}-{number.name}"
-    command = [*CLI, *settings(work, *LAYOUTS[layout], f"hydra.run.dir={folder}", "trainer.max_steps=100000")]
+    calm = "optimizer.lr=1e-3"  # the default here makes four times as much of a rounding error in each step
+    command = [*CLI, *settings(work, *LAYOUTS[layout], calm, f"hydra.run.dir={folder}", "trainer.max_steps=100000")]
     job = begin(command, folder)
     if layout != "single":  # SLURM sends it to every process of a job step, and the command passes its own on
         for process in psutil.Process(job.pid).children(recursive=True):
@@ -103,7 +104,9 @@ def test_a_signal_stops_the_run_saved_and_it_goes_on_exactly(work: Path, layout:
     assert not (folder / ".ranks").exists()
     assert run_ranks(1, main, ["train", f"resume={folder}", f"trainer.max_steps={step + 3}", "strategy=single", "trainer.devices=1"]) == [0]
     resumed = read_metrics(folder / "metrics.csv")
-    expected = run_tiny(work, f"whole-{folder.name}", "schedule=constant", f"trainer.max_steps={step + 3}")
+    # Whole runs in the same layout: over the steps before the ranks hear of the signal layouts drift apart by rounding.
+    whole = [f"whole-{folder.name}", "schedule=constant", calm, f"trainer.max_steps={step + 3}", *LAYOUTS[layout]]
+    expected = run_ranks(len(LAYOUTS[layout]), run_tiny, work, *whole)[0]
     assert [r["step"] for r in resumed] == list(range(1, step + 4))
     assert max(abs(a["train/loss"] - b["train/loss"]) for a, b in zip(resumed, expected, strict=True)) < 1e-5
 

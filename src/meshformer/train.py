@@ -226,8 +226,8 @@ def quiet_libraries() -> None:
 def keep_freed_memory() -> None:
     """Tells glibc to keep what a step frees for the next step, which asks for the same again.
 
-    It would give large blocks back to the system, and each page of a new one costs a page fault: 20,000 a step, a fifth of the time of a bf16
-    step of 6 layers of width 384 on two cores (`python -m meshformer.bench memory`). Other C libraries, and GPUs, have ways of their own.
+    It would give large blocks back to the system, and each page of a new one costs a page fault, thousands a step (what they cost:
+    `python -m meshformer.bench memory`). Other C libraries, and GPUs, have ways of their own. Users' own MALLOC_ variables win.
     """
     library = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(library, "gnu_get_libc_version") and not any(name.startswith("MALLOC_") for name in os.environ):

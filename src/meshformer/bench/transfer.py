@@ -67,6 +67,7 @@ def _accuracies(options: argparse.Namespace, experiment: str, *settings: str) ->
             share = trained / sum(size for size, _ in sizes)
             rows = read_metrics(folder / "metrics.csv")
             curves.append([(int(row["step"]), float(row["val/accuracy"])) for row in rows if "val/accuracy" in row])
+            print(f"    seed {seed}: {curves[-1][-1][1]:.4f}, {seconds[-1]:.0f} s", flush=True)
     took = f"{trained:,} parameters trained ({share:.2%}), {max(seconds):.0f} s at most, start-up included"
     print(f"  {experiment} {' '.join(settings)}: {_mean([curve[-1][1] for curve in curves])}; {took}", flush=True)
     for step, *_ in curves[0]:
