@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from jobs import tiny_config
+from meshformer.build import build_task
 from meshformer.config.errors import ConfigError
 from meshformer.optim import MuonAdamW, linear, muon, orthogonalise
 from meshformer.optim.muon import COEFFICIENTS, SAFETY, multiplies_bfloat16, orthogonalisation_dtype
@@ -227,6 +229,17 @@ def test_emulated_bfloat16_is_not_chosen(monkeypatch):
     assert orthogonalisation_dtype("auto", torch.device("cpu"), torch.bfloat16) is torch.float32
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "amx_bf16": True})
     assert orthogonalisation_dtype("auto", torch.device("cpu"), torch.float32) is torch.bfloat16
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("32-true", "float32"), ("bf16-mixed", "auto")])
+def test_full_precision_is_full_in_the_orthogonalisation_too(tmp_path, precision, dtype):
+    for given, expected in [([], dtype), (["+optimizer.dtype=bfloat16"], "bfloat16")]:
+        config = tiny_config(tmp_path, f"trainer.precision={precision}", *given)
+        config["model"]["vocab_size"] = 8
+        task = build_task(config, 10)
+        task.configure_model()
+        optimizer = task.make_optimizer(task.model.named_parameters())
+        assert [g["dtype"] for g in optimizer.param_groups if g["method"] == "muon"] == [expected]
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,7 @@ def muon(
 
     `adamw_lr` and `adamw_weight_decay` default to `lr` and `weight_decay`: right with `scale="match_rms_adamw"`, which gives
     Muon's updates the size of AdamW's; with `scale="original"` give AdamW a smaller rate of its own. Schedules multiply both.
+    From a config with `trainer.precision=32-true` the `dtype` is float32 unless given, so that layouts agree on processors with bf16 units too.
     Three groups, in order and in every layout: matrices, AdamW decayed, AdamW not decayed. `all_names`: see `decay_groups`.
     Raises ConfigError when the model has no hidden matrix.
     """
