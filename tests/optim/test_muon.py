@@ -233,7 +233,7 @@ def test_emulated_bfloat16_is_not_chosen(monkeypatch):
 
 @pytest.mark.parametrize(("precision", "dtype"), [("32-true", "float32"), ("bf16-mixed", "auto")])
 def test_full_precision_is_full_in_the_orthogonalisation_too(tmp_path, precision, dtype):
-    for given, expected in [([], dtype), (["+optimizer.dtype=bfloat16"], "bfloat16")]:
+    for given, expected in [([], dtype), (["optimizer.dtype=bfloat16"], "bfloat16")]:
         config = tiny_config(tmp_path, f"trainer.precision={precision}", *given)
         config["model"]["vocab_size"] = 8
         task = build_task(config, 10)
