@@ -16,9 +16,11 @@ from typing import Any
 
 import psutil
 import pytest
+import torch.distributed as dist
 
 from harness import run_ranks
 from jobs import TINY, run_tiny, text_file
+from meshformer.callbacks.preemption import Preemption, StopSignals
 from meshformer.checkpoint.find import latest_checkpoint, step_of
 from meshformer.cli import main
 from meshformer.config.errors import Stopped
@@ -127,6 +129,36 @@ def stopped_on_a_full_disk(folder: Path, name: str, *overrides: str) -> tuple[St
         except Stopped as stopped:
             return stopped, err.getvalue()
     raise AssertionError("not stopped")
+
+
+def agreements(slow: float) -> tuple[int, list[int]]:
+    """On one of two ranks: how many exchanges 250 steps took, and at which later step it heard of a signal to rank 1, whose steps are slower."""
+    dist.init_process_group("gloo")
+    signals, begun = StopSignals(by_agent=False), []
+    stopping, rank, exchange = Preemption(signals), dist.get_rank(), dist.all_reduce
+    stopping._group = dist.group.WORLD
+    dist.all_reduce = lambda *args, **kwargs: (begun.append(1), exchange(*args, **kwargs))[1]
+    heard: list[int] = []
+    for _ in range(250):
+        time.sleep(slow * (1 + rank))
+        assert stopping._agreed() is None
+    exchanges = len(begun)
+    signals.asked = "preempted" if rank else None
+    for step in range(250):
+        time.sleep(slow * (1 + rank))
+        if stopping._agreed() == "preempted":
+            heard.append(step)
+            break
+    stopping._finish()
+    dist.destroy_process_group()
+    return exchanges, heard
+
+
+@pytest.mark.parametrize(("slow", "fewest", "most"), [(1e-4, 3, 20), (0.005, 4, 40)])
+def test_ranks_of_unequal_speed_exchange_now_and_then_and_hear_at_the_same_step(slow: float, fewest: int, most: int) -> None:
+    (one, heard), (other, too) = run_ranks(2, agreements, slow)
+    assert one == other and fewest <= one <= most  # it would be 250 after every step
+    assert heard == too and len(heard) == 1
 
 
 @pytest.mark.parametrize("layout", ["single", "pipeline"])

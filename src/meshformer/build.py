@@ -146,10 +146,6 @@ def fitting(names: Iterable[str], patterns: Sequence[str], key: str) -> list[str
 def build_task(config: Config, max_steps: int) -> pl.LightningModule:
     """The task with factories for its model, optimizer and schedule; the model itself is built when Lightning asks for it."""
     optimizer = dict(config["optimizer"])
-    auto = optimizer["_target_"] == "meshformer.optim.muon" and optimizer.get("dtype", "auto") == "auto"
-    if auto and config["trainer"]["precision"] == "32-true":
-        # Orthogonalising in bf16 where the processor has it turns rounding, by which layouts differ, into 1e-5 of the loss within ten steps.
-        optimizer["dtype"] = "float32"
     for key in optimizer:
         if key == "lr" or key.endswith("_lr"):
             optimizer[key] *= config["stage"].get("lr_scale", 1.0)

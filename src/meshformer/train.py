@@ -35,11 +35,8 @@ from meshformer.record.run_json import RunRecord
 from meshformer.tasks import Evaluated
 
 Config = dict[str, Any]
-MALLOC_OPTIONS = (
-    (-3, 32 * 2**20),
-    (-1, 2**31 - 1),
-    (-2, 64 * 2**20),
-)  # mallopt's M_MMAP_THRESHOLD (at its most), M_TRIM_THRESHOLD, M_TOP_PAD
+# mallopt's M_MMAP_THRESHOLD (at its most), M_TRIM_THRESHOLD and M_TOP_PAD, in bytes.
+MALLOC_OPTIONS = {-3: 32 * 2**20, -1: 2**31 - 1, -2: 64 * 2**20}
 TEXT_TOKENS = 400  # of the text a run ends with
 
 
@@ -231,5 +228,5 @@ def keep_freed_memory() -> None:
     """
     library = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(library, "gnu_get_libc_version") and not any(name.startswith("MALLOC_") for name in os.environ):
-        for option, size in MALLOC_OPTIONS:
+        for option, size in MALLOC_OPTIONS.items():
             library.mallopt(option, size)  # pyright: ignore[reportOptionalMemberAccess]

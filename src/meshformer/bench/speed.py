@@ -19,6 +19,7 @@ from torch import Tensor, multiprocessing, nn
 
 from meshformer.build import build_callbacks, build_data, build_task, build_trainer
 from meshformer.compose import compose
+from meshformer.config.resolve import cpu_multiplies_bf16
 from meshformer.model import Transformer, attend_fused, attend_reference
 from meshformer.train import keep_freed_memory, quiet_libraries
 
@@ -47,11 +48,12 @@ def report_memory(options: argparse.Namespace) -> None:
 
 
 def _time_memory(rank: int, keeps: bool, threads: int, seconds: float) -> None:
+    quiet_libraries()
     torch.set_num_threads(threads)
     if keeps:
         keep_freed_memory()
     layers, heads, width, context, batch = list(SIZES.values())[-1]
-    bf16 = _has_bf16_units()
+    bf16 = cpu_multiplies_bf16()
     step = _stepper(Transformer(84, layers, heads, width, context), bf16, batch, context)
     for _ in range(WARM_UP):
         step()
@@ -187,7 +189,7 @@ def types_against_plain_pytorch(size: tuple[int, ...], seconds: float) -> None:
         "ours, fp32, fused": (ours(attend_fused), False),
         "ours, fp32, written out": (ours(attend_reference), False),
     }
-    if _has_bf16_units():
+    if cpu_multiplies_bf16():
         variants |= {"ours, bf16, fused": (ours(attend_fused), True), "ours, bf16, written out": (ours(attend_reference), True)}
     else:
         print("  bf16: this processor has no bf16 matrix units (amx_bf16 or avx512_bf16) and would emulate it; not timed")
@@ -219,8 +221,3 @@ def _stepper(model: nn.Module, bf16: bool, batch: int, context: int) -> Callable
         optimizer.zero_grad()
 
     return step
-
-
-def _has_bf16_units() -> bool:
-    info = Path("/proc/cpuinfo")
-    return info.is_file() and any(flag in info.read_text() for flag in ("amx_bf16", "avx512_bf16"))
