@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import resource
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +23,11 @@ from torch import Tensor, multiprocessing, nn
 from meshformer.build import build_callbacks, build_data, build_task, build_trainer
 from meshformer.compose import compose
 from meshformer.config.resolve import cpu_multiplies_bf16
-from meshformer.model import Transformer, attend_fused, attend_reference
+from meshformer.model import Learned, Transformer, attend_fused, attend_reference
 from meshformer.train import keep_freed_memory, quiet_libraries
 
-LEAST = 8  # steps of each variant, however long one takes
 WARM_UP = 2
-ROUNDS = 4
+BLOCK_SECONDS, LEAST = 1.0, 3  # how long the Trainer and the bare loop run in turn, and how many steps at least
 SIZES = {
     "4 layers, 4 heads, width 128, context 64, batch 12": (4, 4, 128, 64, 12),
     "6 layers, 6 heads, width 384, context 256, batch 8": (6, 6, 384, 256, 8),
@@ -78,51 +80,88 @@ def _config(size: tuple[int, ...], folder: str, steps: int) -> dict[str, Any]:
     )  # fmt: skip
 
 
-class _Clock(pl.Callback):
-    """Seconds of each Trainer step: from the start of one batch to the start of the next, everything between included."""
+class _InTurn(pl.Callback):
+    """Lets a bare loop run between the Trainer's steps: both for a block of steps at a time.
 
-    def __init__(self, seconds: float):
-        self.seconds, self.times = seconds, []
-        self.last, self.end = 0.0, float("inf")
+    `pairs`: mean seconds a step of the Trainer's block and of the bare loop's behind it. The first step of each is left out: it finds the
+    caches full of the other's numbers. The Trainer's is from the start of one batch to the start of the next, everything between included.
+    """
+
+    def __init__(self, bare: Iterator[None], seconds: float):
+        self.bare, self.seconds = bare, seconds
+        self.pairs: list[tuple[float, float]] = []
+        self.block, self.steps, self.start, self.end = 0, 0, 0.0, float("inf")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        start = time.perf_counter()
+        for _ in range(WARM_UP):
+            next(self.bare)
+        self.block = max(LEAST, round(BLOCK_SECONDS * WARM_UP / (time.perf_counter() - start)))
         self.end = time.perf_counter() + self.seconds
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         now = time.perf_counter()
-        if self.last:
-            self.times.append(now - self.last)
-        self.last = now
-        if now > self.end and len(self.times) >= LEAST:
-            trainer.should_stop = True
+        self.steps += 1
+        if self.steps == 2:
+            self.start = now
+        if self.steps == self.block + 2:
+            next(self.bare)
+            began = time.perf_counter()
+            for _ in range(self.block):
+                next(self.bare)
+            self.pairs.append(((now - self.start) / self.block, (time.perf_counter() - began) / self.block))
+            self.steps = 1
+            trainer.should_stop = now > self.end and len(self.pairs) > WARM_UP
+
+
+@contextmanager
+def _terminal() -> Iterator[None]:
+    """Standard error is a terminal, as the progress bar has it where people train, which nobody looks at."""
+    ours, theirs = os.openpty()
+    reader = threading.Thread(target=_drain, args=(ours,), daemon=True)
+    reader.start()
+    with os.fdopen(theirs, "w") as terminal, redirect_stderr(terminal):
+        yield
+
+
+def _drain(ours: int) -> None:
+    with suppress(OSError):  # the other end was closed
+        while os.read(ours, 2**16):
+            pass
 
 
 def trainer_against_bare_loop(size: tuple[int, ...], seconds: float) -> None:
-    """Both run in turn, over the same batches with the same model, optimizer and clipping. A shared machine drifts by more than the Trainer
-    costs, so each round compares the medians of its own steps, and the median of the rounds is printed with their range."""
-    pairs: list[tuple[float, float]] = []
-    for _ in range(ROUNDS):
-        with tempfile.TemporaryDirectory() as folder:
-            config = _config(size, folder, 100000)
-            data = build_data(config)
-            data.prepare_data()
-            config["model"]["vocab_size"] = data.vocab_size
-            clock = _Clock(seconds / ROUNDS)
-            callbacks = build_callbacks(config, Path(folder), data.steps_per_epoch)
-            callbacks = [c for c in callbacks if type(c).__name__ not in ("Checkpoint", "Samples")] + [clock]
-            task: Any = build_task(config, 100000)
-            trainer = build_trainer(config, Path(folder), 100000, callbacks, [])
-            trainer.fit(task, datamodule=data)
-            bare = list(_bare_loop(config, seconds / ROUNDS))
-            pairs.append((statistics.median(clock.times[WARM_UP:]), statistics.median(bare[WARM_UP:])))
-    ratios = [ours / bare for ours, bare in pairs]
+    """The same model, optimizer, clipping and batches, a second of steps each in turn: a shared machine drifts by more than the Trainer costs.
+
+    Printed are medians over pairs of blocks, with their quartiles. The progress bar is on a terminal and the rows are written.
+    """
+    with tempfile.TemporaryDirectory() as folder, _terminal():
+        config = _config(size, folder, 100000)
+        data = build_data(config)
+        data.prepare_data()
+        config["model"]["vocab_size"] = data.vocab_size
+        in_turn = _InTurn(_bare_loop(config), 2 * seconds)
+        callbacks = build_callbacks(config, Path(folder), data.steps_per_epoch)
+        callbacks = [c for c in callbacks if type(c).__name__ not in ("Checkpoint", "Samples")] + [in_turn]
+        task: Any = build_task(config, 100000)
+        trainer = build_trainer(config, Path(folder), 100000, callbacks, [])
+        trainer.fit(task, datamodule=data)
+    pairs = in_turn.pairs[1:]
     ours, bare = (statistics.median(times) for times in zip(*pairs, strict=True))
-    extra = statistics.median(ours - bare for ours, bare in pairs)
     print(f"  Trainer {1e3 * ours:.2f} ms a step, bare loop {1e3 * bare:.2f} ms")
-    print(f"  pair by pair: {statistics.median(ratios):.3f} times ({min(ratios):.3f} to {max(ratios):.3f}), {1e3 * extra:+.2f} ms a step")
+    ratio, low, high = _quartiles([ours / bare for ours, bare in pairs])
+    print(f"  pair by pair ({len(pairs)} blocks of {in_turn.block} steps): {ratio:.3f} times ({low:.3f} to {high:.3f})", end=", ")
+    extra, low, high = _quartiles([1e3 * (ours - bare) for ours, bare in pairs])
+    print(f"{extra:+.2f} ms a step ({low:+.2f} to {high:+.2f})")
 
 
-def _bare_loop(config: dict[str, Any], seconds: float) -> Iterator[float]:
+def _quartiles(numbers: list[float]) -> tuple[float, float, float]:
+    """The median, the lower and the upper quartile."""
+    low, median, high = statistics.quantiles(numbers, n=4)
+    return median, low, high
+
+
+def _bare_loop(config: dict[str, Any]) -> Iterator[None]:
     data = build_data(config)
     data.prepare_data()
     task: Any = build_task(config, 100000)
@@ -130,69 +169,95 @@ def _bare_loop(config: dict[str, Any], seconds: float) -> Iterator[float]:
     model, optimizer = task.model, task.make_optimizer(task.model.named_parameters())
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, task.make_schedule(100000))
     loader = data.train_dataloader()
-    batches = itertools.chain.from_iterable(itertools.repeat(loader))
-    end, last = time.perf_counter() + seconds, time.perf_counter()
-    steps = 0
-    while last < end or steps < LEAST:
-        steps += 1
-        batch = next(batches)
+    for batch in itertools.chain.from_iterable(itertools.repeat(loader)):
         logits_BTV = model(batch["tokens"])
         F.cross_entropy(logits_BTV.flatten(0, 1), batch["targets"].flatten()).backward()
         nn.utils.clip_grad_norm_(model.parameters(), config["trainer"]["gradient_clip_val"])
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        now = time.perf_counter()
-        yield now - last
-        last = now
+        yield
 
 
 class PlainBlock(nn.Module):
-    def __init__(self, heads: int, width: int):
+    def __init__(self, heads: int, width: int, modern: bool):
         super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(width, bias=False), nn.LayerNorm(width, bias=False)
+        self.heads, self.modern = heads, modern
+        self.norm1, self.norm2 = _plain_norm(width, modern), _plain_norm(width, modern)
         self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
         self.up, self.down = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
+        if modern:
+            self.q_norm, self.k_norm = nn.RMSNorm(width // heads), nn.RMSNorm(width // heads)
 
     def forward(self, x: Tensor) -> Tensor:
         B, T, _ = x.shape
         q, k, v = (t.view(B, T, self.heads, -1).transpose(1, 2) for t in self.qkv(self.norm1(x)).chunk(3, dim=-1))
+        if self.modern:
+            q, k = _rotated(self.q_norm(q)), _rotated(self.k_norm(k))
         x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(B, T, -1))
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
 
-class PlainTransformer(nn.Module):
-    """The usual plain-PyTorch decoder of the same size: LayerNorm, learned positions, GELU, `scaled_dot_product_attention`, fp32."""
+def _plain_norm(width: int, modern: bool) -> nn.Module:
+    return nn.RMSNorm(width) if modern else nn.LayerNorm(width, bias=False)
 
-    def __init__(self, vocab_size: int, layers: int, heads: int, width: int, context: int):
+
+def _rotated(x: Tensor) -> Tensor:
+    """Rotary positions as they are usually written."""
+    T, D = x.shape[-2:]
+    angles = torch.arange(T)[:, None] * 10000 ** (-torch.arange(0, D, 2) / D)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()), dim=-1)
+
+
+class PlainTransformer(nn.Module):
+    """The usual plain-PyTorch decoder with `scaled_dot_product_attention`: LayerNorm and learned positions, or (`modern`) RMSNorm, rotary positions
+    and QK-norm."""
+
+    def __init__(self, vocab_size: int, layers: int, heads: int, width: int, context: int, modern: bool):
         super().__init__()
-        self.tokens, self.positions = nn.Embedding(vocab_size, width), nn.Embedding(context, width)
-        self.blocks = nn.Sequential(*(PlainBlock(heads, width) for _ in range(layers)))
-        self.norm, self.head = nn.LayerNorm(width, bias=False), nn.Linear(width, vocab_size, bias=False)
+        self.tokens, self.positions = nn.Embedding(vocab_size, width), None if modern else nn.Embedding(context, width)
+        self.blocks = nn.Sequential(*(PlainBlock(heads, width, modern) for _ in range(layers)))
+        self.norm, self.head = _plain_norm(width, modern), nn.Linear(width, vocab_size, bias=False)
         self.head.weight = self.tokens.weight
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
-        x = self.tokens(tokens_BT) + self.positions(torch.arange(tokens_BT.shape[1]))
+        x = self.tokens(tokens_BT)
+        if self.positions is not None:
+            x = x + self.positions(torch.arange(tokens_BT.shape[1]))
         return self.head(self.norm(self.blocks(x)))
 
 
+# The same network twice, written out plainly and ours. (`modern` of the plain one, settings of ours)
+NETWORKS: dict[str, tuple[bool, dict[str, Any]]] = {
+    "LayerNorm, learned positions": (False, {"norm": "layer", "position": Learned, "qk_norm": False}),
+    "RMSNorm, QK-norm, rotary positions (the template's)": (True, {}),
+}
+
+
 def types_against_plain_pytorch(size: tuple[int, ...], seconds: float) -> None:
-    """Forward, backward and AdamW in turn for each variant; tokens a second as a ratio to plain PyTorch in fp32."""
+    """Forward, backward and AdamW in turn for each variant; tokens a second as a ratio to the same network in plain PyTorch in fp32."""
+    for network, (modern, settings) in NETWORKS.items():
+        print(f"  {network}")
+        _one_network(size, seconds, modern, settings)
+
+
+def _one_network(size: tuple[int, ...], seconds: float, modern: bool, settings: dict[str, Any]) -> None:
     layers, heads, width, context, batch = size
 
     def ours(attend: Any) -> nn.Module:
-        return Transformer(84, layers, heads, width, context, attention=attend)
+        return Transformer(84, layers, heads, width, context, attention=attend, **settings)
 
     variants: dict[str, tuple[nn.Module, bool]] = {
-        "plain PyTorch, fp32": (PlainTransformer(84, layers, heads, width, context), False),
+        "plain PyTorch, fp32": (PlainTransformer(84, layers, heads, width, context, modern), False),
         "ours, fp32, fused": (ours(attend_fused), False),
-        "ours, fp32, written out": (ours(attend_reference), False),
     }
     if cpu_multiplies_bf16():
         variants |= {"ours, bf16, fused": (ours(attend_fused), True), "ours, bf16, written out": (ours(attend_reference), True)}
     else:
-        print("  bf16: this processor has no bf16 matrix units (amx_bf16 or avx512_bf16) and would emulate it; not timed")
+        print("    bf16: this processor has no bf16 matrix units (amx_bf16 or avx512_bf16) and would emulate it; not timed")
+    sizes = {sum(p.numel() for p in model.parameters()) for model, _ in variants.values()}
+    assert len(sizes) == 1, "not the same network"
     steps = {name: _stepper(model, bf16, batch, context) for name, (model, bf16) in variants.items()}
     times: dict[str, list[float]] = {name: [] for name in steps}
     end = time.perf_counter() + seconds * len(steps)
@@ -206,7 +271,7 @@ def types_against_plain_pytorch(size: tuple[int, ...], seconds: float) -> None:
     base = statistics.median(times["plain PyTorch, fp32"])
     for name, measured in times.items():
         seconds_a_step = statistics.median(measured)
-        print(f"  {name:<26}{batch * context / seconds_a_step:>12,.0f} tokens/s  {base / seconds_a_step:.2f} times plain PyTorch")
+        print(f"    {name:<26}{batch * context / seconds_a_step:>10,.0f} tokens/s  {base / seconds_a_step:.2f} times plain PyTorch")
 
 
 def _stepper(model: nn.Module, bf16: bool, batch: int, context: int) -> Callable[[], None]:

@@ -13,12 +13,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class ProgressBar(Callback):
-    """On a terminal a Rich bar, refreshed about twice a second; elsewhere (a log file) a plain line whenever a tenth is done. State: none.
+    """On a terminal a Rich bar, refreshed about once a second; elsewhere (a log file) a plain line whenever a tenth is done. State: none.
 
     It shows the numbers of the last metrics row, so it asks the device for nothing.
     """
 
-    REFRESH_SECONDS = 0.5
+    REFRESH_SECONDS = 1.0
 
     def __init__(self, rows: Any):
         self.rows = rows

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import Attention, Mask
+from .attention import Attention, Mask, cast_once
 from .cache import KeyValueCache
 from .position import Position
 
@@ -50,6 +50,7 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(d_ff, d_model, bias=bias)
 
     def forward(self, x_BTC: Tensor) -> Tensor:
+        x_BTC = cast_once(x_BTC)
         h_BTF = self.up(x_BTC)
         if self.gate is not None:
             h_BTF = F.silu(self.gate(x_BTC)) * h_BTF
