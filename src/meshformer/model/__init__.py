@@ -1,10 +1,11 @@
 """The Transformer in plain PyTorch. This room imports nothing else of the project."""
 
-from .attention import Attention, Mask, attend_auto, attend_fused, attend_reference
+from .attention import Attention, Mask, attend_auto, attend_fused, attend_reference, cast_once
 from .block import Block, FeedForward
 from .cache import KeyValueCache
 from .count import matrix_parameters, parameter_count, training_flops_per_token
 from .lora import LoraLinear, add_adapters
+from .norm import RMSNorm
 from .position import Alibi, Learned, NoPosition, Position, PositionalAttention, Rotary, Sinusoidal, sinusoid
 from .sampling import filter_logits, generate
 from .transformer import Embedding, HeadTransform, Transformer
@@ -12,6 +13,7 @@ from .vision import PatchEmbedding, VisionTransformer
 
 __all__ = [
     "Alibi", "Attention", "Block", "Embedding", "FeedForward", "HeadTransform", "KeyValueCache", "Learned", "LoraLinear", "Mask", "NoPosition",
-    "PatchEmbedding", "Position", "PositionalAttention", "Rotary", "Sinusoidal", "Transformer", "VisionTransformer", "add_adapters", "attend_auto",
-    "attend_fused", "attend_reference", "filter_logits", "generate", "matrix_parameters", "parameter_count", "sinusoid", "training_flops_per_token",
+    "PatchEmbedding", "Position", "PositionalAttention", "RMSNorm", "Rotary", "Sinusoidal", "Transformer", "VisionTransformer", "add_adapters",
+    "attend_auto", "attend_fused", "attend_reference", "cast_once", "filter_logits", "generate", "matrix_parameters", "parameter_count", "sinusoid",
+    "training_flops_per_token",
 ]  # fmt: skip

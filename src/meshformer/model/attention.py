@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cache import KeyValueCache
+from .norm import RMSNorm
 from .position import Position
 
 
@@ -152,8 +153,8 @@ class Attention(nn.Module):
         self.v = nn.Linear(d_model, n_kv_heads * self.head_dim, bias=bias)
         self.o = nn.Linear(n_heads * self.head_dim, d_model, bias=bias)
         # QK-norm (Henry et al. 2020): bounded scores, so that higher learning rates stay stable.
-        self.q_norm = nn.RMSNorm(self.head_dim) if qk_norm else None
-        self.k_norm = nn.RMSNorm(self.head_dim) if qk_norm and keys else None
+        self.q_norm = RMSNorm(self.head_dim) if qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim) if qk_norm and keys else None
 
     def forward(
         self,

@@ -10,21 +10,10 @@ from torch import Tensor, nn
 
 from .attention import Attention, Mask, cast_once
 from .cache import KeyValueCache
+from .norm import make_norm
 from .position import Position
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu2", "swiglu")
-
-
-def make_norm(kind: str, dim: int, bias: bool, eps: float | None = None) -> nn.Module:
-    """`layer`: LayerNorm (Ba et al. 2016), x → (x − mean)/std · g (+ b). `rms`: RMSNorm (Zhang & Sennrich 2019), x → x/rms(x) · g.
-
-    `eps` is added to the variance; None: 1e-5 for `layer`, 1e-6 for `rms`.
-    """
-    if kind == "layer":
-        return nn.LayerNorm(dim, eps=1e-5 if eps is None else eps, bias=bias)
-    if kind == "rms":
-        return nn.RMSNorm(dim, eps=1e-6 if eps is None else eps)
-    raise ValueError(f"norm must be 'layer' or 'rms', not {kind!r}")
 
 
 def feed_forward_width(d_model: int, activation: str) -> int:

@@ -105,7 +105,7 @@ class Rotary(Position):
     def _rotate(x_BHTD: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
         # (a, b) → (a·cos − b·sin, b·cos + a·sin); rolling by half swaps the members of every pair, the sign sits in the table
         half = x_BHTD.shape[-1] // 2
-        return x_BHTD * cos.to(x_BHTD.dtype) + x_BHTD.roll(half, dims=-1) * signed_sin.to(x_BHTD.dtype)
+        return torch.addcmul(x_BHTD * cos.to(x_BHTD.dtype), x_BHTD.roll(half, dims=-1), signed_sin.to(x_BHTD.dtype))
 
 
 class Alibi(Position):

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from .attention import Attend, Attention, Mask, attend_auto
-from .block import Block, FeedForward, feed_forward_width, gelu, make_norm
+from .block import Block, FeedForward, feed_forward_width, gelu
 from .cache import KeyValueCache
+from .norm import make_norm
 from .position import Position, Rotary
 
 

@@ -1,0 +1,50 @@
+"""Norms: ours is torch's, in value and in gradient, and stays finite where there is nothing to normalise."""
+
+import pytest
+import torch
+from torch import nn
+
+from meshformer.model import RMSNorm, cast_once
+from meshformer.model.norm import make_norm
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-7), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize("eps", [None, 1e-6, 0.1])
+def test_rms_norm_is_the_formula(dtype: torch.dtype, tolerance: float, eps: float | None):
+    torch.manual_seed(0)
+    gain = torch.randn(8)
+    own, ours = torch.randn(3, 5, 8, dtype=torch.float64).to(dtype), RMSNorm(8, eps=eps)
+    x, y = own.clone().requires_grad_(True), own.double().requires_grad_(True)
+    ours.weight.data.copy_(gain)
+    weight = gain.double().requires_grad_(True)
+    expected = y / (y.pow(2).mean(-1, keepdim=True) + (eps or 1.2e-7)).sqrt() * weight
+    found = ours(x)
+    assert found.dtype == dtype
+    upstream = torch.randn_like(expected)
+    expected.backward(upstream)
+    found.backward(upstream.to(dtype))
+    assert x.grad is not None and y.grad is not None and weight.grad is not None and ours.weight.grad is not None
+    for a, b in ((found, expected), (x.grad, y.grad), (ours.weight.grad, weight.grad)):
+        assert torch.allclose(a.double(), b, atol=tolerance * b.abs().max().item(), rtol=0)
+
+
+def test_a_row_of_zeros_has_a_finite_norm_and_gradient():
+    x = torch.zeros(2, 8, requires_grad=True)
+    out = RMSNorm(8)(x)
+    out.sum().backward()
+    assert (out == 0).all() and x.grad is not None and x.grad.isfinite().all()
+
+
+def test_kinds_and_their_eps():
+    assert isinstance(make_norm("rms", 4, bias=False), nn.RMSNorm)
+    assert make_norm("layer", 4, bias=True).eps == 1e-5 and make_norm("rms", 4, bias=True, eps=0.5).eps == 0.5
+    with pytest.raises(ValueError, match="batch"):
+        make_norm("batch", 4, bias=False)
+
+
+def test_autocast_casts_an_input_once():
+    x = torch.randn(2, 4)
+    assert cast_once(x) is x
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert cast_once(x).dtype == torch.bfloat16
+        assert cast_once(cast_once(x)) is not None and cast_once(x.bfloat16()).dtype == torch.bfloat16

@@ -1,0 +1,79 @@
+"""What goes on around a step: when gradients are let go, and that sparing Lightning's empty calls loses none that is not empty."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+from lightning.pytorch.callbacks import Callback, LambdaCallback
+
+from jobs import TINY, Short, Watching, text_file
+from meshformer.build import STEP_HOOKS, build_callbacks, build_data, build_task, build_trainer
+from meshformer.compose import compose
+from meshformer.record.metrics_csv import read_metrics
+
+STEPS = 6
+
+
+class Counting(Callback):
+    """Overrides every hook of a step."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+
+for _hook in STEP_HOOKS:
+    setattr(Counting, _hook, lambda self, *_, hook=_hook: self.calls.append(hook))
+
+
+def fitted(folder: Path, kind: type[Any], *callbacks: Callback, more: tuple[str, ...] = ()) -> tuple[Any, pl.Trainer]:
+    settings = [
+        *TINY,
+        f"data.files={text_file(folder)}",
+        f"trainer.max_steps={STEPS}",
+        "trainer.log_every_n_steps=2",
+        "~callbacks.checkpoint",
+    ]
+    config = compose([*settings, *more, f"task._target_=jobs.{kind.__name__}", "allow=[jobs]"])
+    data = build_data(config)
+    data.prepare_data()
+    config["model"]["vocab_size"] = data.vocab_size
+    task = build_task(config, STEPS)
+    trainer = build_trainer(config, folder, STEPS, [*build_callbacks(config, folder, data.steps_per_epoch), *callbacks], [])
+    trainer.fit(task, datamodule=data)
+    return task, trainer
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_old_gradients_are_gone_before_the_forward_pass(tmp_path: Path, accumulation: int):
+    task, _ = fitted(tmp_path, Watching, more=(f"trainer.accumulate_grad_batches={accumulation}",))
+    assert task.seen == [micro > 0 for _ in range(STEPS) for micro in range(accumulation)]
+
+
+def test_hooks_that_are_not_empty_are_called(tmp_path: Path):
+    counting, ended = Counting(), []
+    _, trainer = fitted(tmp_path, Watching, counting, LambdaCallback(on_train_batch_end=lambda *_: ended.append(1)))
+    assert sorted(counting.calls) == sorted(STEP_HOOKS * STEPS) and len(ended) == STEPS
+    empty = [hook for hook in STEP_HOOKS for callback in trainer.callbacks if getattr(callback, hook) is None]  # pyright: ignore[reportAttributeAccessIssue]
+    assert len(empty) > len(STEP_HOOKS) * 3
+
+
+def test_what_a_task_logs_itself_is_in_the_rows(tmp_path: Path):
+    fitted(tmp_path, Watching)
+    rows = [row for row in read_metrics(tmp_path / "metrics.csv") if row.get("train/mine") not in (None, "")]
+    assert [(int(row["step"]), float(row["train/mine"])) for row in rows] == [(2, 1.0), (4, 3.0), (6, 5.0)]
+
+
+def test_a_training_step_without_the_number_of_the_batch(tmp_path: Path):
+    assert fitted(tmp_path, Short)[0].batches == STEPS
+
+
+@pytest.mark.parametrize(("accumulation", "interval"), [(1, 4), (2, 3), (1, 1)])
+def test_validation_comes_when_it_is_due(tmp_path: Path, accumulation: int, interval: int):
+    at: list[int] = []
+    validated = LambdaCallback(on_validation_end=lambda trainer, _: at.append(trainer.global_step))
+    more = (f"trainer.accumulate_grad_batches={accumulation}", f"trainer.val_check_interval={interval}")
+    fitted(tmp_path, Watching, validated, more=more)
+    assert at == [step for step in range(1, STEPS + 1) if step % interval == 0]
