@@ -169,18 +169,16 @@ def test_pairs_find_each_other_and_texts_become_unit_vectors(folder):
 
 def test_hidden_tokens_and_tags_are_the_same_on_two_processes(folder):
     mlm = [
-        "task=masked_language_modelling",
-        "data.packing=true",
-        "data.context_length=32",
-        "trainer.max_steps=3",
-        "trainer.val_check_interval=3",
-    ]
+        "task=masked_language_modelling", "data.packing=true", "data.context_length=32", "trainer.max_steps=3", "trainer.val_check_interval=3",
+        "optimizer=sgd", "optimizer.lr=0.3", "schedule=constant", "trainer.gradient_clip_val=1",  # the template's Muon magnifies rounding tenfold
+    ]  # fmt: skip
     one = jobs.run_labelled(folder, "mlm-one", *mlm)
     for layout in ("ddp", "context", "pipeline"):
         two = run_ranks(2, jobs.run_labelled, folder, f"mlm-{layout}", *mlm, f"strategy={layout}", "trainer.devices=2")[0]
         for name in ("train/loss", "val/loss", "val/accuracy"):
             ours, theirs = ([row[name] for row in rows if row.get(name) is not None] for rows in (two, one))
             assert max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) < 5e-6, (layout, name)
+            assert name == "val/accuracy" or len(theirs) == 1 or abs(theirs[-1] - theirs[0]) > 1e-3  # something was learned
 
 
 def test_wrong_model_sizes_are_refused_before_training(folder):
