@@ -24,6 +24,7 @@ from meshformer.data import ImageData, SampledData, SequenceData, TextData
 from meshformer.model.lora import ADAPTERS, add_adapters
 from meshformer.optim.groups import LayerRates
 from meshformer.parallel.strategies import make_strategy
+from meshformer.tasks.base import spare_empty_hooks
 
 Config = dict[str, Any]
 HEAD_PARTS = ("head.*", "norm.dense.*", "norm.norm.*")  # what a task with a head of its own draws anew
@@ -240,22 +241,11 @@ def build_trainer(config: Config, folder: Path, max_steps: int, callbacks: list[
     return made
 
 
-# What Lightning calls at every step.
-STEP_HOOKS = (
-    "on_train_batch_start", "on_before_zero_grad", "on_before_backward", "on_after_backward", "on_before_optimizer_step", "on_train_batch_end",
-)  # fmt: skip
-
-
 def _spare_empty_calls(trainer: Any) -> None:
     """Spares each step calls that do nothing, and questions whose answer stays the same. In a step of 35 ms, after which no cache is warm, the
-    Trainer costs half as much then (`python -m meshformer.bench`).
-
-    Ten callbacks have six hooks each, most of them Lightning's empty ones; what cannot be called, Lightning passes over.
-    """
+    Trainer costs half as much then (`python -m meshformer.bench`)."""
     for callback in trainer.callbacks:
-        for hook in STEP_HOOKS:
-            if hook not in vars(callback) and getattr(type(callback), hook) is getattr(pl.Callback, hook):
-                setattr(callback, hook, None)
+        spare_empty_hooks(callback, pl.Callback)
     loop, connector = trainer.fit_loop.epoch_loop, trainer._logger_connector
     inspect, names = loop._build_kwargs, []  # which arguments training_step takes, read from its signature
 

@@ -10,9 +10,11 @@ import pytest
 from lightning.pytorch.callbacks import Callback, LambdaCallback
 
 from jobs import TINY, Short, Watching, text_file
-from meshformer.build import STEP_HOOKS, build_callbacks, build_data, build_task, build_trainer
+from meshformer.build import build_callbacks, build_data, build_task, build_trainer
 from meshformer.compose import compose
+from meshformer.data import TextData
 from meshformer.record.metrics_csv import read_metrics
+from meshformer.tasks.base import STEP_HOOKS
 
 STEPS = 6
 
@@ -58,6 +60,28 @@ def test_hooks_that_are_not_empty_are_called(tmp_path: Path):
     assert sorted(counting.calls) == sorted(STEP_HOOKS * STEPS) and len(ended) == STEPS
     empty = [hook for hook in STEP_HOOKS for callback in trainer.callbacks if getattr(callback, hook) is None]  # pyright: ignore[reportAttributeAccessIssue]
     assert len(empty) > len(STEP_HOOKS) * 3
+
+
+@pytest.mark.parametrize("where", ["task", "data", "nowhere"])
+def test_whoever_wants_to_see_batches_pass_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str):
+    seen: list[int] = []
+
+    def look(self: Any, batch: Any, dataloader_idx: int) -> Any:
+        seen.append(dataloader_idx)
+        return batch
+
+    if where != "nowhere":
+        monkeypatch.setattr(Watching if where == "task" else TextData, "on_after_batch_transfer", look)
+    task, _ = fitted(tmp_path, Watching)
+    assert task._batches_stay == (where == "nowhere") and len(seen) >= (STEPS if where != "nowhere" else 0)
+
+
+def test_hooks_of_the_task_that_are_not_empty_are_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    called: list[str] = []
+    for hook in STEP_HOOKS:
+        monkeypatch.setattr(Watching, hook, lambda self, *_, hook=hook: called.append(hook), raising=True)
+    fitted(tmp_path, Watching)
+    assert sorted(called) == sorted(STEP_HOOKS * STEPS)
 
 
 def test_what_a_task_logs_itself_is_in_the_rows(tmp_path: Path):

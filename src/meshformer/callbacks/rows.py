@@ -24,11 +24,13 @@ class Rows(Callback):
         self.validated_step = -1
         self.csv: MetricsCsv | None = None  # rank 0 alone
         self.latest: dict[str, float] = {}
-        self._seen_step, self._lr = -1, 0.0
+        self._seen_step, self._lr, self._epoch_samples = -1, 0.0, 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Not on_fit_start: there the step is not restored yet.
         self._seen_step = trainer.global_step
+        data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        self._epoch_samples = data.steps_per_epoch * data.batch_size  # asked once: it takes the token file
         if trainer.is_global_zero:
             self.csv = MetricsCsv(self.folder / "metrics.csv")
             self.csv.truncate_after(trainer.global_step)  # rows that a killed run wrote after the checkpoint it resumes from
@@ -64,7 +66,7 @@ class Rows(Callback):
             return
         data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         samples = data.samples
-        self.csv.row(step, epoch=max(0, samples - 1) // (data.steps_per_epoch * data.batch_size), samples=samples, **values)
+        self.csv.row(step, epoch=max(0, samples - 1) // self._epoch_samples, samples=samples, **values)
         self.csv.flush()
         for logger in trainer.loggers:
             logger.log_metrics({**values, "samples": samples}, step)

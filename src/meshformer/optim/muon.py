@@ -96,15 +96,13 @@ class MuonAdamW(ShardwiseOptimizer):
             if group["method"] == "muon" and any(p.ndim != 2 for p in group["params"]):
                 raise ValueError("a muon group holds 2-D parameters only")
 
-    def update(self, parameters: list[Tensor], group: dict[str, Any], found_inf: Tensor | None) -> None:
-        if group["method"] == "muon":
-            self._muon(parameters, group, found_inf)
-        else:
-            update_by_adamw(parameters, self.state, group, found_inf)
+    def update(self, parameters: list[Tensor], group: dict[str, Any], found_inf: Tensor | None, grad_scale: Tensor | None) -> None:
+        update = self._muon if group["method"] == "muon" else partial(update_by_adamw, state=self.state)
+        update(parameters, group=group, found_inf=found_inf, grad_scale=grad_scale)
 
-    def _muon(self, parameters: list[Tensor], group: dict[str, Any], found_inf: Tensor | None) -> None:
+    def _muon(self, parameters: list[Tensor], group: dict[str, Any], found_inf: Tensor | None, grad_scale: Tensor | None) -> None:
         lr, momentum = float(group["lr"]), group["momentum"]
-        held, gradients = pieces(parameters), gradient_pieces(parameters)
+        held, gradients = pieces(parameters), gradient_pieces(parameters, grad_scale)
         for p in parameters:
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)

@@ -24,13 +24,16 @@ def pieces(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [x.to_local() if isinstance(x, DTensor) else x for x in tensors]
 
 
-def gradient_pieces(parameters: Sequence[Tensor]) -> list[Tensor]:
-    """This rank's piece of each gradient, cut as its parameter is."""
+def gradient_pieces(parameters: Sequence[Tensor], grad_scale: Tensor | None = None) -> list[Tensor]:
+    """This rank's piece of each gradient, cut as its parameter is, and divided, in place, by `grad_scale`."""
     gradients: list[Any] = [p.grad for p in parameters]
     for i, p in enumerate(parameters):
         if isinstance(p, DTensor) and gradients[i].placements != p.placements:  # pending sums of the tensor axis, for instance
             gradients[i] = gradients[i].redistribute(p.device_mesh, p.placements)
-    return pieces(gradients)
+    found = pieces(gradients)
+    if grad_scale is not None:
+        torch._foreach_div_(found, grad_scale)
+    return found
 
 
 def laid_out_as(others: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -50,8 +53,18 @@ def have_sgd_kernels(parameters: Iterable[Tensor]) -> bool:
     return all(have_kernels([p]) and (p.device.type != "cpu" or p.element_size() >= 4) for p in parameters)
 
 
-def update_by_adamw(parameters: list[Tensor], state: dict[Tensor, Any], group: dict[str, Any], found_inf: Tensor | None = None) -> None:
-    """AdamW's step for parameters with gradients. State as torch.optim.AdamW keeps it: `step`, `exp_avg`, `exp_avg_sq`."""
+def update_by_adamw(
+    parameters: list[Tensor],
+    state: dict[Tensor, Any],
+    group: dict[str, Any],
+    found_inf: Tensor | None = None,
+    grad_scale: Tensor | None = None,
+) -> None:
+    """AdamW's step for parameters with gradients. State as torch.optim.AdamW keeps it: `step`, `exp_avg`, `exp_avg_sq`.
+
+    The fused kernel divides gradients by `grad_scale` as it reads them, which spares a pass over all of them.
+    """
+    in_kernel, before = (grad_scale, None) if group["fused"] else (None, grad_scale)
     for p in parameters:
         if not state[p]:
             # The fused kernel counts its steps on the device; elsewhere a CPU counter spares a transfer.
@@ -61,12 +74,13 @@ def update_by_adamw(parameters: list[Tensor], state: dict[Tensor, Any], group: d
     held = pieces(parameters)
     functional_adamw(
         held,
-        laid_out_as(held, gradient_pieces(parameters)),
+        laid_out_as(held, gradient_pieces(parameters, before)),
         pieces([state[p]["exp_avg"] for p in parameters]),
         pieces([state[p]["exp_avg_sq"] for p in parameters]),
         [],
         [state[p]["step"] for p in parameters],
         fused=bool(group["fused"]),
+        grad_scale=in_kernel,
         found_inf=found_inf,
         amsgrad=False,
         beta1=group["betas"][0],
@@ -78,7 +92,13 @@ def update_by_adamw(parameters: list[Tensor], state: dict[Tensor, Any], group: d
     )
 
 
-def update_by_sgd(parameters: list[Tensor], state: dict[Tensor, Any], group: dict[str, Any], found_inf: Tensor | None = None) -> None:
+def update_by_sgd(
+    parameters: list[Tensor],
+    state: dict[Tensor, Any],
+    group: dict[str, Any],
+    found_inf: Tensor | None = None,
+    grad_scale: Tensor | None = None,
+) -> None:
     """SGD's step for parameters with gradients. With momentum, state is `momentum_buffer` as torch.optim.SGD keeps it."""
     buffers: list[Tensor] | None = None
     if group["momentum"]:
@@ -87,7 +107,7 @@ def update_by_sgd(parameters: list[Tensor], state: dict[Tensor, Any], group: dic
                 state[p]["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
         buffers = pieces([state[p]["momentum_buffer"] for p in parameters])
     settings = {key: group[key] for key in ("lr", "momentum", "nesterov", "weight_decay")}
-    sgd_step(pieces(parameters), gradient_pieces(parameters), found_inf, buffers, **settings)
+    sgd_step(pieces(parameters), gradient_pieces(parameters, grad_scale), found_inf, buffers, **settings)
 
 
 def sgd_step(
@@ -122,13 +142,15 @@ class ShardwiseOptimizer(Optimizer):
     """A subclass says how a group's parameters that have gradients are updated, and nothing of it where `found_inf` is 1.
 
     `found_inf`, one float32 number on the device, is for the next step alone; the closure may set it. Where there are no kernels that look
-    at it (other devices, and AdamW with `fused=False`) the host must ask for it, and waits.
+    at it (other devices, and AdamW with `fused=False`) the host must ask for it, and waits. `grad_scale`, another such number, is what the
+    next step divides gradients by (as torch's kernels understand it).
     """
 
     found_inf: Tensor | None = None
+    grad_scale: Tensor | None = None
     _have_kernels: bool | None = None
 
-    def update(self, parameters: list[Tensor], group: dict[str, Any], found_inf: Tensor | None) -> None:
+    def update(self, parameters: list[Tensor], group: dict[str, Any], found_inf: Tensor | None, grad_scale: Tensor | None) -> None:
         raise NotImplementedError
 
     @torch.no_grad()
@@ -139,14 +161,16 @@ class ShardwiseOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         found_inf, self.found_inf = self.found_inf, None
+        grad_scale, self.grad_scale = self.grad_scale, None
         if found_inf is not None and not self.skips_on_device:
             if found_inf.item():
                 return loss
             found_inf = None
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
-            if parameters:  # (with cpu_offload the flag is on the GPU)
-                self.update(parameters, group, found_inf if found_inf is None else found_inf.to(parameters[0].device))
+            if parameters:  # (with cpu_offload the numbers are on the GPU)
+                numbers = (x if x is None else x.to(parameters[0].device) for x in (found_inf, grad_scale))
+                self.update(parameters, group, *numbers)
         return loss
 
     @property
@@ -169,8 +193,8 @@ class ShardwiseAdamW(ShardwiseOptimizer, AdamW):
         # Without the announcement the scaler unscales first, clipping works, and the fused step is the same.
         self._step_supports_amp_scaling = False
 
-    def update(self, parameters: list[Tensor], group: dict[str, Any], found_inf: Tensor | None) -> None:
-        update_by_adamw(parameters, self.state, group, found_inf)
+    def update(self, parameters: list[Tensor], group: dict[str, Any], found_inf: Tensor | None, grad_scale: Tensor | None) -> None:
+        update_by_adamw(parameters, self.state, group, found_inf, grad_scale)
 
 
 class ShardwiseSGD(ShardwiseOptimizer, SGD):
@@ -179,5 +203,5 @@ class ShardwiseSGD(ShardwiseOptimizer, SGD):
     def __init__(self, groups: list[dict[str, Any]], lr: float, momentum: float, weight_decay: float, nesterov: bool) -> None:
         super().__init__(groups, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
 
-    def update(self, parameters: list[Tensor], group: dict[str, Any], found_inf: Tensor | None) -> None:
-        update_by_sgd(parameters, self.state, group, found_inf)
+    def update(self, parameters: list[Tensor], group: dict[str, Any], found_inf: Tensor | None, grad_scale: Tensor | None) -> None:
+        update_by_sgd(parameters, self.state, group, found_inf, grad_scale)

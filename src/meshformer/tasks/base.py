@@ -13,12 +13,18 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from meshformer.optim.shardwise import ShardwiseOptimizer
 
 from .guard import Guard, Trouble, not_finite
 
+# What Lightning calls at every step, of the task and of each callback.
+STEP_HOOKS = (
+    "on_train_batch_start", "on_before_zero_grad", "on_before_backward", "on_after_backward", "on_before_optimizer_step", "on_train_batch_end",
+)  # fmt: skip
+TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 Optimizer = Callable[..., torch.optim.Optimizer]  # (named parameters, all_names=...) -> optimizer
 Schedule = Callable[[int], Callable[[int], float]]
 
@@ -56,6 +62,8 @@ class Task(pl.LightningModule):
         self.refuses: Callable[[Tensor, Tensor, int], Tensor] | None = None
         self.trouble: Trouble | None = None  # what the last row found
         self._restored, self._restored_guard = (0.0, 0.0), (0.0, None)
+        spare_empty_hooks(self, pl.LightningModule)
+        self._batches_stay = False  # where they are made, on the CPU, and nobody wants to see them pass
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "_current_fx_name":  # Lightning sets this string about fifty times a step; nn.Module's checks would cost 0.3 ms of it
@@ -99,6 +107,9 @@ class Task(pl.LightningModule):
         # Lightning divides the loss by the accumulation and the data axes average gradients: both are undone here.
         self._loss_scale = accumulation * getattr(strategy, "averaged_over", data_size) / self.tokens_per_step
         self._accumulation = accumulation
+        own = (self, getattr(self.trainer, "datamodule", None))
+        changed = any(one is not None and is_overridden(hook, one) for hook in TRANSFER_HOOKS for one in own)
+        self._batches_stay = self.device.type == "cpu" and not changed
         # Ranks that compute different numbers draw differently, and ranks that hold copies of one computation alike.
         self._random_rank = getattr(strategy, "random_rank", data_rank)
         self._trained = [p for p in self.model.parameters() if p.requires_grad]  # walking the modules at every step would cost more
@@ -134,6 +145,12 @@ class Task(pl.LightningModule):
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:
         clear_gradients(optimizer)
 
+    def _on_before_batch_transfer(self, batch: Any, dataloader_idx: int = 0) -> Any:
+        return batch if self._batches_stay else super()._on_before_batch_transfer(batch, dataloader_idx)
+
+    def _apply_batch_transfer_handler(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
+        return batch if self._batches_stay else super()._apply_batch_transfer_handler(batch, device, dataloader_idx)
+
     def _reseed(self, seed: int) -> None:
         # Not torch.manual_seed: where a device type is not initialised it queues itself for later, with a stack trace, at every call.
         torch.default_generator.manual_seed(seed)
@@ -163,12 +180,12 @@ class Task(pl.LightningModule):
         self.guard.gradient(step, optimizer.param_groups[0]["lr"], bad, skip, norms)
         if gradient_clip_val:
             scale = scale * (gradient_clip_val / (self.grad_norm + 1e-6)).clamp(max=1)
-        if gradients:  # a pipeline rank may hold frozen layers alone
-            torch._foreach_mul_(gradients, scale)
         if isinstance(optimizer, ShardwiseOptimizer):
-            optimizer.found_inf = skip.float()
+            optimizer.grad_scale, optimizer.found_inf = 1 / scale, skip.float()
         elif skip.item():
             clear_gradients(optimizer)
+        elif gradients:  # a pipeline rank may hold frozen layers alone
+            torch._foreach_mul_(gradients, scale)
         self.step_count.zero_()
 
     def running_metrics(self, reset: bool = True) -> dict[str, Tensor]:
@@ -197,6 +214,13 @@ class Task(pl.LightningModule):
         multipliers = [_from(group.get("first_step", 0), multiplier) for group in optimizer.param_groups]
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, multipliers)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def spare_empty_hooks(owner: Any, base: type[Any]) -> None:
+    """Lightning passes over a hook that cannot be called: those of `owner` that are still the empty ones of `base` become None."""
+    for hook in STEP_HOOKS:
+        if hook not in vars(owner) and getattr(type(owner), hook) is getattr(base, hook):
+            vars(owner)[hook] = None
 
 
 def clear_gradients(optimizer: torch.optim.Optimizer) -> None:
