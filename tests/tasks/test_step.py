@@ -72,8 +72,9 @@ def test_whoever_wants_to_see_batches_pass_does(tmp_path: Path, monkeypatch: pyt
 
     if where != "nowhere":
         monkeypatch.setattr(Watching if where == "task" else TextData, "on_after_batch_transfer", look)
-    task, _ = fitted(tmp_path, Watching)
-    assert task._batches_stay == (where == "nowhere") and len(seen) >= (STEPS if where != "nowhere" else 0)
+    stay: list[bool] = []
+    task, _ = fitted(tmp_path, Watching, LambdaCallback(on_train_batch_end=lambda trainer, task, *_: stay.append(task._batches_stay)))
+    assert stay == [where == "nowhere"] * STEPS and not task._batches_stay and len(seen) >= (STEPS if where != "nowhere" else 0)
 
 
 def test_hooks_of_the_task_that_are_not_empty_are_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -120,6 +120,9 @@ class Task(pl.LightningModule):
         since_last_row = self._restored if getattr(strategy, "is_first_token_rank", data_rank == 0) else (0.0, 0.0)
         self.guard = Guard(self.device, since_last_row, *self._restored_guard)
 
+    def on_train_end(self) -> None:
+        self._batches_stay = False  # another trainer may have another device, or other data
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # So that the first row after a resume is the mean since the last row before it.
         skipped, step, checkpoint["since_last_row"] = self.guard.look(self.trainer.strategy)
