@@ -254,6 +254,7 @@ def _spare_empty_calls(trainer: Any) -> None:
             names.extend(inspect(OrderedDict(), batch, batch_idx))
         return OrderedDict(zip(names, (batch, batch_idx), strict=False))
 
+    # build_trainer makes val_check_batch a whole number of batches, counted over all epochs.
     validates, gather = loop._should_check_val_fx, connector.on_batch_end
     loop._build_kwargs = build_kwargs
     loop._should_check_val_fx = lambda fetcher: (

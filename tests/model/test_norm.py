@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from meshformer.model import RMSNorm, cast_once
+from meshformer.model import RMSNorm, Transformer, cast_once
 from meshformer.model.norm import make_norm
 
 
@@ -17,7 +17,7 @@ def test_rms_norm_is_the_formula(dtype: torch.dtype, tolerance: float, eps: floa
     x, y = own.clone().requires_grad_(True), own.double().requires_grad_(True)
     ours.weight.data.copy_(gain)
     weight = gain.double().requires_grad_(True)
-    expected = y / (y.pow(2).mean(-1, keepdim=True) + (eps or 1.2e-7)).sqrt() * weight
+    expected = y / (y.pow(2).mean(-1, keepdim=True) + (eps or torch.finfo(torch.promote_types(dtype, torch.float32)).eps)).sqrt() * weight
     found = ours(x)
     assert found.dtype == dtype
     upstream = torch.randn_like(expected)
@@ -33,6 +33,18 @@ def test_a_row_of_zeros_has_a_finite_norm_and_gradient():
     out = RMSNorm(8)(x)
     out.sum().backward()
     assert (out == 0).all() and x.grad is not None and x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("settings", [((8,), {}), ((8,), {"eps": 0.1}), ((5, 8), {}), ((8,), {"elementwise_affine": False})])
+def test_ours_is_torchs(settings):
+    shape, more = settings
+    x = torch.randn(3, 5, 8)
+    assert torch.allclose(RMSNorm(shape, **more)(x), nn.RMSNorm(shape, **more)(x), atol=1e-6)
+
+
+def test_a_model_runs_without_numbers():
+    with torch.device("meta"):
+        assert Transformer(8, 1, 2, 16, 4)(torch.zeros(2, 4, dtype=torch.long)).shape == (2, 4, 8)
 
 
 def test_kinds_and_their_eps():

@@ -54,6 +54,13 @@ def test_old_gradients_are_gone_before_the_forward_pass(tmp_path: Path, accumula
     assert task.seen == [micro > 0 for _ in range(STEPS) for micro in range(accumulation)]
 
 
+def test_who_looks_at_gradients_before_they_go_sees_them(tmp_path: Path):
+    seen: list[bool] = []
+    look = LambdaCallback(on_before_zero_grad=lambda _, task, optimizer: seen.append(any(p.grad is not None for p in task.parameters())))
+    fitted(tmp_path, Watching, look)
+    assert seen == [False] + [True] * (STEPS - 1)
+
+
 def test_hooks_that_are_not_empty_are_called(tmp_path: Path):
     counting, ended = Counting(), []
     _, trainer = fitted(tmp_path, Watching, counting, LambdaCallback(on_train_batch_end=lambda *_: ended.append(1)))

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, multiprocessing, nn
 
 from meshformer.build import build_callbacks, build_data, build_task, build_trainer
+from meshformer.callbacks import ProgressBar
 from meshformer.compose import compose
 from meshformer.config.resolve import cpu_multiplies_bf16
 from meshformer.model import Learned, Transformer, attend_fused, attend_reference
@@ -111,6 +113,9 @@ class _InTurn(pl.Callback):
                 next(self.bare)
             self.pairs.append(((now - self.start) / self.block, (time.perf_counter() - began) / self.block))
             self.steps = 1
+            for bar in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
+                if isinstance(bar, ProgressBar):  # else it is due after every pause, in the step that does not count
+                    bar._next_refresh += time.perf_counter() - now
             trainer.should_stop = now > self.end and len(self.pairs) > WARM_UP
 
 
@@ -204,10 +209,15 @@ def _plain_norm(width: int, modern: bool) -> nn.Module:
 
 def _rotated(x: Tensor) -> Tensor:
     """Rotary positions as they are usually written."""
-    T, D = x.shape[-2:]
-    angles = torch.arange(T)[:, None] * 10000 ** (-torch.arange(0, D, 2) / D)
+    cos, sin = _rotations(*x.shape[-2:])
     a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()), dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+@cache
+def _rotations(T: int, D: int) -> tuple[Tensor, Tensor]:
+    angles = torch.arange(T)[:, None] * 10000 ** (-torch.arange(0, D, 2) / D)
+    return angles.cos(), angles.sin()
 
 
 class PlainTransformer(nn.Module):

@@ -59,7 +59,8 @@ class Mask:
     def added(self, dtype: torch.dtype) -> Tensor | None:
         """The same as a number to add to scores, (B or 1, 1, T, S): 0 where the query may look, −∞ elsewhere; None when it may look everywhere.
 
-        One mask serves all heads, so adding it costs a fifth of filling every head's scores (bf16, 6 heads, 256 tokens, two CPU cores).
+        Hidden scores must be finite (∞ − ∞ is not hidden). One mask serves all heads, so adding it costs a fifth of filling every head's scores
+        (bf16, 6 heads, 256 tokens, two CPU cores).
         """
         visible = self.visible()
         return None if visible is None else torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, float("-inf"))
@@ -122,7 +123,8 @@ def _written_out_is_faster(q: Tensor, keys: int) -> bool:
 def cast_once(x: Tensor) -> Tensor:
     """Under autocast x in the type of its products. Each linear layer that reads x would else cast it again, and keep a copy for its gradient."""
     device = x.device.type
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+    casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return x.to(torch.get_autocast_dtype(device)) if casts else x
 
 
 class Attention(nn.Module):

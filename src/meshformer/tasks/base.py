@@ -107,6 +107,8 @@ class Task(pl.LightningModule):
         # Lightning divides the loss by the accumulation and the data axes average gradients: both are undone here.
         self._loss_scale = accumulation * getattr(strategy, "averaged_over", data_size) / self.tokens_per_step
         self._accumulation = accumulation
+        looking = any(callable(one.on_before_zero_grad) for one in (self, *self.trainer.callbacks))  # pyright: ignore[reportAttributeAccessIssue]
+        self._clears_early = not looking and type(self).optimizer_zero_grad is Task.optimizer_zero_grad
         own = (self, getattr(self.trainer, "datamodule", None))
         changed = any(one is not None and is_overridden(hook, one) for hook in TRANSFER_HOOKS for one in own)
         self._batches_stay = self.device.type == "cpu" and not changed
@@ -135,7 +137,7 @@ class Task(pl.LightningModule):
         self._restored_guard = (guard["skipped"], guard["trouble"] and Trouble(*guard["trouble"]))
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        if batch_idx % self._accumulation == 0:
+        if self._clears_early and batch_idx % self._accumulation == 0:
             clear_gradients(self.trainer.optimizers[0])  # Lightning does so behind the forward pass, which would run beside the old ones
         # Dropout depends on (seed, step, micro-batch, rank) alone: a resumed run draws what the uninterrupted one would have drawn.
         step = self.trainer.global_step
@@ -149,10 +151,14 @@ class Task(pl.LightningModule):
         clear_gradients(optimizer)
 
     def _on_before_batch_transfer(self, batch: Any, dataloader_idx: int = 0) -> Any:
-        return batch if self._batches_stay else super()._on_before_batch_transfer(batch, dataloader_idx)
+        return batch if self._batches_stay and self.device.type == "cpu" else super()._on_before_batch_transfer(batch, dataloader_idx)
 
     def _apply_batch_transfer_handler(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
-        return batch if self._batches_stay else super()._apply_batch_transfer_handler(batch, device, dataloader_idx)
+        return (
+            batch
+            if self._batches_stay and self.device.type == "cpu"
+            else super()._apply_batch_transfer_handler(batch, device, dataloader_idx)
+        )
 
     def _reseed(self, seed: int) -> None:
         # Not torch.manual_seed: where a device type is not initialised it queues itself for later, with a stack trace, at every call.
@@ -163,7 +169,9 @@ class Task(pl.LightningModule):
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        """Turns the accumulated sum into the mean over the step's tokens and clips it by its global norm, in one pass over the gradients.
+        """Finds what turns the accumulated sum into the mean over the step's tokens, clipped by its global norm: one factor for all gradients.
+
+        Our optimizers apply it in their step, as `grad_scale`: until then `p.grad` is the sum. For others gradients are multiplied here.
 
         Where the norm is not finite on any rank, nor is the update: every rank tells its optimizer, on the device, to change nothing.
         (Other optimizers than ours are given no gradients then, for which the host has to ask.) The step counts, and the schedule moves on.
@@ -227,7 +235,11 @@ def spare_empty_hooks(owner: Any, base: type[Any]) -> None:
 
 
 def clear_gradients(optimizer: torch.optim.Optimizer) -> None:
-    """`zero_grad` without its record for the profiler, which costs more than the work."""
+    """`zero_grad`, and where that is torch's without its record for the profiler, which costs more than the work."""
+    optimizer = getattr(optimizer, "_optimizer", optimizer)
+    if type(optimizer).zero_grad is not torch.optim.Optimizer.zero_grad:
+        optimizer.zero_grad()
+        return
     for group in optimizer.param_groups:
         for p in group["params"]:
             p.grad = None
