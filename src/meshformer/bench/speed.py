@@ -133,6 +133,7 @@ def _drain(ours: int) -> None:
     with suppress(OSError):  # the other end was closed
         while os.read(ours, 2**16):
             pass
+    os.close(ours)
 
 
 def trainer_against_bare_loop(size: tuple[int, ...], seconds: float) -> None:

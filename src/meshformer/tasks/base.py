@@ -151,14 +151,13 @@ class Task(pl.LightningModule):
         clear_gradients(optimizer)
 
     def _on_before_batch_transfer(self, batch: Any, dataloader_idx: int = 0) -> Any:
-        return batch if self._batches_stay and self.device.type == "cpu" else super()._on_before_batch_transfer(batch, dataloader_idx)
+        return batch if self._stays() else super()._on_before_batch_transfer(batch, dataloader_idx)
 
     def _apply_batch_transfer_handler(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
-        return (
-            batch
-            if self._batches_stay and self.device.type == "cpu"
-            else super()._apply_batch_transfer_handler(batch, device, dataloader_idx)
-        )
+        return batch if self._stays() else super()._apply_batch_transfer_handler(batch, device, dataloader_idx)
+
+    def _stays(self) -> bool:
+        return self._batches_stay and self.device.type == "cpu"
 
     def _reseed(self, seed: int) -> None:
         # Not torch.manual_seed: where a device type is not initialised it queues itself for later, with a stack trace, at every call.
