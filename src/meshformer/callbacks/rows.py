@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import Callback
 
 from meshformer.record.metrics_csv import MetricsCsv
@@ -46,8 +45,7 @@ class Rows(Callback):
         if step % self.every_n_steps and step != trainer.max_steps:
             return
         # A row at the end, out of turn, does not end the interval: a resumed run then has the rows of one that never stopped.
-        running = pl_module.running_metrics(reset=step % self.every_n_steps == 0)
-        values = dict(zip(running, torch.stack([v.double() for v in running.values()]).tolist(), strict=True))
+        values: dict[str, float] = pl_module.running_metrics(reset=step % self.every_n_steps == 0)
         values["train/lr"] = self._lr
         for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
             if hasattr(callback, "measure"):

@@ -168,9 +168,9 @@ class Task(pl.LightningModule):
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        """Finds what turns the accumulated sum into the mean over the step's tokens, clipped by its global norm: one factor for all gradients.
+        """Finds what turns the accumulated sum into the mean over the step's tokens, clipped by its global norm: one divisor for all gradients.
 
-        Our optimizers apply it in their step, as `grad_scale`: until then `p.grad` is the sum. For others gradients are multiplied here.
+        Our optimizers divide by it in their step, as `grad_scale`: until then `p.grad` is the sum. For others gradients are divided here.
 
         Where the norm is not finite on any rank, nor is the update: every rank tells its optimizer, on the device, to change nothing.
         (Other optimizers than ours are given no gradients then, for which the host has to ask.) The step counts, and the schedule moves on.
@@ -183,22 +183,22 @@ class Task(pl.LightningModule):
             norms = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32))
             norm = torch.linalg.vector_norm(norms)
         count, bad = strategy.reduce(torch.stack((self.step_count, not_finite(norm).float())), reduce_op="sum")
-        scale, bad = self.tokens_per_step / count.clamp(min=1), bad > 0
-        self.grad_norm.copy_(norm * scale)
+        divisor, bad = count.clamp(min=1) / self.tokens_per_step, bad > 0
+        self.grad_norm.copy_(norm / divisor)
         step, optimizer = self.trainer.global_step + 1, getattr(optimizer, "_optimizer", optimizer)
         skip = bad if self.refuses is None else bad | self.refuses(self.grad_norm, bad, step)
         self.guard.gradient(step, optimizer.param_groups[0]["lr"], bad, skip, norms)
         if gradient_clip_val:
-            scale = scale * (gradient_clip_val / (self.grad_norm + 1e-6)).clamp(max=1)
+            divisor = divisor * ((self.grad_norm + 1e-6) / gradient_clip_val).clamp(min=1)
         if isinstance(optimizer, ShardwiseOptimizer):
-            optimizer.grad_scale, optimizer.found_inf = 1 / scale, skip.float()
+            optimizer.grad_scale, optimizer.found_inf = divisor, skip.float()
         elif skip.item():
             clear_gradients(optimizer)
         elif gradients:  # a pipeline rank may hold frozen layers alone
-            torch._foreach_mul_(gradients, scale)
+            torch._foreach_div_(gradients, divisor)
         self.step_count.zero_()
 
-    def running_metrics(self, reset: bool = True) -> dict[str, Tensor]:
+    def running_metrics(self, reset: bool = True) -> dict[str, float]:
         """What was measured since the last reset, over all ranks and on the host; every rank must call it at the same step.
 
         Of micro-batches whose loss is not finite the mean knows nothing: `trouble` tells of them, and of gradients that were not.
@@ -208,8 +208,7 @@ class Task(pl.LightningModule):
         if reset:
             self.guard.reset()
         loss = loss_sum / count if count else float("nan")
-        found = {"train/loss": loss, "train/grad_norm": norm, "train/skipped_steps": skipped}
-        return {name: torch.tensor(value, dtype=torch.float64) for name, value in found.items()}
+        return {"train/loss": loss, "train/grad_norm": norm, "train/skipped_steps": float(skipped)}
 
     def configure_optimizers(self) -> Any:
         assert self.make_optimizer is not None
