@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from meshformer import train as job
@@ -41,6 +42,13 @@ class Watching(LanguageModelling):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         self.log("train/mine", float(batch_idx))
         return super().training_step(batch, batch_idx)
+
+
+class ForeignOptimizer(LanguageModelling):
+    """With an optimizer that is none of ours."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.model.parameters(), lr=0.5)
 
 
 class Short(LanguageModelling):

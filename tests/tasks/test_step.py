@@ -7,9 +7,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 import pytest
+import torch
+import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback, LambdaCallback
 
-from jobs import TINY, Short, Watching, text_file
+from jobs import TINY, ForeignOptimizer, Short, Watching, text_file
 from meshformer.build import build_callbacks, build_data, build_task, build_trainer
 from meshformer.compose import compose
 from meshformer.data import TextData
@@ -30,7 +32,7 @@ for _hook in STEP_HOOKS:
     setattr(Counting, _hook, lambda self, *_, hook=_hook: self.calls.append(hook))
 
 
-def fitted(folder: Path, kind: type[Any], *callbacks: Callback, more: tuple[str, ...] = ()) -> tuple[Any, pl.Trainer]:
+def configured(folder: Path, kind: type[Any], *more: str) -> tuple[dict[str, Any], Any]:
     settings = [
         *TINY,
         f"data.files={text_file(folder)}",
@@ -42,6 +44,11 @@ def fitted(folder: Path, kind: type[Any], *callbacks: Callback, more: tuple[str,
     data = build_data(config)
     data.prepare_data()
     config["model"]["vocab_size"] = data.vocab_size
+    return config, data
+
+
+def fitted(folder: Path, kind: type[Any], *callbacks: Callback, more: tuple[str, ...] = ()) -> tuple[Any, pl.Trainer]:
+    config, data = configured(folder, kind, *more)
     task = build_task(config, STEPS)
     trainer = build_trainer(config, folder, STEPS, [*build_callbacks(config, folder, data.steps_per_epoch), *callbacks], [])
     trainer.fit(task, datamodule=data)
@@ -52,6 +59,29 @@ def fitted(folder: Path, kind: type[Any], *callbacks: Callback, more: tuple[str,
 def test_old_gradients_are_gone_before_the_forward_pass(tmp_path: Path, accumulation: int):
     task, _ = fitted(tmp_path, Watching, more=(f"trainer.accumulate_grad_batches={accumulation}",))
     assert task.seen == [micro > 0 for _ in range(STEPS) for micro in range(accumulation)]
+
+
+@pytest.mark.parametrize("kind", [Watching, ForeignOptimizer])
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("clip", [0.2, 100.0])
+def test_steps_are_those_of_a_loop_written_out(tmp_path: Path, kind: type[Any], accumulation: int, clip: float):
+    exact = ("optimizer=sgd", "optimizer.lr=0.5", "schedule=constant", f"trainer.gradient_clip_val={clip}", "trainer.log_every_n_steps=1")
+    task, _ = fitted(tmp_path, kind, more=(*exact, f"trainer.accumulate_grad_batches={accumulation}"))
+    config, data = configured(tmp_path, kind, *exact)
+    plain = build_task(config, STEPS)
+    plain.configure_model()
+    weights, norms = list(plain.model.parameters()), []
+    for batch, _ in zip(data.train_dataloader(), range(STEPS), strict=False):
+        loss = F.cross_entropy(plain.model(batch["tokens"]).flatten(0, 1), batch["targets"].flatten())
+        gradients = torch.autograd.grad(loss, weights)
+        norms.append(torch.cat([g.flatten() for g in gradients]).norm().item())
+        with torch.no_grad():
+            for p, g in zip(weights, gradients, strict=True):
+                p -= 0.5 * min(1.0, clip / norms[-1]) * g
+    assert (max(norms) < clip) if clip > 1 else (min(norms) > clip)
+    assert [row["train/grad_norm"] for row in read_metrics(tmp_path / "metrics.csv")] == pytest.approx(norms, rel=1e-4)
+    for found, expected in zip(task.model.parameters(), weights, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_who_looks_at_gradients_before_they_go_sees_them(tmp_path: Path):
