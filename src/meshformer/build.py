@@ -12,7 +12,9 @@ from typing import Any
 
 import hydra.utils
 import lightning.pytorch as pl
+import torch
 from hydra.errors import InstantiationException
+from lightning.pytorch.loops.optimization.automatic import ClosureResult
 from lightning.pytorch.profilers import PassThroughProfiler
 
 from meshformer.callbacks import EMA, Checkpoint, ExactResume, Layout, ProgressBar, Rows, Samples
@@ -241,6 +243,19 @@ def build_trainer(config: Config, folder: Path, max_steps: int, callbacks: list[
     return made
 
 
+class _Loss(ClosureResult):
+    """What a training step returned; Lightning's own divides it where it is to be divided by one, and copies it where nobody changes it."""
+
+    def _clone_loss(self) -> None:
+        self.loss = None if self.closure_loss is None else self.closure_loss.detach()
+
+    @classmethod
+    def from_training_step_output(cls, training_step_output: Any, normalize: int = 1) -> ClosureResult:
+        if normalize == 1 and isinstance(training_step_output, torch.Tensor):
+            return cls(training_step_output)
+        return super().from_training_step_output(training_step_output, normalize)
+
+
 def _spare_empty_calls(trainer: Any) -> None:
     """Spares each step calls that do nothing, and questions whose answer stays the same. In a step of 35 ms, after which no cache is warm, the
     Trainer costs half as much then (`python -m meshformer.bench`)."""
@@ -260,4 +275,13 @@ def _spare_empty_calls(trainer: Any) -> None:
     loop._should_check_val_fx = lambda fetcher: (
         (trainer.should_stop or (loop.total_batch_idx + 1) % trainer.val_check_batch == 0) and validates(fetcher)
     )
+    automatic = loop.automatic_optimization
+    automatic.output_result_cls, clearing = _Loss, automatic._make_zero_grad_fn
+
+    def clearing_once(batch_idx: int, optimizer: Any) -> Any:
+        task: Any = trainer.lightning_module
+        task.has_cleared, clear = False, clearing(batch_idx, optimizer)
+        return clear and (lambda: None if task.has_cleared else clear())
+
+    automatic._make_zero_grad_fn = clearing_once
     connector.on_batch_end = lambda: gather() if trainer._results else None  # empty unless something was logged by self.log

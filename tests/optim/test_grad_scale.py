@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from meshformer.optim import adamw, muon, sgd
+from meshformer.optim import adamw, muon, sgd, shardwise
 
 MAKERS: dict[str, Callable[[list[tuple[str, Tensor]]], Any]] = {
     "adamw": lambda named: adamw(named, lr=0.1, fused=True),
@@ -34,9 +34,15 @@ def trained(make: Callable[[list[tuple[str, Tensor]]], Any], scales: list[float]
     return [p.detach() for _, p in named]
 
 
+@pytest.fixture(params=[("cpu",), ()], ids=["asked", "in the kernel"])
+def asked_freely(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shardwise, "ASKED_FREELY", request.param)
+
+
+@pytest.mark.usefixtures("asked_freely")
 @pytest.mark.parametrize("name", MAKERS)
 def test_a_step_divides_gradients_by_grad_scale(name: str):
-    scales = [0.5, 8.0, 100.0]
+    scales = [0.5, 1.0, 100.0]
     given = trained(MAKERS[name], scales, in_optimizer=True)
     divided = trained(MAKERS[name], scales, in_optimizer=False)
     whole = trained(MAKERS[name], [1.0] * 3, in_optimizer=False)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback, LambdaCallback
 
-from jobs import TINY, ForeignOptimizer, Short, Watching, text_file
+from jobs import TINY, ForeignOptimizer, OwnStep, Short, Watching, text_file
 from meshformer.build import build_callbacks, build_data, build_task, build_trainer
 from meshformer.compose import compose
 from meshformer.data import TextData
@@ -61,7 +61,7 @@ def test_old_gradients_are_gone_before_the_forward_pass(tmp_path: Path, accumula
     assert task.seen == [micro > 0 for _ in range(STEPS) for micro in range(accumulation)]
 
 
-@pytest.mark.parametrize("kind", [Watching, ForeignOptimizer])
+@pytest.mark.parametrize("kind", [Watching, ForeignOptimizer, OwnStep])
 @pytest.mark.parametrize("accumulation", [1, 4])
 @pytest.mark.parametrize("clip", [0.2, 100.0])
 def test_steps_are_those_of_a_loop_written_out(tmp_path: Path, kind: type[Any], accumulation: int, clip: float):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -90,10 +89,11 @@ def peak_memory(device: torch.device) -> int | None:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
-        lines = Path("/proc/self/status").read_text().splitlines()
+        with open("/proc/self/status", "rb") as file:  # getrusage would tell of the parent's memory too
+            _, _, peak = file.read().partition(b"VmHWM:")
     except OSError:
         return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
+    return int(peak.split(maxsplit=1)[0]) * 1024 if peak else None
 
 
 def _wait(device: torch.device) -> None:

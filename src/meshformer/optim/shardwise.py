@@ -42,6 +42,7 @@ def laid_out_as(others: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Ten
 
 
 KERNELS = ("cpu", "cuda")  # device types whose fused kernels we rely on
+ASKED_FREELY = ("cpu",)  # device types where no answer has to be waited for
 
 
 def have_kernels(parameters: Iterable[Tensor]) -> bool:
@@ -142,8 +143,8 @@ class ShardwiseOptimizer(Optimizer):
     """A subclass says how a group's parameters that have gradients are updated, and nothing of it where `found_inf` is 1.
 
     `found_inf`, one float32 number on the device, is for the next step alone; the closure may set it. Where there are no kernels that look
-    at it (other devices, and AdamW with `fused=False`) the host must ask for it, and waits. `grad_scale`, another such number, is what the
-    next step divides gradients by (as torch's kernels understand it).
+    at it (AdamW with `fused=False`, devices that are none of `KERNELS`) the host asks for it, and waits; on a CPU it always asks. `grad_scale`,
+    another such number, is what the next step divides gradients by (as torch's kernels understand it).
     """
 
     found_inf: Tensor | None = None
@@ -162,10 +163,13 @@ class ShardwiseOptimizer(Optimizer):
                 loss = closure()
         found_inf, self.found_inf = self.found_inf, None
         grad_scale, self.grad_scale = self.grad_scale, None
-        if found_inf is not None and not self.skips_on_device:
+        # Kernels that need not look at the numbers have less to do.
+        if found_inf is not None and (found_inf.device.type in ASKED_FREELY or not self.skips_on_device):
             if found_inf.item():
                 return loss
             found_inf = None
+        if grad_scale is not None and grad_scale.device.type in ASKED_FREELY and grad_scale.item() == 1:
+            grad_scale = None
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             if parameters:  # (with cpu_offload the numbers are on the GPU)

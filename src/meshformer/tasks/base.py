@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from meshformer.optim.shardwise import ShardwiseOptimizer
 
-from .guard import Guard, Trouble, not_finite
+from .guard import Guard, Trouble
 
 # What Lightning calls at every step, of the task and of each callback.
 STEP_HOOKS = (
@@ -60,13 +60,16 @@ class Task(pl.LightningModule):
         self.aliases: dict[str, str] = {}  # names here of what has another name in the whole model: set by the strategy
         # Where set (callbacks.Spike): (norm, whether it is not finite, step) -> whether that step's update shall not be made, on the device.
         self.refuses: Callable[[Tensor, Tensor, int], Tensor] | None = None
+        self.learning_rate = 0.0  # of the last step; at its end the schedule has moved on
         self.trouble: Trouble | None = None  # what the last row found
         self._restored, self._restored_guard = (0.0, 0.0), (0.0, None)
         spare_empty_hooks(self, pl.LightningModule)
+        self.has_cleared = False  # whether there are no gradients left for Lightning to clear in this step
         self._batches_stay = False  # where they are made, on the CPU, and nobody wants to see them pass
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "_current_fx_name":  # Lightning sets this string about fifty times a step; nn.Module's checks would cost 0.3 ms of it
+        # Lightning sets the first about fifty times a step; nn.Module's checks would cost 0.3 ms of it.
+        if name in ("_current_fx_name", "has_cleared"):
             self.__dict__[name] = value
         else:
             super().__setattr__(name, value)
@@ -139,6 +142,7 @@ class Task(pl.LightningModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         if self._clears_early and batch_idx % self._accumulation == 0:
             clear_gradients(self.trainer.optimizers[0])  # Lightning does so behind the forward pass, which would run beside the old ones
+            self.has_cleared = True
         # Dropout depends on (seed, step, micro-batch, rank) alone: a resumed run draws what the uninterrupted one would have drawn.
         step = self.trainer.global_step
         self._reseed(_mix(self.seed, step, batch_idx % self._accumulation, self._random_rank))
@@ -182,12 +186,14 @@ class Task(pl.LightningModule):
             gradients = [p.grad for p in self._trained if p.grad is not None]
             norms = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32))
             norm = torch.linalg.vector_norm(norms)
-        count, bad = strategy.reduce(torch.stack((self.step_count, not_finite(norm).float())), reduce_op="sum")
-        divisor, bad = count.clamp(min=1) / self.tokens_per_step, bad > 0
-        self.grad_norm.copy_(norm / divisor)
+        # A norm less itself is 0, or NaN where it is not finite, which a sum over ranks keeps.
+        count, bad = strategy.reduce(torch.stack((self.step_count, norm - norm)), reduce_op="sum")
+        divisor, bad = count.clamp(min=1) / self.tokens_per_step, bad != 0
+        self.grad_norm = norm / divisor
         step, optimizer = self.trainer.global_step + 1, getattr(optimizer, "_optimizer", optimizer)
+        self.learning_rate = optimizer.param_groups[0]["lr"]
         skip = bad if self.refuses is None else bad | self.refuses(self.grad_norm, bad, step)
-        self.guard.gradient(step, optimizer.param_groups[0]["lr"], bad, skip, norms)
+        self.guard.gradient(step, self.learning_rate, bad, skip, norms)
         if gradient_clip_val:
             divisor = divisor * ((self.grad_norm + 1e-6) / gradient_clip_val).clamp(min=1)
         if isinstance(optimizer, ShardwiseOptimizer):
