@@ -15,6 +15,7 @@ from jobs import TINY, ForeignOptimizer, OwnStep, Short, Watching, text_file
 from meshformer.build import build_callbacks, build_data, build_task, build_trainer
 from meshformer.compose import compose
 from meshformer.data import TextData
+from meshformer.optim import shardwise
 from meshformer.record.metrics_csv import read_metrics
 from meshformer.tasks.base import STEP_HOOKS
 
@@ -61,10 +62,14 @@ def test_old_gradients_are_gone_before_the_forward_pass(tmp_path: Path, accumula
     assert task.seen == [micro > 0 for _ in range(STEPS) for micro in range(accumulation)]
 
 
+@pytest.mark.parametrize("asked", [("cpu",), ()], ids=["asked", "not asked"])
 @pytest.mark.parametrize("kind", [Watching, ForeignOptimizer, OwnStep])
 @pytest.mark.parametrize("accumulation", [1, 4])
 @pytest.mark.parametrize("clip", [0.2, 100.0])
-def test_steps_are_those_of_a_loop_written_out(tmp_path: Path, kind: type[Any], accumulation: int, clip: float):
+def test_steps_are_those_of_a_loop_written_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Any], accumulation: int, clip: float, asked: tuple[str, ...]
+):
+    monkeypatch.setattr(shardwise, "ASKED_FREELY", asked)
     exact = ("optimizer=sgd", "optimizer.lr=0.5", "schedule=constant", f"trainer.gradient_clip_val={clip}", "trainer.log_every_n_steps=1")
     task, _ = fitted(tmp_path, kind, more=(*exact, f"trainer.accumulate_grad_batches={accumulation}"))
     config, data = configured(tmp_path, kind, *exact)

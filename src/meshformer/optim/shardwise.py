@@ -45,6 +45,10 @@ KERNELS = ("cpu", "cuda")  # device types whose fused kernels we rely on
 ASKED_FREELY = ("cpu",)  # device types where no answer has to be waited for
 
 
+def asked_freely(device: torch.device) -> bool:
+    return device.type in ASKED_FREELY
+
+
 def have_kernels(parameters: Iterable[Tensor]) -> bool:
     return all(p.device.type in KERNELS and torch.is_floating_point(p) for p in parameters)
 
@@ -142,13 +146,13 @@ def sgd_step(
 class ShardwiseOptimizer(Optimizer):
     """A subclass says how a group's parameters that have gradients are updated, and nothing of it where `found_inf` is 1.
 
-    `found_inf`, one float32 number on the device, is for the next step alone; the closure may set it. Where there are no kernels that look
-    at it (AdamW with `fused=False`, devices that are none of `KERNELS`) the host asks for it, and waits; on a CPU it always asks. `grad_scale`,
-    another such number, is what the next step divides gradients by (as torch's kernels understand it).
+    `found_inf`, one number on the device, is for the next step alone; the closure may set it. Where there are no kernels that look at it
+    (devices that are none of `KERNELS`, and AdamW with `fused=False`) the host must ask for it, and waits. `grad_scale`, another such number, is
+    what the next step divides gradients by (as torch's kernels understand it). Both may be plain numbers, where the host knows them.
     """
 
-    found_inf: Tensor | None = None
-    grad_scale: Tensor | None = None
+    found_inf: Tensor | bool | None = None
+    grad_scale: Tensor | float | None = None
     _have_kernels: bool | None = None
 
     def update(self, parameters: list[Tensor], group: dict[str, Any], found_inf: Tensor | None, grad_scale: Tensor | None) -> None:
@@ -163,17 +167,17 @@ class ShardwiseOptimizer(Optimizer):
                 loss = closure()
         found_inf, self.found_inf = self.found_inf, None
         grad_scale, self.grad_scale = self.grad_scale, None
-        # Kernels that need not look at the numbers have less to do.
-        if found_inf is not None and (found_inf.device.type in ASKED_FREELY or not self.skips_on_device):
-            if found_inf.item():
+        # What the host knows, kernels need not look at.
+        if not isinstance(found_inf, Tensor) or not self.skips_on_device:
+            if found_inf:
                 return loss
             found_inf = None
-        if grad_scale is not None and grad_scale.device.type in ASKED_FREELY and grad_scale.item() == 1:
-            grad_scale = None
+        if grad_scale is not None and not isinstance(grad_scale, Tensor):
+            grad_scale = None if grad_scale == 1 else torch.tensor(grad_scale, dtype=torch.float32)
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             if parameters:  # (with cpu_offload the numbers are on the GPU)
-                numbers = (x if x is None else x.to(parameters[0].device) for x in (found_inf, grad_scale))
+                numbers = (x if x is None else x.to(parameters[0].device, torch.float32) for x in (found_inf, grad_scale))
                 self.update(parameters, group, *numbers)
         return loss
 

@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
-from meshformer.optim.shardwise import ShardwiseOptimizer
+from meshformer.optim.shardwise import ShardwiseOptimizer, asked_freely
 
 from .guard import Guard, Trouble
 
@@ -118,10 +118,10 @@ class Task(pl.LightningModule):
         # Ranks that compute different numbers draw differently, and ranks that hold copies of one computation alike.
         self._random_rank = getattr(strategy, "random_rank", data_rank)
         self._trained = [p for p in self.model.parameters() if p.requires_grad]  # walking the modules at every step would cost more
-        # Running values stay on the device; a callback reads them once every `log_every_n_steps`. They are no buffers: DDP would broadcast
-        # those, and bf16-true would round them.
+        # Running values stay on the device where the host would wait for them; a callback reads them once every `log_every_n_steps`. They are
+        # no buffers: DDP would broadcast those, and bf16-true would round them.
         self.step_count = torch.zeros((), dtype=torch.float32, device=self.device)  # counted tokens of the step in progress, this rank's
-        self.grad_norm = torch.zeros((), dtype=torch.float32, device=self.device)
+        self.grad_norm: Tensor | float = 0.0
         since_last_row = self._restored if getattr(strategy, "is_first_token_rank", data_rank == 0) else (0.0, 0.0)
         self.guard = Guard(self.device, since_last_row, *self._restored_guard)
 
@@ -187,21 +187,26 @@ class Task(pl.LightningModule):
             norms = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32))
             norm = torch.linalg.vector_norm(norms)
         # A norm less itself is 0, or NaN where it is not finite, which a sum over ranks keeps.
-        count, bad = strategy.reduce(torch.stack((self.step_count, norm - norm)), reduce_op="sum")
-        divisor, bad = count.clamp(min=1) / self.tokens_per_step, bad != 0
-        self.grad_norm = norm / divisor
+        numbers = strategy.reduce(torch.stack((self.step_count, norm - norm)), reduce_op="sum")
+        if asked_freely(numbers.device) and self.refuses is None:  # then Python works with them; a tensor operation takes ten times as long
+            (count, bad), norm = numbers.tolist(), norm.item()
+        else:
+            count, bad = numbers
+        divisor, bad = _at_least(count, 1) / self.tokens_per_step, bad != 0
+        grad_norm: Any = norm / divisor
         step, optimizer = self.trainer.global_step + 1, getattr(optimizer, "_optimizer", optimizer)
         self.learning_rate = optimizer.param_groups[0]["lr"]
-        skip = bad if self.refuses is None else bad | self.refuses(self.grad_norm, bad, step)
+        skip = bad if self.refuses is None else bad | self.refuses(grad_norm, bad, step)
         self.guard.gradient(step, self.learning_rate, bad, skip, norms)
         if gradient_clip_val:
-            divisor = divisor * ((self.grad_norm + 1e-6) / gradient_clip_val).clamp(min=1)
+            divisor = divisor * _at_least((grad_norm + 1e-6) / gradient_clip_val, 1)
         if isinstance(optimizer, ShardwiseOptimizer):
-            optimizer.grad_scale, optimizer.found_inf = divisor, skip.float()
-        elif skip.item():
+            optimizer.grad_scale, optimizer.found_inf = divisor, skip
+        elif skip:
             clear_gradients(optimizer)
         elif gradients:  # a pipeline rank may hold frozen layers alone
             torch._foreach_div_(gradients, divisor)
+        self.grad_norm = grad_norm
         self.step_count.zero_()
 
     def running_metrics(self, reset: bool = True) -> dict[str, float]:
@@ -209,12 +214,12 @@ class Task(pl.LightningModule):
 
         Of micro-batches whose loss is not finite the mean knows nothing: `trouble` tells of them, and of gradients that were not.
         """
-        skipped, step, (loss_sum, count, norm) = self.guard.look(self.trainer.strategy, self.grad_norm)
+        skipped, step, (loss_sum, count) = self.guard.look(self.trainer.strategy)
         self.trouble = self.guard.describe(step, self)
         if reset:
             self.guard.reset()
         loss = loss_sum / count if count else float("nan")
-        return {"train/loss": loss, "train/grad_norm": norm, "train/skipped_steps": float(skipped)}
+        return {"train/loss": loss, "train/grad_norm": float(self.grad_norm), "train/skipped_steps": float(skipped)}
 
     def configure_optimizers(self) -> Any:
         assert self.make_optimizer is not None
@@ -247,6 +252,10 @@ def clear_gradients(optimizer: torch.optim.Optimizer) -> None:
     for group in optimizer.param_groups:
         for p in group["params"]:
             p.grad = None
+
+
+def _at_least(x: Any, least: float) -> Any:
+    return x.clamp(min=least) if isinstance(x, Tensor) else max(x, least)
 
 
 def _from(first: int, multiplier: Callable[[int], float]) -> Callable[[int], float]:

@@ -26,30 +26,27 @@ class Trouble(NamedTuple):
     gradient: bool
 
 
-FOLD = 64  # steps or micro-batches kept as they came before they are reduced to what they have in common
-
-
-def not_finite(x: Tensor) -> Tensor:
-    return (x - x) != 0  # half the time of ~x.isfinite(), which is four operations
+Flag = Tensor | bool  # on a device that has to be waited for, or known
+FOLD = 1024  # steps or micro-batches noted as they came, before the host looks at them though no row is due
 
 
 class Guard:
-    """Sums and notes since the last row. Nothing here waits for the device, but `look`, at a row or a checkpoint.
+    """Sums and notes since the last row. The host looks at them, and waits for the device, at a row or a checkpoint alone: see `look`.
 
-    A step costs no more than an entry in a list: twenty operations on single numbers would be 0.2 ms on a slow core.
+    Until then a step costs no more than an entry in a list: twenty operations on single numbers would be 0.2 ms on a slow core.
     """
 
     def __init__(self, device: torch.device, since_last_row: tuple[float, float], skipped: float, earlier: Trouble | None):
         self.device = device
-        self.totals = torch.tensor(since_last_row, dtype=torch.float64, device=device)  # this rank's loss sum and count, of finite losses
-        self.skipped = torch.full((), skipped, dtype=torch.float64, device=device)  # steps of the whole run
-        self.step = torch.full((), math.inf, dtype=torch.float64, device=device)  # first with a bad gradient; all ranks agree on it
-        self.loss_step = self.step.clone()  # first with a bad loss on this rank
-        self.norms = torch.zeros(0, device=device)  # of the gradients of self.step
+        self.loss_sum, self.count = since_last_row  # this rank's, of finite losses
+        self.skipped = skipped  # steps of the whole run
+        self.step = math.inf  # first with a bad gradient; all ranks agree on it
+        self.loss_step = math.inf  # first with a bad loss on this rank
+        self.norms: list[float] = []  # of the gradients of self.step
         self.rates: dict[int, float] = {}
         self.earlier = earlier  # noted before a checkpoint that this run goes on from
         self._losses: list[tuple[int, Tensor, Tensor]] = []
-        self._gradients: list[tuple[int, Tensor, Tensor, Tensor]] = []
+        self._gradients: list[tuple[int, Flag, Flag, Tensor]] = []
 
     def loss(self, step: int, loss: Tensor, count: Tensor) -> None:
         """A micro-batch's loss sum and count. They enter the row's mean where the loss is finite."""
@@ -57,59 +54,51 @@ class Guard:
         if len(self._losses) == FOLD:
             self._fold()
 
-    def gradient(self, step: int, learning_rate: float, bad: Tensor, skip: Tensor, norms: Tensor) -> None:
+    def gradient(self, step: int, learning_rate: float, bad: Flag, skip: Flag, norms: Tensor) -> None:
         """`bad`: whether the step's gradient is not finite; `skip`: whether its update is not made; `norms`: of this rank's gradients."""
-        if len(self._gradients) == FOLD or (self._gradients and norms.shape != self._gradients[-1][3].shape):
+        if len(self._gradients) == FOLD:
             self._fold()
         self._gradients.append((step, bad, skip, norms))
         self.rates[step] = learning_rate
 
     def _fold(self) -> None:
-        if self._losses:
-            steps, losses, counts = zip(*self._losses, strict=True)
-            values = torch.stack((torch.stack(losses).double(), torch.stack(counts).double()))
-            bad = not_finite(values[0])
-            self.totals += values.masked_fill(bad, 0).sum(1)
-            self.loss_step = torch.minimum(self.loss_step, self._first(steps, bad))
-            self._losses.clear()
-        if self._gradients:
-            steps, flags, skips, norms = zip(*self._gradients, strict=True)
-            bad, rows = torch.stack(flags), torch.stack(norms)
-            self.skipped += torch.stack(skips).sum()
-            row = rows.index_select(0, bad.byte().argmax().view(1))[0]
-            kept = self.norms if self.norms.shape == row.shape else torch.zeros_like(row)
-            self.norms = torch.where(self.step.isinf(), row, kept)
-            self.step = torch.minimum(self.step, self._first(steps, bad))
-            self._gradients.clear()
+        steps, *others = zip(*self._losses, strict=True) if self._losses else ((), (), ())
+        for step, loss, count in zip(steps, *map(_on_host, others), strict=True):
+            if math.isfinite(loss):
+                self.loss_sum, self.count = self.loss_sum + loss, self.count + count
+            else:
+                self.loss_step = min(self.loss_step, step)
+        self._losses.clear()
+        steps, *flags, norms = zip(*self._gradients, strict=True) if self._gradients else ((), (), (), ())
+        for step, bad, skip, some in zip(steps, *map(_on_host, flags), norms, strict=True):
+            self.skipped += skip
+            if bad and step < self.step:
+                self.step, self.norms = step, some.tolist()
+        self._gradients.clear()
 
-    def _first(self, steps: tuple[int, ...], bad: Tensor) -> Tensor:
-        """The first of `steps` that is bad; infinite if none is."""
-        numbers = torch.tensor(steps, dtype=torch.float64, pin_memory=self.device.type == "cuda").to(self.device, non_blocking=True)
-        return numbers.masked_fill(~bad, math.inf).min()
-
-    def look(self, strategy: Any, *others: Tensor) -> tuple[int, int | None, list[float]]:
-        """(steps skipped, first step with something bad on any rank, [loss sum, count, *others] over the data ranks). A collective.
-
-        The one wait for the device."""
+    def look(self, strategy: Any) -> tuple[int, int | None, tuple[float, float]]:
+        """(steps skipped, first step with something bad on any rank, (loss sum, count) over the data ranks). A collective."""
         self._fold()
-        totals = strategy.reduce(self.totals, reduce_op="sum")
-        steps = torch.minimum(self.step, self.loss_step)
+        mine = torch.tensor((self.loss_sum, self.count), dtype=torch.float64, device=self.device)
+        loss_sum, count = strategy.reduce(mine, reduce_op="sum").tolist()
+        step = min(self.step, self.loss_step)
         if dist.is_initialized():
+            steps = torch.tensor(step, dtype=torch.float64, device=self.device)
             dist.all_reduce(steps, dist.ReduceOp.MIN)
-        skipped, step, *numbers = torch.stack([self.skipped, steps, *totals, *(x.double() for x in others)]).tolist()
-        return int(skipped), None if math.isinf(step) else int(step), numbers
+            step = steps.item()
+        return int(self.skipped), None if math.isinf(step) else int(step), (loss_sum, count)
 
     def describe(self, step: int | None, task: Any) -> Trouble | None:
         """What happened at `step`, of which `look` told. A collective where it is not None, and then as slow as it likes."""
         if self.earlier is not None or step is None:
             return self.earlier
-        bad_gradient = self.step.item() == step
-        mine: dict[str, Any] = {"names": [], "loss": self.loss_step.item() == step}
+        bad_gradient = self.step == step
+        mine: dict[str, Any] = {"names": [], "loss": self.loss_step == step}
         if bad_gradient:
             held = [(task.aliases.get(name, name), p) for name, p in task.model.named_parameters() if p.requires_grad]
             if len(held) != len(self.norms):
                 held = [(name, p) for name, p in held if p.grad is not None]
-            mine["names"] = [name for (name, _), norm in zip(held, self.norms.tolist(), strict=False) if not math.isfinite(norm)]
+            mine["names"] = [name for (name, _), norm in zip(held, self.norms, strict=False) if not math.isfinite(norm)]
         everyone: list[Any] = [mine]
         if dist.is_initialized():
             everyone = [None] * dist.get_world_size()
@@ -121,8 +110,12 @@ class Guard:
         return Trouble(step, self.rates.get(step, math.nan), parameter, len(found), ranks, losses, bad_gradient)
 
     def reset(self) -> None:
-        self.totals.zero_()
-        self.step.fill_(math.inf)
-        self.loss_step.fill_(math.inf)
+        self.loss_sum, self.count = 0.0, 0.0
+        self.step = self.loss_step = math.inf
         self.rates.clear()
         self.earlier = None
+
+
+def _on_host(values: tuple[Any, ...]) -> tuple[Any, ...] | list[Any]:
+    """Tensors' numbers, fetched at once."""
+    return torch.stack(values).tolist() if values and isinstance(values[0], Tensor) else values
