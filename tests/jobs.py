@@ -45,12 +45,14 @@ class Watching(LanguageModelling):
 
 
 class OwnStep(LanguageModelling):
-    """Clears no gradients itself, as Task's own step does."""
+    """Leaves gradients behind before the step's own, which are not to be part of it."""
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         loss_sum, count = self.losses(batch, "train")
         self.step_count += count
         self.guard.loss(self.trainer.global_step + 1, loss_sum.detach(), count)
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+            loss_sum.backward(retain_graph=True)
         return loss_sum * self._loss_scale
 
 

@@ -277,11 +277,5 @@ def _spare_empty_calls(trainer: Any) -> None:
     )
     automatic = loop.automatic_optimization
     automatic.output_result_cls, clearing = _Loss, automatic._make_zero_grad_fn
-
-    def clearing_once(batch_idx: int, optimizer: Any) -> Any:
-        task: Any = trainer.lightning_module
-        task.has_cleared, clear = False, clearing(batch_idx, optimizer)
-        return clear and (lambda: None if task.has_cleared else clear())
-
-    automatic._make_zero_grad_fn = clearing_once
+    automatic._make_zero_grad_fn = lambda *about: None if getattr(trainer.lightning_module, "clears_alone", False) else clearing(*about)
     connector.on_batch_end = lambda: gather() if trainer._results else None  # empty unless something was logged by self.log

@@ -14,6 +14,7 @@ from meshformer.bench import layouts, learning, runs, safety, speed, sweeps, tra
 
 MEASUREMENTS = {
     "speed": speed.report,
+    "trainer": speed.report_trainer,
     "memory": speed.report_memory,
     "learning": learning.report_learning,
     "speedrun": learning.report_speedrun,
@@ -37,7 +38,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m meshformer.bench", description=__doc__)
     parser.add_argument("what", nargs="*", default=["speed"], help=f"any of {', '.join(MEASUREMENTS)} (default: speed)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--seconds", type=float, default=20.0, help="how long each timed variant of `speed` runs")
+    parser.add_argument("--seconds", type=float, default=20.0, help="how long each timed variant of `speed` and `trainer` runs")
     options = parser.parse_args(argv)
     unknown = [what for what in options.what if what not in MEASUREMENTS]
     if unknown:

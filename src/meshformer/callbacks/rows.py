@@ -23,7 +23,7 @@ class Rows(Callback):
         self.validated_step = -1
         self.csv: MetricsCsv | None = None  # rank 0 alone
         self.latest: dict[str, float] = {}
-        self._seen_step, self._epoch_samples = -1, 0
+        self._seen_step, self._lr, self._epoch_samples = -1, 0.0, 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Not on_fit_start: there the step is not restored yet.
@@ -34,6 +34,9 @@ class Rows(Callback):
             self.csv = MetricsCsv(self.folder / "metrics.csv")
             self.csv.truncate_after(trainer.global_step)  # rows that a killed run wrote after the checkpoint it resumes from
 
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Any, optimizer: Any) -> None:
+        self._lr = optimizer.param_groups[0]["lr"]  # what this step uses; by the end of the batch the schedule has moved on
+
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
         if step == self._seen_step:  # a micro-batch that did not end an optimizer step
@@ -43,7 +46,7 @@ class Rows(Callback):
             return
         # A row at the end, out of turn, does not end the interval: a resumed run then has the rows of one that never stopped.
         values: dict[str, float] = pl_module.running_metrics(reset=step % self.every_n_steps == 0)
-        values["train/lr"] = pl_module.learning_rate
+        values["train/lr"] = self._lr
         for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
             if hasattr(callback, "measure"):
                 values.update(callback.measure(trainer, pl_module))

@@ -60,16 +60,14 @@ class Task(pl.LightningModule):
         self.aliases: dict[str, str] = {}  # names here of what has another name in the whole model: set by the strategy
         # Where set (callbacks.Spike): (norm, whether it is not finite, step) -> whether that step's update shall not be made, on the device.
         self.refuses: Callable[[Tensor, Tensor, int], Tensor] | None = None
-        self.learning_rate = 0.0  # of the last step; at its end the schedule has moved on
         self.trouble: Trouble | None = None  # what the last row found
         self._restored, self._restored_guard = (0.0, 0.0), (0.0, None)
         spare_empty_hooks(self, pl.LightningModule)
-        self.has_cleared = False  # whether there are no gradients left for Lightning to clear in this step
+        self.clears_alone = False  # so that Lightning need not
         self._batches_stay = False  # where they are made, on the CPU, and nobody wants to see them pass
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # Lightning sets the first about fifty times a step; nn.Module's checks would cost 0.3 ms of it.
-        if name in ("_current_fx_name", "has_cleared"):
+        if name == "_current_fx_name":  # Lightning sets this string about fifty times a step; nn.Module's checks would cost 0.3 ms of it
             self.__dict__[name] = value
         else:
             super().__setattr__(name, value)
@@ -111,7 +109,10 @@ class Task(pl.LightningModule):
         self._loss_scale = accumulation * getattr(strategy, "averaged_over", data_size) / self.tokens_per_step
         self._accumulation = accumulation
         looking = any(callable(one.on_before_zero_grad) for one in (self, *self.trainer.callbacks))  # pyright: ignore[reportAttributeAccessIssue]
-        self._clears_early = not looking and type(self).optimizer_zero_grad is Task.optimizer_zero_grad
+        self._clears_early = not looking and getattr(self.optimizer_zero_grad, "__func__", None) is Task.optimizer_zero_grad
+        self.clears_alone = (
+            self._clears_early and getattr(self.training_step, "__func__", None) is Task.training_step
+        )  # one of the user's may leave gradients
         own = (self, getattr(self.trainer, "datamodule", None))
         changed = any(one is not None and is_overridden(hook, one) for hook in TRANSFER_HOOKS for one in own)
         self._batches_stay = self.device.type == "cpu" and not changed
@@ -142,7 +143,6 @@ class Task(pl.LightningModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         if self._clears_early and batch_idx % self._accumulation == 0:
             clear_gradients(self.trainer.optimizers[0])  # Lightning does so behind the forward pass, which would run beside the old ones
-            self.has_cleared = True
         # Dropout depends on (seed, step, micro-batch, rank) alone: a resumed run draws what the uninterrupted one would have drawn.
         step = self.trainer.global_step
         self._reseed(_mix(self.seed, step, batch_idx % self._accumulation, self._random_rank))
@@ -195,9 +195,8 @@ class Task(pl.LightningModule):
         divisor, bad = _at_least(count, 1) / self.tokens_per_step, bad != 0
         grad_norm: Any = norm / divisor
         step, optimizer = self.trainer.global_step + 1, getattr(optimizer, "_optimizer", optimizer)
-        self.learning_rate = optimizer.param_groups[0]["lr"]
         skip = bad if self.refuses is None else bad | self.refuses(grad_norm, bad, step)
-        self.guard.gradient(step, self.learning_rate, bad, skip, norms)
+        self.guard.gradient(step, optimizer.param_groups[0]["lr"], bad, skip, norms)
         if gradient_clip_val:
             divisor = divisor * _at_least((grad_norm + 1e-6) / gradient_clip_val, 1)
         if isinstance(optimizer, ShardwiseOptimizer):

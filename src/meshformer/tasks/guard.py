@@ -116,6 +116,8 @@ class Guard:
         self.earlier = None
 
 
-def _on_host(values: tuple[Any, ...]) -> tuple[Any, ...] | list[Any]:
+def _on_host(values: tuple[Any, ...]) -> list[Any]:
     """Tensors' numbers, fetched at once."""
-    return torch.stack(values).tolist() if values and isinstance(values[0], Tensor) else values
+    if values and all(isinstance(value, Tensor) for value in values):
+        return torch.stack(values).tolist()
+    return [value.item() if isinstance(value, Tensor) else value for value in values]
