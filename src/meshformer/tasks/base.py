@@ -110,9 +110,8 @@ class Task(pl.LightningModule):
         self._accumulation = accumulation
         looking = any(callable(one.on_before_zero_grad) for one in (self, *self.trainer.callbacks))  # pyright: ignore[reportAttributeAccessIssue]
         self._clears_early = not looking and getattr(self.optimizer_zero_grad, "__func__", None) is Task.optimizer_zero_grad
-        self.clears_alone = (
-            self._clears_early and getattr(self.training_step, "__func__", None) is Task.training_step
-        )  # one of the user's may leave gradients
+        # A training step of the user's may leave gradients of its own behind.
+        self.clears_alone = self._clears_early and getattr(self.training_step, "__func__", None) is Task.training_step
         own = (self, getattr(self.trainer, "datamodule", None))
         changed = any(one is not None and is_overridden(hook, one) for hook in TRANSFER_HOOKS for one in own)
         self._batches_stay = self.device.type == "cpu" and not changed
