@@ -31,7 +31,7 @@ FOLD = 1024  # steps or micro-batches noted as they came, before the host looks 
 
 
 class Guard:
-    """Sums and notes since the last row. The host looks at them, and waits for the device, at a row or a checkpoint alone: see `look`.
+    """Sums and notes since the last row. The host looks at them, and waits for the device, at a row, at a checkpoint, or when they are `FOLD`.
 
     Until then a step costs no more than an entry in a list: twenty operations on single numbers would be 0.2 ms on a slow core.
     """
