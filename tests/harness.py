@@ -11,6 +11,8 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +24,26 @@ class RankFailed(AssertionError):
     pass
 
 
+def free_port() -> int:
+    """A port that nobody takes before a rank listens on it: not of those that the system gives to connections, from 32768 on, nor to another
+    worker of pytest's, nor twice in a row."""
+    first = 10000 + 1000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
+    while True:
+        port = first + next(_counted) % 1000
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("", port))
+            return port
+
+
+_counted = count(os.getpid())
+
+
 def run_ranks(ranks: int, work: Callable[..., Any], *arguments: Any, timeout: float = 120.0, grace: float = 5.0) -> list[Any]:
     """`work(*arguments)` on `ranks` forked processes that see torchelastic's environment; what each returned.
 
     The first failure ends the others after `grace` seconds; its traceback becomes the message. Nothing outlives `timeout` seconds.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     with tempfile.TemporaryDirectory() as scratch:
         pids = [_fork(rank, ranks, port, Path(scratch), work, arguments) for rank in range(ranks)]
         codes = _wait(pids, timeout, grace)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ import psutil
 import pytest
 import torch
 
+from harness import free_port
 from jobs import TINY, text_file
 from meshformer.checkpoint.find import latest_checkpoint, step_of
 from meshformer.checkpoint.folder import write_folder
@@ -156,9 +156,7 @@ def test_a_hung_rank_ends_the_job_after_the_timeout(work: Path) -> None:
 
 def srun(command: list[str], work: Path, job: str, **more: str) -> list[subprocess.Popen[str]]:
     """What srun sets, set by hand: two tasks on one node. The port is another one each time."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "TORCHELASTIC", "SLURM"))}
     tasks = []
     for rank in range(2):
@@ -277,9 +275,7 @@ def test_a_job_that_cannot_be_requeued_is_told(tmp_path: Path, monkeypatch: pyte
 
 
 def test_torchrun_on_two_nodes_trains_a_product_of_axes(work: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     nodes = []
     for node in range(2):
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node-rank={node}", "--nproc-per-node=2"]

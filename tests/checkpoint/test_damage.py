@@ -11,7 +11,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import sys
 import time
 from collections import namedtuple
@@ -26,7 +25,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from harness import _fork, run_ranks
+from harness import _fork, free_port, run_ranks
 from jobs import TINY, run_tiny, text_file, tiny_config
 from meshformer.callbacks import Checkpoint
 from meshformer.checkpoint.find import VERIFIED, checkpoint_name, checkpoints, damage, latest_checkpoint, step_of
@@ -130,9 +129,7 @@ def test_kills_at_random_moments_never_cost_a_complete_checkpoint(tmp_path: Path
         reader, writer = os.pipe()
         scratch = tmp_path / f"logs-{number}"
         scratch.mkdir()
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         pids = [_fork(rank, ranks, port, scratch, _alone if ranks == 1 else keep_saving, (run, writer, first)) for rank in range(ranks)]
         os.close(writer)
         told = os.read(reader, 100)  # the first is complete
