@@ -10,10 +10,11 @@ from pathlib import Path
 
 import torch
 
-from meshformer.bench import layouts, learning, runs, safety, speed, sweeps, transfer
+from meshformer.bench import gpu, layouts, learning, runs, safety, speed, sweeps, transfer
 
 MEASUREMENTS = {
     "speed": speed.report,
+    "gpu": gpu.report_gpu,
     "trainer": speed.report_trainer,
     "memory": speed.report_memory,
     "learning": learning.report_learning,
@@ -39,6 +40,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("what", nargs="*", default=["speed"], help=f"any of {', '.join(MEASUREMENTS)} (default: speed)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=20.0, help="how long each timed variant of `speed` and `trainer` runs")
+    for_gpu = parser.add_argument_group("of `gpu`")
+    for_gpu.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
+    for_gpu.add_argument("--tiny", action="store_true", help="toy sizes, to see that every part runs")
+    for_gpu.add_argument("--minutes", type=float, default=8.0, help="no part starts after so many minutes")
+    for_gpu.add_argument("--parts", nargs="+", metavar="PART", help=f"of {', '.join(gpu.PARTS)}")
+    for_gpu.add_argument("--json", type=Path, metavar="FILE", help="where the figures are saved, after each part")
     options = parser.parse_args(argv)
     unknown = [what for what in options.what if what not in MEASUREMENTS]
     if unknown:

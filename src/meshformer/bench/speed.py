@@ -256,7 +256,7 @@ class PlainTransformer(nn.Module):
     def forward(self, tokens_BT: Tensor) -> Tensor:
         x = self.tokens(tokens_BT)
         if self.positions is not None:
-            x = x + self.positions(torch.arange(tokens_BT.shape[1]))
+            x = x + self.positions(torch.arange(tokens_BT.shape[1], device=tokens_BT.device))
         return self.head(self.norm(self.blocks(x)))
 
 

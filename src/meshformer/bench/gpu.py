@@ -1,0 +1,274 @@
+"""`python -m meshformer.bench gpu`: is a GPU right, does a step wait for the host, and how fast is it? One table, one JSON file, gates.
+
+Every check is a part of its own: its rows are saved when it ends, and a part that fails does not stop the others. `--device cpu --tiny` runs
+the same code at toy sizes. The text is made here, so nothing is fetched. On a machine that has torch, lightning, torchmetrics, tokenizers and
+numpy, only `hydra-core`, `omegaconf` and `antlr4-python3-runtime` need carrying, beside this package:
+
+    pip wheel --no-deps -w wheels hydra-core==1.3.8 omegaconf==2.3.0 antlr4-python3-runtime==4.9.3     # here
+    pip install --no-index --no-deps --target site wheels/*.whl                                      # there
+    PYTHONPATH=site:src python -m meshformer.bench gpu --json gpu.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from meshformer.bench import gpu_parts
+from meshformer.record.metrics_csv import read_metrics
+from meshformer.record.run_folder import atomic_write_text
+
+STEPS = 20
+JOBS = {"cuda": 4, "cpu": 1}  # training commands at a time
+WORDS = 600
+
+
+@dataclass
+class Row:
+    """One figure. `passed` is None where no gate belongs to it."""
+
+    part: str
+    name: str
+    value: float
+    unit: str
+    gate: str = ""
+    passed: bool | None = None
+
+
+class Bench:
+    """What every part needs: the device, the sizes, a folder for runs, and the list that rows are added to."""
+
+    def __init__(self, device: str, tiny: bool, minutes: float, scratch: Path, out: Path | None):
+        self.device, self.tiny, self.scratch, self.out = device, tiny, scratch, out
+        self.end = time.monotonic() + 60 * minutes
+        self.rows: list[Row] = []
+        self.errors: dict[str, str] = {}
+        self.seconds: dict[str, float] = {}
+        self.text = scratch / "text.txt"
+        self.text.write_text(make_text(20_000 if tiny else 300_000), encoding="utf-8")
+
+    def add(self, part: str, name: str, value: float, unit: str, at_most: float | None = None, at_least: float | None = None) -> None:
+        gate, passed = "", None
+        if at_most is not None:  # written so that NaN fails
+            gate, passed = f"≤ {at_most:g}", value <= at_most
+        elif at_least is not None:
+            gate, passed = f"≥ {at_least:g}", value >= at_least
+        row = Row(part, name, value, unit, gate, passed)
+        self.rows.append(row)
+        print(format_row(row), flush=True)
+
+    def run(self, part: str, function: Callable[[Bench], None]) -> None:
+        if time.monotonic() > self.end:
+            self.errors[part] = "not run: the time given by --minutes was used up"
+        else:
+            start = time.monotonic()
+            try:
+                function(self)
+            except Exception as error:  # the other parts shall still run
+                self.errors[part] = f"{type(error).__name__}: {str(error)[-1500:]}"
+                traceback.print_exc(limit=-4)
+            self.seconds[part] = round(time.monotonic() - start, 1)
+        if part in self.errors:
+            print(f"{part:<10} FAILED  {self.errors[part].strip().splitlines()[-1][:140]}", flush=True)
+        self.save()
+
+    def save(self) -> None:
+        if self.out is None:
+            return
+        result = {
+            "date": str(datetime.date.today()),
+            **describe(self.device),
+            "tiny": self.tiny,
+            "rows": [asdict(row) for row in self.rows],
+            "errors": self.errors,
+            "seconds": self.seconds,
+        }
+        atomic_write_text(self.out, json.dumps(result, indent=1, ensure_ascii=False))
+
+    def train(self, name: str, *overrides: str, device: str | None = None) -> Path:
+        """Trains by the command, in a process of its own; returns the run folder."""
+        folder = self.scratch / name
+        device = device or self.device
+        command = [
+            sys.executable, "-m", "meshformer.cli", "train", f"hydra.run.dir={folder}", "trainer.progress=false", "logger=csv",
+            f"trainer.accelerator={'gpu' if device == 'cuda' else 'cpu'}", *overrides,
+        ]  # fmt: skip
+        environment = {**os.environ, "NVIDIA_TF32_OVERRIDE": "0"}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        if done.returncode:
+            raise RuntimeError(f"`{' '.join(command[2:])}` exited {done.returncode}:\n{(done.stderr or done.stdout)[-1200:]}")
+        return folder
+
+    def recipe(self, *overrides: str) -> list[str]:
+        """A short run on the made text with every step in metrics.csv, clipped SGD, fp32."""
+        return [
+            "data=text", f"data.files={self.text}", f"paths.data={self.scratch / 'cache'}", "~callbacks.samples", "trainer.log_every_n_steps=1",
+            f"trainer.max_steps={STEPS}", "trainer.val_check_interval=100000", "trainer.limit_val_batches=2", "trainer.precision=32-true",
+            "schedule=constant", "optimizer=sgd", "optimizer.lr=0.1", "callbacks.checkpoint.every_n_steps=100000",
+            f"trainer.threads={4 if self.device == 'cuda' else 1}", *overrides,
+        ]  # fmt: skip
+
+
+def columns(folder: Path) -> dict[int, tuple[float, float]]:
+    """Loss and gradient norm by step."""
+    rows = read_metrics(folder / "metrics.csv")
+    return {int(row["step"]): (float(row["train/loss"]), float(row["train/grad_norm"])) for row in rows if "train/loss" in row}
+
+
+def worst(a: Path, b: Path, last: int = STEPS) -> tuple[float, float]:
+    """The largest relative differences of loss and gradient norm over the steps that both runs have; both must have the last one."""
+    left, right = columns(a), columns(b)
+    if last not in left or last not in right:
+        raise RuntimeError(f"one of the runs has no row of step {last}")
+    pairs = [(left[step], right[step]) for step in left.keys() & right.keys()]
+    loss, norm = (max(abs(x[i] - y[i]) / abs(y[i]) for x, y in pairs) for i in (0, 1))
+    return loss, norm
+
+
+def right_layouts(bench: Bench) -> None:
+    """The same 20 steps on this device and on the CPU, by each model, optimizer and one-rank strategy; and compiled."""
+    small = ["model=small", "data.context_length=64", "data.batch_size=4"] if not bench.tiny else ["model=nano", "model.n_layers=2"]
+    runs: dict[str, tuple[list[str], str]] = {
+        "nano cpu": ([], "cpu"), "nano": ([], bench.device), "small cpu": (small, "cpu"), "small": (small, bench.device),
+        "adamw cpu": (["optimizer=adamw", "optimizer.lr=1e-3"], "cpu"), "adamw": (["optimizer=adamw", "optimizer.lr=1e-3"], bench.device),
+        "muon cpu": (["optimizer=muon", "optimizer.lr=0.01"], "cpu"), "muon": (["optimizer=muon", "optimizer.lr=0.01"], bench.device),
+        "ddp": (["strategy=ddp", "trainer.devices=1"], bench.device), "fsdp": (["strategy=fsdp", "trainer.devices=1"], bench.device),
+        "compiled": (["trainer.compile=true"], bench.device),
+    }  # fmt: skip
+    if bench.tiny:
+        del runs["compiled"]  # inductor's cold start is half a minute on two cores; tests compile with a cheap backend
+
+    def one(item: tuple[str, tuple[list[str], str]]) -> tuple[str, Path | Exception]:
+        name, (overrides, device) = item
+        try:
+            return name, bench.train(name.replace(" ", "_"), *bench.recipe(*overrides), device=device)
+        except Exception as error:
+            return name, error
+
+    with ThreadPoolExecutor(JOBS[bench.device]) as pool:
+        folders = dict(pool.map(one, runs.items()))
+    for name, against in (
+        ("nano", "nano cpu"), ("small", "small cpu"), ("adamw", "adamw cpu"), ("muon", "muon cpu"),
+        ("ddp", "nano"), ("fsdp", "nano"), ("compiled", "nano"),
+    ):  # fmt: skip
+        pair = folders.get(name), folders.get(against)
+        failed = [f for f in pair if isinstance(f, Exception)]
+        if failed:
+            bench.errors[f"right: {name}"] = str(failed[0])[-1500:]
+            print(f"right      {name} FAILED: {failed[0]}", flush=True)
+        elif isinstance(pair[0], Path) and isinstance(pair[1], Path):
+            loss, norm = worst(*pair)
+            # AdamW and Muon divide by small numbers, so rounding grows with each step: they are held to a tenth of a percent.
+            limit = 1e-3 if name in ("adamw", "muon") else 1e-4
+            bench.add("right", f"{name}: loss against {against}", loss, "relative", at_most=limit)
+            bench.add("right", f"{name}: gradient norm against {against}", norm, "relative", at_most=10 * limit if limit > 1e-4 else limit)
+
+
+def right_resume(bench: Bench) -> None:
+    """Stopped half-way and resumed against never stopped, bit for bit; a CPU's checkpoint goes on here, and this device's there."""
+    exact = bench.recipe("trainer.deterministic=true", "callbacks.checkpoint.every_n_steps=10", "optimizer=adamw", "optimizer.lr=1e-3")
+    whole = bench.train("whole", *exact)
+    half = bench.train("half", *exact, "trainer.max_steps=10")
+    forked = {}
+    other = "cpu" if bench.device == "cuda" else bench.device
+    forked["this device's checkpoint goes on on the CPU"] = bench.train(
+        "there", f"fork={half}", f"trainer.max_steps={STEPS}", device=other
+    )
+    on_cpu = bench.train("half_cpu", *exact, "trainer.max_steps=10", device="cpu")
+    forked["a CPU's checkpoint goes on on this device"] = bench.train("here", f"fork={on_cpu}", f"trainer.max_steps={STEPS}")
+    resume = [sys.executable, "-m", "meshformer.cli", "train", f"resume={half}", f"trainer.max_steps={STEPS}"]
+    done = subprocess.run(resume, capture_output=True, text=True, env={**os.environ, "NVIDIA_TF32_OVERRIDE": "0"})
+    if done.returncode:
+        raise RuntimeError(f"resume exited {done.returncode}: {done.stderr[-1200:]}")
+    a, b = columns(whole), columns(half)
+    bench.add("resume", "steps that differ from a run that never stopped", sum(a[s] != b.get(s) for s in a), "steps", at_most=0)
+    for name, folder in forked.items():
+        bench.add("resume", name, max(worst(folder, whole)), "relative", at_most=1e-2)
+
+
+def right_bf16(bench: Bench) -> None:
+    """200 steps of the default recipe's size in bf16-mixed and in fp32: the same loss within 0.02 nats."""
+    steps = 10 if bench.tiny else 200
+    common = [f"trainer.max_steps={steps}", "optimizer=muon", "optimizer.lr=0.02", "trainer.log_every_n_steps=10", "trainer.limit_val_batches=20"]
+    losses = {}
+    for precision in ("32-true", "bf16-mixed"):
+        folder = bench.train(precision, *bench.recipe(*common, f"trainer.precision={precision}"))
+        losses[precision] = [float(row["val/loss"]) for row in read_metrics(folder / "metrics.csv") if "val/loss" in row][-1]
+    bench.add("bf16", f"validation loss in fp32 after {steps} steps", losses["32-true"], "nats")
+    bench.add("bf16", "bf16-mixed minus fp32", abs(losses["bf16-mixed"] - losses["32-true"]), "nats", at_most=0.02)
+
+
+PARTS: dict[str, Callable[[Bench], None]] = {
+    "kernels": gpu_parts.right_kernels,
+    "right": right_layouts,
+    "resume": right_resume,
+    "bf16": right_bf16,
+    "waiting": gpu_parts.no_waiting,
+    "speed": gpu_parts.speed,
+    "long": gpu_parts.long_context,
+    "vocabulary": gpu_parts.large_vocabulary,
+}
+
+
+def report_gpu(options: argparse.Namespace) -> None:
+    """Runs the parts in order and exits 1 where a gate or a part failed."""
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        sys.exit("this torch sees no GPU: use --device cpu --tiny to rehearse")
+    unknown = set(options.parts or ()) - set(PARTS)
+    if unknown:
+        sys.exit(f"there is no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    with tempfile.TemporaryDirectory() as scratch:
+        bench = Bench(device, options.tiny, options.minutes, Path(scratch), options.json)
+        print("  ".join(f"{key} {value}" for key, value in describe(device).items()), flush=True)
+        for part in options.parts or PARTS:
+            bench.run(part, PARTS[part])
+    print(f"\n{len([r for r in bench.rows if r.passed])} gates passed")
+    failed = [format_row(row) for row in bench.rows if row.passed is False]
+    for line in [*failed, *(f"{part}: {text.strip().splitlines()[-1][:160]}" for part, text in bench.errors.items())]:
+        print(f"FAILED  {line}")
+    if failed or bench.errors:
+        sys.exit(1)
+
+
+def describe(device: str) -> dict[str, Any]:
+    if device != "cuda":
+        return {"device": "cpu", "torch": torch.__version__}
+    card = torch.cuda.get_device_properties(0)
+    return {"device": card.name, "memory_gib": round(card.total_memory / 2**30, 1), "cuda": torch.version.cuda, "torch": torch.__version__}
+
+
+def format_row(row: Row) -> str:
+    number = f"{row.value:,.0f}" if abs(row.value) >= 1000 else f"{row.value:.3g}" if math.isfinite(row.value) else str(row.value)
+    verdict = "" if row.passed is None else f"{row.gate}  {'passed' if row.passed else 'FAILED'}"
+    return f"{row.part:<11}{row.name:<62}{number:>12} {row.unit:<10} {verdict}".rstrip()
+
+
+def make_text(characters: int) -> str:
+    """English-looking lines of made-up words, the same every time: there is structure to learn, and nothing to fetch."""
+    draw = random.Random(0)
+    syllables = [c + v for c in "bcdfghklmnprstvw" for v in "aeiou"]
+    words = ["".join(draw.choices(syllables, k=draw.randint(1, 4))) for _ in range(WORDS)]
+    weights = [1 / (rank + 1) for rank in range(WORDS)]
+    lines, length = [], 0
+    while length < characters:
+        line = " ".join(draw.choices(words, weights, k=draw.randint(4, 12))).capitalize() + "."
+        lines.append(line)
+        length += len(line) + 1
+    return "\n".join(lines)

@@ -1,0 +1,298 @@
+"""The parts of `bench gpu` that call the model and the Trainer in this process: kernels, waiting, speed, memory."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from meshformer.bench.speed import PlainTransformer
+from meshformer.build import build_callbacks, build_data, build_task, build_trainer
+from meshformer.callbacks.throughput import measure_matrix_rate, peak_memory
+from meshformer.compose import compose
+from meshformer.model import Transformer, attend_auto, attend_fused, attend_reference, training_flops_per_token
+from meshformer.model.position import Alibi, Learned, NoPosition, PositionalAttention, Rotary, Sinusoidal
+from meshformer.parallel.levers import apply_levers
+from meshformer.train import quiet_libraries
+
+if TYPE_CHECKING:
+    from meshformer.bench.gpu import Bench
+
+BUDGET_GIB = 32  # of device memory, for the batch size of the speed part
+POSITIONS = {
+    "sinusoidal": Sinusoidal, "learned": Learned, "rotary": Rotary, "alibi": Alibi, "positional_attention": PositionalAttention, "none": NoPosition,
+}  # fmt: skip
+SHAPES: dict[str, tuple[dict[str, Any], bool]] = {  # model settings; whether the sequence holds packed documents
+    "plain": ({}, False), "window": ({"window": 17}, False), "documents": ({}, True), "grouped queries": ({"n_kv_heads": 2}, False),
+}  # fmt: skip
+
+
+def right_kernels(bench: Bench) -> None:
+    """`fused` against `reference`, and `reference` here against the CPU: loss and gradients, for each position encoding and kind of mask."""
+    for shape, (settings, packed) in SHAPES.items():
+        for name, position in POSITIONS.items():
+            make = partial(Transformer, 84, 2, 4, 64, 128, position=position, **settings)
+            base = _gradients(make(attention=attend_reference), torch.device("cpu"), packed)
+            here = _gradients(make(attention=attend_reference), torch.device(bench.device), packed)
+            fused = _gradients(make(attention=attend_fused), torch.device(bench.device), packed)
+            if not packed and settings == {} and name in ("rotary", "alibi"):
+                bench.add("kernels", f"reference here against the CPU, {name}", _difference(here, base), "relative", at_most=1e-4)
+            bench.add("kernels", f"fused against reference, {name}, {shape}", _difference(fused, here), "relative", at_most=1e-4)
+
+
+def _gradients(model: Transformer, device: torch.device, packed: bool) -> Tensor:
+    """All gradients of the mean loss on fixed tokens, as one vector."""
+    model = model.to(device)
+    tokens = torch.randint(84, (3, 129), generator=torch.Generator().manual_seed(1)).to(device)
+    documents = torch.arange(128, device=device).expand(3, -1) // 50 if packed else None
+    logits = model(tokens[:, :-1], documents_BT=documents)
+    F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten()).backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).cpu().double()
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+def _overrides(bench: Bench, *more: str) -> list[str]:
+    return [
+        *bench.recipe(), "optimizer=adamw", "optimizer.lr=3e-4", "trainer.log_every_n_steps=100000", "trainer.max_steps=100000",
+        "trainer.precision=bf16-mixed", f"trainer.accelerator={'gpu' if bench.device == 'cuda' else 'cpu'}", *more,
+    ]  # fmt: skip
+
+
+def _fit(bench: Bench, overrides: list[str], watcher: pl.Callback) -> None:
+    """Trains in this process with `watcher` among the callbacks, which also ends the training."""
+    quiet_libraries()
+    config = compose(overrides)
+    data = build_data(config)
+    data.prepare_data()
+    config["model"]["vocab_size"] = config["model"]["vocab_size"] or data.vocab_size
+    folder = Path(bench.scratch) / f"fit{time.monotonic_ns()}"
+    folder.mkdir()
+    callbacks = [c for c in build_callbacks(config, folder, data.steps_per_epoch) if type(c).__name__ not in ("Checkpoint", "Samples")]
+    task: Any = build_task(config, config["trainer"]["max_steps"])
+    trainer = build_trainer(config, folder, config["trainer"]["max_steps"], [*callbacks, watcher], [])
+    task.configure_model()
+    apply_levers(task.model.blocks, config["strategy"]["activation_checkpointing"], config["trainer"]["compile"])
+    trainer.fit(task, datamodule=data)
+
+
+class NoWait(pl.Callback):
+    """Makes every wait of the host for the GPU an error during `steps` steps, from the end of a warm step."""
+
+    def __init__(self, warm: int = 12, steps: int = 10):
+        self.warm, self.steps, self.seen, self.checked = warm, steps, 0, 0
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.seen += 1
+        if self.seen == self.warm:
+            torch.cuda.set_sync_debug_mode("error")
+        elif self.seen > self.warm:
+            self.checked += 1
+        if self.checked == self.steps:
+            torch.cuda.set_sync_debug_mode("default")
+            trainer.should_stop = True
+
+
+def no_waiting(bench: Bench) -> None:
+    watcher = NoWait()
+    if bench.device != "cuda":  # the mode belongs to CUDA; the same steps run
+        watcher.warm = 10**9
+    try:
+        _fit(bench, _overrides(bench, *([] if bench.device == "cuda" else ["trainer.max_steps=4"])), watcher)
+    finally:
+        if bench.device == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+    if bench.device == "cuda":
+        bench.add("waiting", "steps in a row without a wait for the device", watcher.checked, "steps", at_least=watcher.steps)
+
+
+class Clock(pl.Callback):
+    """Seconds a step after `warm` steps; stops the training after `timed` more."""
+
+    def __init__(self, device: str, warm: int, timed: int):
+        self.device, self.warm, self.timed, self.seen, self.start, self.seconds = device, warm, timed, 0, 0.0, float("nan")
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.seen += 1
+        if self.seen in (self.warm, self.warm + self.timed):
+            _sync(self.device)
+            if self.seen == self.warm:
+                self.start = time.perf_counter()
+            else:
+                self.seconds = (time.perf_counter() - self.start) / self.timed
+                trainer.should_stop = True
+
+
+def _sync(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _clean(device: str) -> None:
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _peak_gib(device: str) -> float:
+    return (peak_memory(torch.device(device)) or 0) / 2**30
+
+
+def _time(device: str, step: Callable[[], None], warm: int, timed: int) -> float:
+    """Median seconds of `timed` steps, in three blocks."""
+    for _ in range(warm):
+        step()
+    blocks, size = [], max(1, timed // 3)
+    for _ in range(3):
+        _sync(device)
+        start = time.perf_counter()
+        for _ in range(size):
+            step()
+        _sync(device)
+        blocks.append((time.perf_counter() - start) / size)
+    return statistics.median(blocks)
+
+
+def _plain_step(bench: Bench, sizes: tuple[int, int, int, int, int], batch: int, compiled: bool) -> Callable[[], None]:
+    """The loop that people write: SDPA, bf16 autocast, torch's fused AdamW, clipping by norm, random tokens."""
+    vocabulary, layers, heads, width, context = sizes
+    device = torch.device(bench.device)
+    with device:
+        model: Any = PlainTransformer(vocabulary, layers, heads, width, context, modern=False)
+        tokens = torch.randint(vocabulary, (batch, context + 1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
+
+    def loss() -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16):
+            logits = model(tokens[:, :-1])
+            return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+
+    forward = torch.compile(loss) if compiled else loss
+
+    def step() -> None:
+        forward().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _fitting_batch(bench: Bench, sizes: tuple[int, int, int, int, int]) -> int:
+    """The largest batch whose eager plain step peaks at no more than BUDGET_GIB."""
+    if bench.device != "cuda":
+        return 2
+    for batch in (64, 48, 32, 24, 16, 12, 8, 4):
+        _clean(bench.device)
+        try:
+            step = _plain_step(bench, sizes, batch, compiled=False)
+            step()
+            step()
+            peak = _peak_gib(bench.device)
+            del step
+        except torch.OutOfMemoryError:
+            continue
+        if peak <= BUDGET_GIB:
+            return batch
+    return 2
+
+
+def _trainer_seconds(bench: Bench, overrides: list[str], warm: int, timed: int) -> float:
+    clock = Clock(bench.device, warm, timed)
+    _fit(bench, _overrides(bench, *overrides), clock)
+    return clock.seconds
+
+
+def speed(bench: Bench) -> None:
+    """GPT-2's 124 M shape: a plain loop and our Trainer, eager and compiled, on one batch size."""
+    sizes = (512, 2, 4, 64, 64) if bench.tiny else (50304, 12, 12, 768, 1024)
+    vocabulary, layers, heads, width, context = sizes
+    warm, timed = (2, 3) if bench.tiny else (8, 18)
+    rate = measure_matrix_rate(torch.device(bench.device), torch.bfloat16, 0.5 if not bench.tiny else 0.05)
+    bench.add("speed", "matrix products in bf16", rate / 1e12, "TFLOP/s")
+    batch = _fitting_batch(bench, sizes)
+    bench.add("speed", f"batch whose plain eager step fits {BUDGET_GIB} GiB", batch, "samples")
+    flops = training_flops_per_token(Transformer(vocabulary, layers, heads, width, context), context)
+    shape = [
+        f"model.n_layers={layers}", f"model.n_heads={heads}", f"model.d_model={width}", f"model.vocab_size={vocabulary}",
+        f"data.context_length={context}", f"data.batch_size={batch}",
+    ]  # fmt: skip
+    same = ["model.norm=layer", "model.qk_norm=false", "model/position=learned"]  # the plain loop's network
+    variants: dict[str, Callable[[], float]] = {}
+    for compiled in (False, True) if not bench.tiny else (False,):
+        kind = "compiled" if compiled else "eager"
+        variants[f"plain loop, {kind}"] = lambda compiled=compiled: _time(
+            bench.device, _plain_step(bench, sizes, batch, compiled), warm, timed
+        )
+        setting = f"trainer.compile={str(compiled).lower()}"
+        variants[f"Trainer, same network, {kind}"] = partial(_trainer_seconds, bench, [*shape, *same, setting], warm, timed)
+        variants[f"Trainer, our network, {kind}"] = partial(_trainer_seconds, bench, [*shape, setting], warm, timed)
+    seconds: dict[str, float] = {}
+    for name, measure in variants.items():
+        _clean(bench.device)
+        try:
+            seconds[name] = measure()
+        except Exception as error:  # one variant of several: the others still tell something
+            bench.errors[f"speed: {name}"] = f"{type(error).__name__}: {str(error)[-600:]}"
+            continue
+        tokens = batch * context / seconds[name]
+        bench.add("speed", f"{name}: tokens a second", tokens, "tokens/s")
+        gated = not bench.tiny and name == "Trainer, same network, compiled"
+        bench.add("speed", f"{name}: MFU of the measured rate", tokens * flops / rate, "share", at_least=0.45 if gated else None)
+        bench.add("speed", f"{name}: peak memory", _peak_gib(bench.device), "GiB")
+    ours, plain = seconds.get("Trainer, same network, compiled"), seconds.get("plain loop, compiled")
+    if ours and plain:
+        bench.add("speed", "Trainer compiled over plain loop compiled", plain / ours, "times", at_least=1.0)
+
+
+def long_context(bench: Bench) -> None:
+    """Forward and backward of packed documents and of a window at 8,192 tokens: `auto` against the kernel with a dense mask."""
+    T, width, heads, window = (64, 64, 4, 16) if bench.tiny else (8192, 768, 12, 1024)
+    device = torch.device(bench.device)
+    documents = (torch.arange(T, device=device) // max(1, T // 16))[None]
+    tokens = torch.randint(512, (1, T), device=device)
+    for name, settings, packed in (("documents", {}, True), ("window", {"window": window}, False), ("plain", {}, False)):
+        seconds = {}
+        for kernel, attend in (("masked", attend_fused), ("auto", attend_auto)):
+            _clean(bench.device)
+            with device:
+                model = Transformer(512, 2, heads, width, T, attention=attend, **settings)
+
+            def step(model: Any = model, packed: bool = packed) -> None:
+                with torch.autocast(device.type, torch.bfloat16):
+                    model(tokens, documents_BT=documents if packed else None).float().mean().backward()
+
+            seconds[kernel] = _time(bench.device, step, 3, 9)
+            bench.add("long", f"{name}, {kernel}: step of 2 layers", 1e3 * seconds[kernel], "ms")
+            bench.add("long", f"{name}, {kernel}: peak memory", _peak_gib(bench.device), "GiB")
+        gated = not bench.tiny and name == "documents"
+        bench.add("long", f"{name}: auto over masked", seconds["masked"] / seconds["auto"], "times", at_least=3.0 if gated else None)
+
+
+def large_vocabulary(bench: Bench) -> None:
+    """Memory of the loss, forward and backward, at a vocabulary of 128,256, against one fp32 copy of the logits."""
+    if bench.device != "cuda":
+        return
+    tokens, width, vocabulary = 8192, 768, 128256
+    hidden = torch.randn(1, tokens, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    head = torch.nn.Linear(width, vocabulary, bias=False, device="cuda", dtype=torch.bfloat16)
+    targets = torch.randint(vocabulary, (1, tokens), device="cuda")
+    _clean(bench.device)
+    before = torch.cuda.memory_allocated()
+    F.cross_entropy(head(hidden).float().flatten(0, 1), targets.flatten(), reduction="sum").backward()
+    used = (torch.cuda.max_memory_allocated() - before) / 2**30
+    whole = 4 * tokens * vocabulary / 2**30
+    bench.add("vocabulary", "loss forward and backward, today's way", used, "GiB")
+    bench.add("vocabulary", "the same over fp32 logits (≤ 0.25 is asked)", used / whole, "times", at_most=0.25)
