@@ -19,7 +19,7 @@ from meshformer.bench.speed import PlainTransformer
 from meshformer.build import build_callbacks, build_data, build_task, build_trainer
 from meshformer.callbacks.throughput import measure_matrix_rate, peak_memory
 from meshformer.compose import compose
-from meshformer.model import Transformer, attend_auto, attend_fused, attend_reference, training_flops_per_token
+from meshformer.model import Transformer, attend_auto, attend_flex, attend_fused, attend_reference, training_flops_per_token
 from meshformer.model.position import Alibi, Learned, NoPosition, PositionalAttention, Rotary, Sinusoidal
 from meshformer.parallel.levers import apply_levers
 from meshformer.train import quiet_libraries
@@ -47,6 +47,9 @@ def right_kernels(bench: Bench) -> None:
             if not packed and settings == {} and name in ("rotary", "alibi"):
                 bench.add("kernels", f"reference here against the CPU, {name}", _difference(here, base), "relative", at_most=1e-4)
             bench.add("kernels", f"fused against reference, {name}, {shape}", _difference(fused, here), "relative", at_most=1e-4)
+            if bench.device == "cuda" and name == "rotary":
+                flex = _gradients(make(attention=attend_flex), torch.device(bench.device), packed)
+                bench.add("kernels", f"flex against reference, {name}, {shape}", _difference(flex, here), "relative", at_most=1e-3)
 
 
 def _gradients(model: Transformer, device: torch.device, packed: bool) -> Tensor:

@@ -1,6 +1,6 @@
 """The Transformer in plain PyTorch. This room imports nothing else of the project."""
 
-from .attention import Attention, Mask, attend_auto, attend_fused, attend_reference, cast_once
+from .attention import Attention, Mask, attend_auto, attend_flex, attend_fused, attend_reference, cast_once
 from .block import Block, FeedForward
 from .cache import KeyValueCache
 from .count import matrix_parameters, parameter_count, training_flops_per_token
@@ -14,6 +14,6 @@ from .vision import PatchEmbedding, VisionTransformer
 __all__ = [
     "Alibi", "Attention", "Block", "Embedding", "FeedForward", "HeadTransform", "KeyValueCache", "Learned", "LoraLinear", "Mask", "NoPosition",
     "PatchEmbedding", "Position", "PositionalAttention", "RMSNorm", "Rotary", "Sinusoidal", "Transformer", "VisionTransformer", "add_adapters",
-    "attend_auto", "attend_fused", "attend_reference", "cast_once", "filter_logits", "generate", "matrix_parameters", "parameter_count", "sinusoid",
-    "training_flops_per_token",
+    "attend_auto", "attend_flex", "attend_fused", "attend_reference", "cast_once", "filter_logits", "generate", "matrix_parameters", "parameter_count",
+    "sinusoid", "training_flops_per_token",
 ]  # fmt: skip

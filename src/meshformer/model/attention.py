@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -56,6 +58,29 @@ class Mask:
             visible_BTS = visible_BTS & (self.q_documents_BT[:, :, None] == self.k_documents_BS[:, None, :])
         return visible_BTS[:, None]
 
+    @cached_property
+    def blocks(self) -> Any:
+        """The same for `flex_attention`: which blocks of 128 queries × 128 keys hold something to see. Made once a mask, not once a layer."""
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        q_positions, k_positions = self.q_positions_BT, self.k_positions_BS
+        q_documents, k_documents = self.q_documents_BT, self.k_documents_BS
+        positions_batch = q_positions.shape[0] > 1
+
+        def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            row = b if positions_batch else 0
+            ahead = k_positions[row, k] - q_positions[row, q]
+            seen = ahead <= 0 if self.causal else ahead == ahead
+            if self.window is not None:
+                seen = seen & (ahead.abs() < self.window)
+            if q_documents is not None and k_documents is not None:
+                seen = seen & (q_documents[b, q] == k_documents[b, k])
+            return seen
+
+        batch = q_documents.shape[0] if q_documents is not None else q_positions.shape[0]
+        make = _compiled(create_block_mask) if q_positions.is_cuda else create_block_mask
+        return make(sees, batch, None, q_positions.shape[1], k_positions.shape[1], device=q_positions.device)
+
     def added(self, dtype: torch.dtype) -> Tensor | None:
         """The same as a number to add to scores, (B or 1, 1, T, S): 0 where the query may look, −∞ elsewhere; None when it may look everywhere.
 
@@ -102,9 +127,34 @@ def attend_fused(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask: Mask, bia
     return F.scaled_dot_product_attention(q_BHTD, k_BKSD, v_BKSD, attn_mask, dropout, is_causal=plain_causal, enable_gqa=gqa)
 
 
+def attend_flex(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask: Mask, bias: Tensor | None = None, dropout: float = 0.0) -> Tensor:
+    """The same through `flex_attention` (Dong et al. 2024), which skips blocks of keys that no query of a block sees. Returns (B, H, T, D).
+
+    Compiled on a GPU, as it must be to be fast; torch has no gradient of it on a CPU. It has no dropout, and a bias, stored whole, leaves it
+    nothing to save: both are left to `scaled_dot_product_attention`.
+    """
+    if bias is not None or dropout or mask.hides_nothing:
+        return attend_fused(q_BHTD, k_BKSD, v_BKSD, mask, bias, dropout)
+    from torch.nn.attention.flex_attention import flex_attention
+
+    kernel: Any = _compiled(flex_attention) if q_BHTD.is_cuda and not torch.compiler.is_compiling() else flex_attention
+    # Autocast may leave queries and keys in fp32, behind their norm: this kernel takes one type.
+    q_BHTD, k_BKSD = q_BHTD.to(v_BKSD.dtype), k_BKSD.to(v_BKSD.dtype)
+    gqa = q_BHTD.shape[1] != k_BKSD.shape[1]
+    return kernel(q_BHTD, k_BKSD, v_BKSD, block_mask=mask.blocks, enable_gqa=gqa)
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Any:
+    return torch.compile(function, dynamic=False)
+
+
 def attend_auto(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask: Mask, bias: Tensor | None = None, dropout: float = 0.0) -> Tensor:
-    """The faster of the two for this device, type and length. Returns (B, H, T, D)."""
-    kernel = attend_reference if _written_out_is_faster(q_BHTD, k_BKSD.shape[2]) else attend_fused
+    """The fastest of the three for this device, type, length and mask. Returns (B, H, T, D)."""
+    if bias is None and not dropout and _blocks_are_faster(q_BHTD, v_BKSD, mask):
+        kernel = attend_flex
+    else:
+        kernel = attend_reference if _written_out_is_faster(q_BHTD, k_BKSD.shape[2]) else attend_fused
     return kernel(q_BHTD, k_BKSD, v_BKSD, mask, bias, dropout)
 
 
@@ -118,6 +168,14 @@ def _written_out_is_faster(q: Tensor, keys: int) -> bool:
     The written-out form stores H x T x S weights, so long inputs take the fused kernel in any case. GPUs always do.
     """
     return q.device.type == "cpu" and q.dtype == torch.bfloat16 and keys <= 1024
+
+
+def _blocks_are_faster(q: Tensor, v: Tensor, mask: Mask) -> bool:
+    """On a GPU, in half precision, where the mask is more than the triangle that the flash kernel knows and long enough to have blocks to skip
+    (`python -m meshformer.bench gpu --parts long`). Not inside a compiled block, where the block mask would be made anew in each layer."""
+    if not q.is_cuda or torch.compiler.is_compiling():
+        return False
+    return v.element_size() == 2 and q.shape[2] == v.shape[2] >= 1024 and q.shape[3] >= 16 and not mask.is_plain_causal and not mask.hides_nothing
 
 
 def cast_once(x: Tensor) -> Tensor:

@@ -14,11 +14,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed._functional_collectives import all_gather_single, all_gather_single_autograd, all_to_all_single_autograd
+from torch.distributed import _functional_collectives as collectives
 from torch.distributed.device_mesh import DeviceMesh
 
 from meshformer.model.attention import Attend, Mask
 from meshformer.model.position import Position
+
+# torch 2.13 renamed the first two, with the same arguments.
+all_gather = getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor
+all_gather_autograd = getattr(collectives, "all_gather_single_autograd", None) or collectives.all_gather_tensor_autograd
 
 
 class ContextAxis:
@@ -57,7 +61,7 @@ class ContextAxis:
         model.position.bias = bias
 
     def _gather(self, x_Bt: Tensor) -> Tensor:
-        return all_gather_single(x_Bt.contiguous(), 1, self.group)
+        return all_gather(x_Bt.contiguous(), 1, self.group)
 
     def _whole(self, mask: Mask) -> Mask:
         """The mask over all keys (and, for Ulysses, all queries); the same for every layer of a forward pass."""
@@ -72,15 +76,15 @@ class ContextAxis:
         return self._seen[1]
 
     def _across(self, attend: Attend) -> Attend:
-        def all_gather(q_BHtD: Tensor, k_BKtD: Tensor, v_BKtD: Tensor, mask: Mask, bias: Tensor | None, dropout: float) -> Tensor:
-            both_2BKTD = all_gather_single_autograd(torch.stack((k_BKtD, v_BKtD)), 3, self.group)
+        def gathered(q_BHtD: Tensor, k_BKtD: Tensor, v_BKtD: Tensor, mask: Mask, bias: Tensor | None, dropout: float) -> Tensor:
+            both_2BKTD = all_gather_autograd(torch.stack((k_BKtD, v_BKtD)), 3, self.group)
             return attend(q_BHtD, both_2BKTD[0], both_2BKTD[1], self._whole(mask), bias, dropout)
 
         def ulysses(q_BHtD: Tensor, k_BKtD: Tensor, v_BKtD: Tensor, mask: Mask, bias: Tensor | None, dropout: float) -> Tensor:
             q, k, v = (self._heads_for_time(x) for x in (q_BHtD, k_BKtD, v_BKtD))
             return self._time_for_heads(attend(q, k, v, self._whole(mask), bias, dropout))
 
-        return all_gather if self.method == "all_gather" else ulysses
+        return gathered if self.method == "all_gather" else ulysses
 
     def _heads_for_time(self, x_BHtD: Tensor) -> Tensor:
         """(B, H, t, D), all heads of some tokens → (B, H/n, T, D), some heads of all tokens."""
@@ -100,4 +104,4 @@ class ContextAxis:
 
 
 def _all_to_all(x: Tensor, group: Any) -> Tensor:
-    return all_to_all_single_autograd(x, None, None, group)
+    return collectives.all_to_all_single_autograd(x, None, None, group)
