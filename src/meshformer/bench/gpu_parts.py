@@ -266,7 +266,8 @@ def long_context(bench: Bench) -> None:
     device = torch.device(bench.device)
     documents = (torch.arange(T, device=device) // max(1, T // 16))[None]
     tokens = torch.randint(512, (1, T), device=device)
-    for name, settings, packed in (("documents", {}, True), ("window", {"window": window}, False), ("plain", {}, False)):
+    kinds: list[tuple[str, dict[str, Any], bool]] = [("documents", {}, True), ("window", {"window": window}, False), ("plain", {}, False)]
+    for name, settings, packed in kinds:
         seconds = {}
         for kernel, attend in (("masked", attend_fused), ("auto", attend_auto)):
             _clean(bench.device)

@@ -208,8 +208,9 @@ class Transformer(nn.Module):
         if name.endswith("lora_B") or (writes_to_residual and self.zero_init):
             return torch.zeros(shape)
         digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         std = self.init_std if name.startswith(("embedding", "position", "head")) else 1 / math.sqrt(shape[1])
         if writes_to_residual:
             std /= math.sqrt(2 * self.n_layers)
-        return torch.empty(shape).normal_(0.0, std, generator=generator)
+        # Drawn on the CPU wherever the caller builds its model: the same values on every device.
+        return torch.empty(shape, device="cpu").normal_(0.0, std, generator=generator)
