@@ -144,7 +144,9 @@ def worst(a: Path, b: Path, last: int = STEPS) -> tuple[float, float]:
 def right_layouts(bench: Bench) -> None:
     """The same 20 steps on this device and on the CPU, by each model, optimizer and one-rank strategy; and compiled."""
     # At nano's rate of 0.1 the larger model's loss moves so fast that rounding grows to 6e-4 of the gradient norm within 20 steps (H200).
-    small = ["model=small", "data.context_length=64", "data.batch_size=4", "optimizer.lr=0.01"] if not bench.tiny else ["model=nano", "model.n_layers=2"]
+    small = ["model=small", "data.context_length=64", "data.batch_size=4", "optimizer.lr=0.01"]
+    if bench.tiny:
+        small = ["model=nano", "model.n_layers=2"]
     runs: dict[str, tuple[list[str], str]] = {
         "nano cpu": ([], "cpu"), "nano": ([], bench.device), "small cpu": (small, "cpu"), "small": (small, bench.device),
         "adamw cpu": (["optimizer=adamw", "optimizer.lr=1e-3"], "cpu"), "adamw": (["optimizer=adamw", "optimizer.lr=1e-3"], bench.device),

@@ -22,6 +22,7 @@ from meshformer.compose import compose
 from meshformer.model import Transformer, attend_auto, attend_flex, attend_fused, attend_reference, training_flops_per_token
 from meshformer.model.position import Alibi, Learned, NoPosition, PositionalAttention, Rotary, Sinusoidal
 from meshformer.parallel.levers import apply_levers
+from meshformer.tasks.language_modelling import summed_cross_entropy
 from meshformer.train import quiet_libraries
 
 if TYPE_CHECKING:
@@ -293,10 +294,11 @@ def large_vocabulary(bench: Bench) -> None:
     hidden = torch.randn(1, tokens, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     head = torch.nn.Linear(width, vocabulary, bias=False, device="cuda", dtype=torch.bfloat16)
     targets = torch.randint(vocabulary, (1, tokens), device="cuda")
-    _clean(bench.device)
-    before = torch.cuda.memory_allocated()
-    F.cross_entropy(head(hidden).float().flatten(0, 1), targets.flatten(), reduction="sum").backward()
+    for _ in range(2):  # the first pass compiles, and brings the gradients
+        _clean(bench.device)
+        before = torch.cuda.memory_allocated()
+        summed_cross_entropy(head(hidden), targets).backward()
     used = (torch.cuda.max_memory_allocated() - before) / 2**30
     whole = 4 * tokens * vocabulary / 2**30
-    bench.add("vocabulary", "loss forward and backward, today's way", used, "GiB")
+    bench.add("vocabulary", "loss forward and backward, head included", used, "GiB")
     bench.add("vocabulary", "the same over fp32 logits (≤ 0.25 is asked)", used / whole, "times", at_most=0.25)

@@ -15,6 +15,5 @@ __all__ = [
     "Alibi", "Attention", "Block", "Embedding", "FeedForward", "HeadTransform", "KeyValueCache", "Learned", "LoraLinear", "Mask", "NoPosition",
     "PatchEmbedding", "Position", "PositionalAttention", "RMSNorm", "Rotary", "Sinusoidal", "Transformer", "VisionTransformer", "add_adapters",
     "attend_auto", "attend_flex", "attend_fused", "attend_reference", "cast_once", "filter_logits", "generate", "matrix_parameters",
-    "parameter_count",
-    "sinusoid", "training_flops_per_token",
+    "parameter_count", "sinusoid", "training_flops_per_token",
 ]  # fmt: skip
