@@ -181,3 +181,13 @@ def test_training_flops_equal_the_flop_counter(options) -> None:
 def test_impossible_shapes_are_named(options, words) -> None:
     with pytest.raises(ValueError, match=words):
         model_with(**options)
+
+
+def test_the_device_context_does_not_change_the_first_weights():
+    settings = dict(vocab_size=20, n_layers=1, n_heads=2, d_model=16, context_length=8)
+    with torch.device("cpu"):
+        inside = Transformer(**settings)
+    assert all(torch.equal(a, b) for a, b in zip(inside.parameters(), Transformer(**settings).parameters(), strict=True))
+    assert inside.initial_value("blocks.0.mlp.up.weight", torch.Size((4, 4)), 0).device.type == "cpu"
+    with torch.device("meta"):  # a default device other than the CPU, as torch.device("cuda") is
+        assert inside.initial_value("blocks.0.mlp.up.weight", torch.Size((4, 4)), 0).device.type == "cpu"

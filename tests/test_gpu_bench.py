@@ -1,0 +1,50 @@
+"""`python -m meshformer.bench gpu` at toy sizes on the CPU, so that the command still runs when a GPU is there."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from meshformer.bench.gpu import Bench
+from meshformer.tasks.language_modelling import _cross_entropy, summed_cross_entropy
+
+PARTS = ("kernels", "resume", "waiting", "speed", "long")
+
+
+def test_the_command_runs_every_part_that_it_was_asked_for(tmp_path):
+    out = tmp_path / "gpu.json"
+    command = [sys.executable, "-m", "meshformer.bench", "gpu", "--device", "cpu", "--tiny", "--json", str(out), "--parts", *PARTS]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    result = json.loads(out.read_text())
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert result["errors"] == {} and set(result["seconds"]) == set(PARTS)
+    assert all(row["passed"] is not False for row in result["rows"])
+    assert {row["part"] for row in result["rows"]} == set(PARTS) - {"waiting"}  # its one figure needs CUDA
+
+
+@pytest.mark.parametrize("value, passed", [(0.5, True), (1.5, False), (float("nan"), False)])
+def test_a_gate_fails_above_its_limit_and_on_nan(tmp_path, value, passed):
+    bench = Bench("cpu", True, 1, tmp_path, None)
+    bench.add("right", "something", value, "relative", at_most=1.0)
+    assert bench.rows[0].passed is passed
+
+
+def test_a_part_that_fails_does_not_stop_the_next_and_is_saved(tmp_path):
+    out = tmp_path / "gpu.json"
+    bench = Bench("cpu", True, 1, tmp_path, out)
+    bench.run("first", lambda bench: 1 / 0)
+    bench.run("second", lambda bench: bench.add("second", "figure", 1.0, "s"))
+    saved = json.loads(out.read_text())
+    assert "ZeroDivisionError" in saved["errors"]["first"] and [row["part"] for row in saved["rows"]] == ["second"]
+
+
+def test_the_loss_of_large_logits_equals_the_plain_one():
+    logits = torch.randn(2, 5, 11, dtype=torch.bfloat16, requires_grad=True)
+    targets = torch.tensor([[0, 1, -100, 3, 10]] * 2)
+    compiled = torch.compile(_cross_entropy, backend="aot_eager")(logits, targets)
+    (gradient,) = torch.autograd.grad(compiled, logits)
+    (expected,) = torch.autograd.grad(summed_cross_entropy(logits, targets), logits)
+    assert compiled.item() == summed_cross_entropy(logits, targets).item()
+    assert torch.equal(gradient, expected)
