@@ -154,7 +154,8 @@ def test_words_get_their_classes(folder):
 
 def test_pairs_find_each_other_and_texts_become_unit_vectors(folder):
     pairs = ["task=sentence_embedding", "data.pair_column=other", "task.group=4", "data.context_length=64", "data.batch_size=16"]
-    rows = jobs.run_labelled(folder, "pairs", *pairs, "trainer.max_steps=60", "optimizer=adamw", "optimizer.lr=0.01")
+    rows = jobs.run_labelled(folder, "pairs", *pairs, "trainer.max_steps=120", "optimizer=adamw", "optimizer.lr=0.01")
+    # 120 steps: after 60 a processor without AVX512 ended at 0.806, another below 0.8.
     # By chance ln 4 = 1.39, and a quarter: 0.36 is two standard deviations above it, of 80 texts that look for their partners.
     assert rows[-1]["train/loss"] < rows[0]["train/loss"] and rows[-1]["val/loss"] < 0.8 and rows[-1]["val/accuracy"] > 0.36
     from meshformer.checkpoint import load_pretrained
