@@ -13,8 +13,8 @@ import yaml
 from meshformer.checkpoint.find import PARTS
 from meshformer.checkpoint.manifest import write_manifest
 from meshformer.cli import main
-from meshformer.compose import read_overrides, write_overrides
 from meshformer.config import ConfigError
+from meshformer.recorded import read_overrides, write_overrides
 
 Calls = list[tuple[dict[str, Any], Path]]
 
@@ -241,15 +241,15 @@ def test_evaluate_reads_the_runs_configuration_and_takes_changes(calls, used, ca
 @pytest.mark.parametrize("prompt", ["ROMEO: What, ho?", "it's [a] {b} ${c}", "a\\'b\\", "'quoted'", "x=1,2", "two\nlines"])
 def test_a_prompt_is_taken_as_it_is_typed(calls, used, prompt):
     main(["train"])
-    assert main(["generate", "run=last", f"prompt={prompt}", "top_k=5"]) == 0
+    assert main(["generate", "run=last", f"callbacks.samples.prompt={prompt}", "top_k=5"]) == 0
     assert used[0][2]["prompt"] == (prompt.strip("'") if prompt.startswith("'") else prompt)
     assert used[0][2]["top_k"] == 5
 
 
 def test_overrides_survive_the_file(tmp_path):
-    overrides = ["a=1", "prompt='two\nlines'", "hydra.run.dir=x", "~callbacks.samples"]
+    overrides = ["seed=1", "callbacks.samples.prompt='two\nlines'", "hydra.run.dir=x", "~callbacks.samples"]
     (tmp_path / "overrides.txt").write_text(write_overrides(overrides, str(tmp_path), "other"))
-    assert read_overrides(tmp_path) == (["a=1", "prompt='two\nlines'", "~callbacks.samples"], str(tmp_path), "other")
+    assert read_overrides(tmp_path) == (["seed=1", "callbacks.samples.prompt='two\nlines'", "~callbacks.samples"], str(tmp_path), "other")
 
 
 @pytest.mark.parametrize(
