@@ -241,7 +241,7 @@ def test_evaluate_reads_the_runs_configuration_and_takes_changes(calls, used, ca
 @pytest.mark.parametrize("prompt", ["ROMEO: What, ho?", "it's [a] {b} ${c}", "a\\'b\\", "'quoted'", "x=1,2", "two\nlines"])
 def test_a_prompt_is_taken_as_it_is_typed(calls, used, prompt):
     main(["train"])
-    assert main(["generate", "run=last", f"callbacks.samples.prompt={prompt}", "top_k=5"]) == 0
+    assert main(["generate", "run=last", f"prompt={prompt}", "top_k=5"]) == 0
     assert used[0][2]["prompt"] == (prompt.strip("'") if prompt.startswith("'") else prompt)
     assert used[0][2]["top_k"] == 5
 
