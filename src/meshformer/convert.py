@@ -10,6 +10,7 @@ from meshformer.checkpoint.weights import weights_of
 from meshformer.config.errors import ConfigError
 from meshformer.config.foreign import read_config
 from meshformer.config.paths import run_of
+from meshformer.printing import say
 
 
 def convert(source: Path, target: Path, to: str) -> None:
@@ -32,7 +33,7 @@ def convert(source: Path, target: Path, to: str) -> None:
             write_weights(target, weights, tied, {k: v for k, v in about.items() if v is not None})
     except (OSError, RuntimeError) as error:  # torch's archives report a full disk as the latter
         raise ConfigError(f"it cannot be written ({error})", "output", str(target)) from error
-    print(_told(target, to, step))
+    say(_told(target, to, step))
 
 
 def _model_settings(run: Path) -> dict | None:

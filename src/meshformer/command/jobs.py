@@ -26,6 +26,7 @@ from meshformer.config.paths import run_of
 from meshformer.config.resolve import outside
 from meshformer.config.tasks import writes_text
 from meshformer.explain import EXPLAINED, explain
+from meshformer.printing import say
 from meshformer.record import RunRecord, atomic_write_text
 from meshformer.recorded import confirmed, read_overrides, write_overrides
 
@@ -81,7 +82,7 @@ def _train_both(argv: Sequence[str], first: FirstRun) -> int:
             if code or found is None:
                 return code or 1
         else:
-            print(f"pretrained already: {found[0]}", flush=True)
+            say(f"pretrained already: {found[0]}")
     return run_command("train", [*argv, f"stage.init_from={compose.quoted(str(found[0]))}", "stage.pretrain=null"])
 
 
@@ -94,7 +95,7 @@ def _train(args: argparse.Namespace, hydra: Hydra, cfg: DictConfig, config: Conf
         mark = job_mark(wanted, f"{config['fork']}\n{overrides}")
         earlier = earlier_start(config, wanted, mark)
     if earlier is not None and RunRecord(earlier).fields.get("state") == "finished":
-        print(f"the run of this SLURM job is finished already: {earlier}")
+        say(f"the run of this SLURM job is finished already: {earlier}")
         return 0
     if earlier is not None and candidates(earlier):
         allowed = [override for override in args.overrides if override.lstrip("+").startswith("allow=")]

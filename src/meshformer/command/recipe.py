@@ -17,6 +17,7 @@ from meshformer.config import ConfigError, check, resolve, validate
 from meshformer.config.check import check_fits
 from meshformer.config.foreign import read_config
 from meshformer.config.resolve import outside
+from meshformer.printing import say
 from meshformer.record import RunRecord
 
 Config = dict[str, Any]
@@ -67,7 +68,7 @@ class FirstRun:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            print("another command trains the run of stage.pretrain; waiting for it", flush=True)
+            say("another command trains the run of stage.pretrain; waiting for it")
             lock.acquire()
         try:
             yield

@@ -206,7 +206,9 @@ def _stage(config: Config) -> None:
     check_fits(config, before["model"], "the run to start from")
     if config["data"]["tokenizer"] != before["data"].get("tokenizer"):
         message = f"finetuning keeps the tokenizer of the run it starts from, which is {before['data'].get('tokenizer')}"
-        raise ConfigError(message, "data.tokenizer", config["data"]["tokenizer"], fix=f"Use data.tokenizer={before['data'].get('tokenizer')}.")
+        raise ConfigError(
+            message, "data.tokenizer", config["data"]["tokenizer"], fix=f"Use data.tokenizer={before['data'].get('tokenizer')}."
+        )
 
 
 def check_fits(config: Config, theirs: Config, who: str) -> None:

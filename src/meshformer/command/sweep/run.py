@@ -23,6 +23,7 @@ from meshformer.config import ConfigError, validate
 from meshformer.config.resolve import cores, outside, visible_gpus
 from meshformer.config.schema import SweepOptions
 from meshformer.explain import EXPLAINED
+from meshformer.printing import say
 from meshformer.record import RunRecord
 from meshformer.recorded import confirmed, option_name, own_settings, split_command
 
@@ -383,15 +384,15 @@ class _Sweep:
         console.print(results.table(book.points, self.metrics, self.largest_first))
         if self.search and (best := self.search.best()):
             kind = "best trial" if len(self.metrics) == 1 else "trials that none beats in every aim"
-            print(f"{kind}: " + ", ".join(str(book.folder / next(p.folder for p in book.points if p.number == number)) for number in best))
+            say(f"{kind}: " + ", ".join(str(book.folder / next(p.folder for p in book.points if p.number == number)) for number in best))
         for point in failed:
             log = book.folder / point.folder / "job.log" if point.folder else None
-            print(f"failed: {point.name}\n  {point.error}" + (f"\n  log: {log}" if log and log.is_file() else ""), file=sys.stderr)
-        print(f"sweep folder  {book.folder}  (results.csv, results.json)")
+            say(f"failed: {point.name}\n  {point.error}" + (f"\n  log: {log}" if log and log.is_file() else ""), error=True)
+        say(f"sweep folder  {book.folder}  (results.csv, results.json)")
         if left:
-            print(f"  {len(left)} of {self.display.total} runs are left; continue with  meshformer train -m sweep.resume={book.folder}")
+            say(f"  {len(left)} of {self.display.total} runs are left; continue with  meshformer train -m sweep.resume={book.folder}")
         if failed:
-            print(f"  try the failed again with  meshformer train -m sweep.resume={book.folder} sweep.retry_failed=true")
+            say(f"  try the failed again with  meshformer train -m sweep.resume={book.folder} sweep.retry_failed=true")
         return {"finished": 0, "failed": 1, "preempted": 75, "interrupted": 130}[state]
 
 
