@@ -15,8 +15,9 @@ from meshformer.command.sweep.book import Book, Point
 from meshformer.command.sweep.local import Ended
 from meshformer.command.sweep.points import differences
 from meshformer.command.sweep.resources import Machine, Need
-from meshformer.compose import compose, read_overrides
+from meshformer.compose import compose
 from meshformer.config import ConfigError
+from meshformer.recorded import read_overrides
 
 
 class FakeLauncher:

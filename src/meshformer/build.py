@@ -21,6 +21,7 @@ from meshformer.callbacks import EMA, Checkpoint, ExactResume, Layout, ProgressB
 from meshformer.checkpoint.lightning_io import FolderCheckpointIO
 from meshformer.config.allow import check_object, check_target
 from meshformer.config.errors import ConfigError
+from meshformer.config.foreign import refuse_interpolations
 from meshformer.config.tasks import has_own_head, padding_multiple
 from meshformer.data import ImageData, SampledData, SequenceData, TextData
 from meshformer.model.lora import ADAPTERS, add_adapters
@@ -34,6 +35,7 @@ HEAD_PARTS = ("head.*", "norm.dense.*", "norm.norm.*")  # what a task with a hea
 
 def instantiate(node: Config, config: Config, key: str, **values: Any) -> Any:
     """The object that `node["_target_"]` names, with `values` added. ConfigError when any target inside is not on the allow-list."""
+    refuse_interpolations(node, "the configuration", key)
     for where, target in _targets(node, key):
         check_target(target, config.get("allow", ()), where)
         check_object(hydra.utils.get_object(target), target, config.get("allow", ()), where)

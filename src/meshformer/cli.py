@@ -12,6 +12,8 @@ import sys
 import traceback
 from collections.abc import Sequence
 
+from meshformer.printing import say
+
 COMMANDS = ("train", "evaluate", "generate", "convert", "export", "runs", "report", "doctor")
 
 
@@ -25,13 +27,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", error=True, one_line=True)
         return 2
     except Stopped as stopped:
-        print(stopped, file=sys.stderr)
+        say(stopped, error=True)
         return stopped.exit_code
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        say("interrupted", error=True)
         return 130
     except BrokenPipeError:  # `meshformer --help | head`
         sys.stderr.close()
@@ -39,8 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         # A job's failure is a defect or an accident, so its trace is worth reading; a worker's is its own, not that of the waiting parent.
         details = getattr(error, "details", None)
-        print(traceback.format_exc() if details is None else details, file=sys.stderr, end="")
-        print(f"error: {type(error).__name__}: {error}" if details is None else f"error: {error}", file=sys.stderr)
+        say(traceback.format_exc() if details is None else details, error=True, end="")
+        say(f"error: {type(error).__name__}: {error}" if details is None else f"error: {error}", error=True)
         return 1
 
 
@@ -59,12 +61,12 @@ def _dispatch(arguments: list[str]) -> int:
         if not arguments or {"-h", "--help"} & set(arguments[:1]):
             from meshformer.command.helptext import overview
 
-            print(overview())
+            say(overview())
             return 0
         if arguments[0] == "--version":
             from importlib.metadata import version
 
-            print(version("meshformer"))
+            say(version("meshformer"))
             return 0
         raise ConfigError(
             f"there is no command {arguments[0]!r}", fix=f"{did_you_mean(arguments[0], COMMANDS)} `meshformer --help` lists them."
@@ -72,7 +74,7 @@ def _dispatch(arguments: list[str]) -> int:
     if {"-h", "--help"} & set(arguments):
         from meshformer.command.helptext import overview
 
-        print(overview(command))
+        say(overview(command))
         return 0
     if command == "doctor":
         if arguments[1:]:
@@ -104,7 +106,7 @@ def _command_being_completed(arguments: list[str]) -> str | None:
     if word in COMMANDS and space:
         os.environ["COMP_LINE"] = f"{program} {tail}"
         return word
-    print(" ".join(name for name in COMMANDS if name.startswith(word)))
+    say(" ".join(name for name in COMMANDS if name.startswith(word)))
     return None
 
 

@@ -6,7 +6,6 @@ Built on Hydra's own `Hydra` object rather than on `hydra.main`: it prints trace
 from __future__ import annotations
 
 import copy
-import json
 import os
 import re
 import secrets
@@ -15,7 +14,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from hydra import version as hydra_version
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
@@ -24,14 +22,17 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from meshformer.checkpoint.find import candidates, is_foreign
 from meshformer.checkpoint.pretrained import carriers
 from meshformer.checkpoint.pretrained.source import derive, tokenizer_of
 from meshformer.config import ConfigError, check, did_you_mean, resolve, validate
 from meshformer.config.check import SHAPES
+from meshformer.config.foreign import confine, read_config
 from meshformer.config.paths import conf_dir, run_of
 from meshformer.config.tasks import HEAD, has_own_head
 from meshformer.record import RunNotFound, find_run
@@ -46,7 +47,6 @@ RESUMABLE = (
     "trainer.accumulate_grad_batches", "trainer.progress", "callbacks", "logger", "paths", "launch", "data.source.cache", "allow",
 )  # fmt: skip
 EVALUABLE = ("trainer.threads", "trainer.precision", "trainer.accelerator", "trainer.limit_val_batches", "data", "paths", "allow")
-COMMAND_KEYS = ("hydra", "sweep.")  # settings of one command rather than of a run
 FREE = ("attention", "dropout", "init_std", "zero_init")  # settings of a model that its weights do not decide
 PER_MACHINE = (
     "strategy",
@@ -236,57 +236,24 @@ def quoted(text: str) -> str:
     return QuotedString(text, Quote.single).with_quotes()
 
 
-def write_overrides(overrides: Sequence[str], config_dir: str | None, config_name: str | None) -> str:
-    """The text of overrides.txt: a line each, flags first. Hydra's own settings and a sweep's are left out: they concern one command, not the run."""
-    flags = [f"--config-dir={Path(config_dir).absolute()}"] if config_dir else []
-    flags += [f"--config-name={config_name}"] if config_name not in (None, "train") else []
-    lines = [line if "\n" not in line else json.dumps(line) for line in overrides if not line.lstrip("+~").startswith(COMMAND_KEYS)]
-    return "".join(f"{line}\n" for line in flags + lines)
-
-
-def read_overrides(run: Path) -> tuple[list[str], str | None, str | None]:
-    """The overrides, --config-dir and --config-name that made a run."""
-    file = run / "overrides.txt"
-    if not file.is_file():
-        raise ConfigError(f"{run} holds no overrides.txt, so what made it is unknown")
-    overrides: list[str] = []
-    flags: dict[str, str] = {}
-    for line in file.read_text(encoding="utf-8").splitlines():
-        if line.startswith("--"):
-            name, _, value = line.partition("=")
-            flags[name] = value
-        elif line.strip() and not line.lstrip("+~").startswith(COMMAND_KEYS):
-            overrides.append(json.loads(line) if line.startswith('"') else line)
-    return overrides, flags.get("--config-dir"), flags.get("--config-name")
-
-
-def read_config(run: Path) -> Config:
-    try:
-        config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{run} holds no config.yaml, so it is not a run that can be read") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{run / 'config.yaml'} is damaged ({' '.join(str(error).split())})", fix="Restore it from a copy.") from None
-    if not isinstance(config, dict):
-        raise ConfigError(f"{run / 'config.yaml'} is empty or damaged")
-    return config
-
-
 def combine(before: Sequence[str], overrides: Sequence[str]) -> list[str]:
     """What a run was started with and what is typed now. Another strategy takes nothing from the settings of the one before it."""
     if any(override.startswith("strategy=") for override in overrides):
         before = [override for override in before if override.lstrip("+~").partition("=")[0].partition(".")[0] != "strategy"]
-    return [*before, *overrides]
+    # What is added or deleted once more, in the same words, is so once: Hydra refuses the second time.
+    again = {override.partition("=")[0] for override in overrides if override.startswith(("+", "~"))}
+    return [*(override for override in before if override.partition("=")[0] not in again), *overrides]
 
 
-def recorded(hydra: Hydra, config_name: str, run: Path, overrides: Sequence[str], allowed: Sequence[str], refuse: Refuse) -> Config:
-    """A run's recorded configuration, changed by new overrides (not settled yet).
+def recorded(
+    hydra: Hydra, config_name: str, run: Path, before: Sequence[str], overrides: Sequence[str], allowed: Sequence[str], refuse: Refuse
+) -> Config:
+    """A run's recorded configuration, changed by new overrides (neither confined nor settled yet). `before`: those that made it.
 
     The recorded config.yaml is the base, so that a later edit of a file under conf/ does not leak into an old run; the new overrides count
     by the difference they make when composed on top of the run's own. `refuse(key, recorded value)` makes the error for any other key.
     """
     config = read_config(run)
-    before, _, _ = read_overrides(run)
     old = plain(compose_config(hydra, config_name, before))
     new = plain(compose_config(hydra, config_name, combine(before, overrides)))
     for key in differences(old, new):
@@ -300,6 +267,20 @@ def recorded(hydra: Hydra, config_name: str, run: Path, overrides: Sequence[str]
     # A run folder may come from a stranger: names it would allow itself count only when this command repeats them.
     config["allow"] = value_of(overrides, "allow", [])
     return config
+
+
+def own(hydra: Hydra, config_name: str, overrides: Sequence[str]) -> Config:
+    """What the command composes to without the folder that it continues: where to write, and the parts that it names itself."""
+    try:
+        return plain(compose_config(hydra, config_name, overrides))
+    except (HydraException, OmegaConfBaseException):  # an override that means something on top of the run's own alone
+        own = [o for o in overrides if o.lstrip("+").startswith(("paths.", "logger=", "callbacks=", "+logger.", "+callbacks."))]
+        return plain(compose_config(hydra, config_name, own))
+
+
+def within(config: Config, mine: Config, overrides: Sequence[str]) -> Config:
+    """`config`, which a folder says, confined to where this command (`overrides`, composed to `mine`) writes."""
+    return confine(config, mine["paths"], mine, value_of(overrides, "data.source.cache"))
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import yaml
-
 from meshformer.checkpoint.folder import read_rest, read_tensors, write_folder
 from meshformer.checkpoint.single_file import tied_weights, write_single, write_weights
 from meshformer.checkpoint.weights import weights_of
 from meshformer.config.errors import ConfigError
+from meshformer.config.foreign import read_config
 from meshformer.config.paths import run_of
+from meshformer.printing import say
 
 
 def convert(source: Path, target: Path, to: str) -> None:
@@ -33,13 +33,12 @@ def convert(source: Path, target: Path, to: str) -> None:
             write_weights(target, weights, tied, {k: v for k, v in about.items() if v is not None})
     except (OSError, RuntimeError) as error:  # torch's archives report a full disk as the latter
         raise ConfigError(f"it cannot be written ({error})", "output", str(target)) from error
-    print(_told(target, to, step))
+    say(_told(target, to, step))
 
 
 def _model_settings(run: Path) -> dict | None:
     """What the model was built from, where it is known: the names of its parameters alone do not say."""
-    file = run / "config.yaml"
-    return yaml.safe_load(file.read_text(encoding="utf-8"))["model"] if file.is_file() else None
+    return read_config(run)["model"] if (run / "config.yaml").is_file() else None
 
 
 def _told(target: Path, to: str, step: int | None) -> str:

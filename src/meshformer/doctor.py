@@ -17,6 +17,7 @@ from typing import Any
 from meshformer.compose import compose
 from meshformer.config.resolve import cores, cpu_multiplies_bf16
 from meshformer.launch import launch
+from meshformer.printing import say
 from meshformer.record.metrics_csv import read_metrics
 from meshformer.record.run_json import installed_versions
 
@@ -31,16 +32,16 @@ TEST = [
 def doctor() -> int:
     """Prints one fact a line; 0 when the self-test passes, else 1."""
     for name, fact in facts():
-        print(f"{name:<22}{fact}", flush=True)
+        say(f"{name:<22}{fact}")
     begun = time.monotonic()
-    print(f"{'self-test':<22}2 processes, strategy=fsdp, 10 steps … ", end="", flush=True)
+    say(f"{'self-test':<22}2 processes, strategy=fsdp, 10 steps … ", end="")
     try:
         difference = self_test()
     except Exception as error:
-        print(f"failed: {type(error).__name__}: {error}")
+        say(f"failed: {type(error).__name__}: {error}")
         return 1
     fine = difference < TOLERANCE
-    print(f"{'ok' if fine else 'WRONG'}: losses within {difference:.0e} of one process's ({time.monotonic() - begun:.0f} s)")
+    say(f"{'ok' if fine else 'WRONG'}: losses within {difference:.0e} of one process's ({time.monotonic() - begun:.0f} s)")
     return 0 if fine else 1
 
 

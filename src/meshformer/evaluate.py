@@ -14,6 +14,7 @@ from meshformer.checkpoint.weights import load_weights
 from meshformer.config.errors import ConfigError
 from meshformer.config.paths import run_of
 from meshformer.data import load_tokenizer
+from meshformer.printing import say
 from meshformer.train import quiet_libraries
 
 
@@ -37,9 +38,9 @@ def evaluate(config: dict[str, Any], options: dict[str, Any]) -> dict[str, float
         check = trainer.validate if options["split"] == "val" else trainer.test
         check(task, datamodule=data, verbose=False)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    print(f"{checkpoint}")
+    say(f"{checkpoint}")
     for name, value in metrics.items():
-        print(f"  {name:<22}{value:.6f}")
+        say(f"  {name:<22}{value:.6f}")
     return metrics
 
 

@@ -23,6 +23,7 @@ from meshformer.config.errors import ConfigError
 from meshformer.convert import convert
 from meshformer.data import load_tokenizer
 from meshformer.model import Attention, Transformer, VisionTransformer, attend_reference
+from meshformer.printing import say
 
 
 def export(source: Path, target: Path, form: str) -> None:
@@ -47,7 +48,7 @@ def export(source: Path, target: Path, form: str) -> None:
         write(source, target)
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"it cannot be written ({error})", "output", str(target)) from error
-    print(_told(target, form))
+    say(_told(target, form))
 
 
 def _weights(source: Path) -> dict[str, Tensor]:

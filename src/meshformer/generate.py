@@ -10,6 +10,7 @@ import torch
 from meshformer.config.errors import ConfigError
 from meshformer.evaluate import load_run
 from meshformer.model import generate as draw
+from meshformer.printing import say
 
 
 def generate(config: dict[str, Any], options: dict[str, Any]) -> list[str]:
@@ -34,5 +35,5 @@ def generate(config: dict[str, Any], options: dict[str, Any]) -> list[str]:
     except IndexError:
         message = f"the run's tokenizer.json has {tokenizer.vocab_size} tokens, fewer than its model draws from"
         raise ConfigError(message, "run", options["run"], fix="Restore it from a copy.") from None
-    print("\n\n---\n\n".join(texts))
+    say("\n\n---\n\n".join(texts))
     return texts

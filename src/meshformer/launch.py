@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import signal
-import sys
 import threading
 import time
 import traceback
@@ -24,6 +23,7 @@ from meshformer.checkpoint.find import VERIFIED, checkpoints
 from meshformer.command.slurm import requeue
 from meshformer.config.errors import ConfigError, Stopped
 from meshformer.config.resolve import outside
+from meshformer.printing import say
 from meshformer.record.run_folder import atomic_write_text
 from meshformer.record.run_json import RunRecord
 
@@ -162,7 +162,7 @@ class _PassingOn:
             raise KeyboardInterrupt  # the agent kills its ranks on the way out
         self.asked = "interrupted" if number == signal.SIGINT else "preempted"
         _touch(self.notes / STOP)  # for ranks that are not there yet
-        print("stopping after this step; once more to stop at once", file=sys.stderr, flush=True)
+        say("stopping after this step; once more to stop at once", error=True)
         for file in self.notes.glob("*.pid"):
             try:
                 os.kill(int(file.read_text()), signal.SIGUSR1)

@@ -30,6 +30,7 @@ from meshformer.model import Transformer, training_flops_per_token
 from meshformer.model.lora import ADAPTERS
 from meshformer.parallel.levers import apply_levers
 from meshformer.parallel.strategy import MeshStrategy
+from meshformer.printing import say
 from meshformer.record.run_folder import atomic_write_text
 from meshformer.record.run_json import RunRecord
 from meshformer.tasks import Evaluated
@@ -128,7 +129,7 @@ def _train(config: Config, folder: Path, signals: StopSignals) -> dict[str, floa
         if record:
             record.finish("preempted" if isinstance(error, Stopped) else "failed", error=error)
         if isinstance(error, Stopped) and trainer.is_global_zero and checkpoints(folder):
-            print(f"continue with  meshformer train resume={folder}", file=sys.stderr, flush=True)
+            say(f"continue with  meshformer train resume={folder}", error=True)
         raise
     final = {k: float(v) for k, v in trainer.callback_metrics.items()}
     final = {**rows.latest, **final}
@@ -140,7 +141,7 @@ def _train(config: Config, folder: Path, signals: StopSignals) -> dict[str, floa
         for name, content in task.results(data).items() if isinstance(task, Evaluated) else ():
             atomic_write_text(folder / name, content)
         record.finish("finished", None, **final)
-        print(summary(task, text, folder, final), flush=True)
+        say(summary(task, text, folder, final))
     return final
 
 

@@ -13,8 +13,8 @@ import yaml
 from meshformer.checkpoint.find import PARTS
 from meshformer.checkpoint.manifest import write_manifest
 from meshformer.cli import main
-from meshformer.compose import read_overrides, write_overrides
 from meshformer.config import ConfigError
+from meshformer.recorded import read_overrides, write_overrides
 
 Calls = list[tuple[dict[str, Any], Path]]
 
@@ -247,9 +247,9 @@ def test_a_prompt_is_taken_as_it_is_typed(calls, used, prompt):
 
 
 def test_overrides_survive_the_file(tmp_path):
-    overrides = ["a=1", "prompt='two\nlines'", "hydra.run.dir=x", "~callbacks.samples"]
+    overrides = ["seed=1", "callbacks.samples.prompt='two\nlines'", "hydra.run.dir=x", "~callbacks.samples"]
     (tmp_path / "overrides.txt").write_text(write_overrides(overrides, str(tmp_path), "other"))
-    assert read_overrides(tmp_path) == (["a=1", "prompt='two\nlines'", "~callbacks.samples"], str(tmp_path), "other")
+    assert read_overrides(tmp_path) == (["seed=1", "callbacks.samples.prompt='two\nlines'", "~callbacks.samples"], str(tmp_path), "other")
 
 
 @pytest.mark.parametrize(

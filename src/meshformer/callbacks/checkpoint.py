@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,6 +14,7 @@ from meshformer.checkpoint.find import checkpoint_name, checkpoints, step_of
 from meshformer.checkpoint.folder import tidy
 from meshformer.checkpoint.lightning_io import FolderCheckpointIO
 from meshformer.checkpoint.manifest import Damaged, read_manifest
+from meshformer.printing import say
 
 if TYPE_CHECKING:
     PositiveInt = Count = int
@@ -90,7 +90,7 @@ class Checkpoint(Callback):
             self._io(trainer).wait()
         except Exception as error:  # the exception that ends the run is the one to be raised
             if trainer.is_global_zero:
-                print(f"a checkpoint was lost: {error}", file=sys.stderr)
+                say(f"a checkpoint was lost: {error}", error=True)
 
     def _validates_now(self, trainer: pl.Trainer) -> bool:
         every = trainer.val_check_batch
@@ -118,7 +118,7 @@ class Checkpoint(Callback):
                 shutil.rmtree(aside, ignore_errors=True)
                 shutil.rmtree(old.rename(aside))
         except (OSError, Damaged) as error:
-            print(f"warning: an old checkpoint could not be removed: {error}", file=sys.stderr, flush=True)
+            say(f"warning: an old checkpoint could not be removed: {error}", error=True)
 
     def _kept(self, folders: Sequence[Path]) -> set[Path]:
         """Of complete checkpoints, oldest first."""

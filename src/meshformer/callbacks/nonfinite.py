@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
@@ -10,6 +9,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from meshformer.config.errors import ConfigError
+from meshformer.printing import say
 
 from .checkpoint import Checkpoint
 
@@ -45,7 +45,7 @@ class NonFinite(Callback):
             self._error = NonFiniteError(f"{told(trouble)} {ADVICE}")
             self._save = trouble.gradient
         elif trainer.is_global_zero:
-            print(f"warning: {told(trouble)}", file=sys.stderr, flush=True)
+            say(f"warning: {told(trouble)}", error=True)
         return {}
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:

@@ -11,6 +11,8 @@ from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from meshformer.printing import say
+
 
 class ProgressBar(Callback):
     """On a terminal a Rich bar, refreshed about once a second; elsewhere (a log file) a plain line whenever a tenth is done. State: none.
@@ -72,4 +74,4 @@ class ProgressBar(Callback):
             self.bar.update(self.task_id, completed=step, numbers=self._numbers(), refresh=True)
         elif step >= self._next_line_step and self._numbers():
             self._next_line_step = step + max(1, total // 10) - step % max(1, total // 10)
-            print(f"step {step}/{total}  {self._numbers()}", file=sys.stderr, flush=True)
+            say(f"step {step}/{total}  {self._numbers()}", error=True)

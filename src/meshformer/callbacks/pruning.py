@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
+
+from meshformer.printing import say
 
 
 class Pruning(Callback):
@@ -26,7 +27,7 @@ class Pruning(Callback):
         if not trainer.is_global_zero:
             return
         if not Path(self.study).is_file():
-            print(f"pruning: {self.study} is gone; this run goes on by itself", file=sys.stderr)
+            say(f"pruning: {self.study} is gone; this run goes on by itself", error=True)
             return
         import optuna
         from sqlalchemy import URL
@@ -54,4 +55,4 @@ class Pruning(Callback):
             trainer.should_stop = True
             if self.trial is not None:
                 self.trial.set_user_attr("pruned_at_step", trainer.global_step)
-                print(f"pruned after step {trainer.global_step}: other runs of the search did better by then", file=sys.stderr)
+                say(f"pruned after step {trainer.global_step}: other runs of the search did better by then", error=True)

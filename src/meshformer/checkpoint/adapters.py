@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
-import yaml
 from torch import Tensor, nn
 
 from meshformer.config.errors import ConfigError
+from meshformer.config.foreign import read_config
 from meshformer.config.paths import run_of
 from meshformer.model.lora import add_adapters, merged
 
@@ -25,10 +25,10 @@ def is_adapter(name: str) -> bool:
 
 def settings_of(source: Path) -> dict[str, Any] | None:
     """`stage` of the run that the checkpoint `source` lies in, where it trained adapters; None elsewhere."""
-    file = run_of(Path(source)) / "config.yaml"
-    config = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    stage = config.get("stage") or {}
-    return stage if (stage.get("lora") or {}).get("rank") else None
+    run = run_of(Path(source))
+    stage = read_config(run)["stage"] if (run / "config.yaml").is_file() else {}
+    lora = stage.get("lora")
+    return stage if isinstance(lora, dict) and lora.get("rank") else None
 
 
 def merge_adapters(source: Path) -> dict[str, Tensor]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 from meshformer.config.errors import ConfigError
 from meshformer.config.paths import CHECKPOINT
 from meshformer.config.resolve import outside
+from meshformer.printing import say
 
 from .manifest import METADATA, PARTS, REST, Damaged, check_single, check_sizes, check_sums
 
@@ -128,7 +128,7 @@ def latest_checkpoint(run: Path, key: str = "run") -> Path:
             return found
         damaged.append(problem)
         if not told and (around is None or around.rank == 0):
-            print(f"damaged checkpoint skipped: {found.parent / problem}", file=sys.stderr, flush=True)
+            say(f"damaged checkpoint skipped: {found.parent / problem}", error=True)
     if damaged:
         fix = "Restore the files from a copy, or start a new run."
         raise ConfigError(f"every checkpoint of the run is damaged: {'; '.join(damaged)}", key, str(run), fix=fix)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -13,6 +12,8 @@ from typing import Any
 import torch.distributed as dist
 from lightning.pytorch.plugins.io import CheckpointIO
 from torch import Tensor
+
+from meshformer.printing import say
 
 from .background import Background
 from .folder import read_rest, read_tensors, write_folder
@@ -66,7 +67,7 @@ class FolderCheckpointIO(CheckpointIO):
             if not self.tolerant:
                 raise
             if self._is_first:
-                print(f"warning: {error}; training goes on, and the next save tries again", file=sys.stderr, flush=True)
+                say(f"warning: {error}; training goes on, and the next save tries again", error=True)
 
     def teardown(self) -> None:
         self.wait()

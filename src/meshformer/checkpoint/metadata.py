@@ -31,14 +31,31 @@ class _Unpickler(pickle.Unpickler):
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """What is in the checkpoint folder and where. ConfigError when the file is damaged, or holds anything else."""
+    """What is in the checkpoint folder and where. ConfigError when the file is damaged, holds anything else, or points out of the folder."""
+    folder = Path(folder)
     try:
-        with open(Path(folder) / METADATA, "rb") as file:
+        with open(folder / METADATA, "rb") as file:
             found = _Unpickler(file).load()
-    except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, ValueError, TypeError) as error:
-        raise ConfigError(
-            f"{Path(folder) / METADATA} is damaged ({error or type(error).__name__})", fix="Name another checkpoint."
-        ) from error
+    # A pickle of a stranger's may end in any of these; a file that is damaged does.
+    except (pickle.UnpicklingError, EOFError, LookupError, AttributeError, ImportError, ValueError, TypeError, ArithmeticError, RecursionError,
+            MemoryError, OSError) as error:  # fmt: skip
+        raise ConfigError(f"{folder / METADATA} is damaged ({error or type(error).__name__})", fix="Name another checkpoint.") from error
     if not isinstance(found, Metadata):
-        raise ConfigError(f"{Path(folder) / METADATA} is damaged", fix="Name another checkpoint.")
+        raise ConfigError(f"{folder / METADATA} is damaged", fix="Name another checkpoint.")
+    _check_places(folder, found)
     return found
+
+
+def _check_places(folder: Path, metadata: Metadata) -> None:
+    """Tensors are read from the files that the metadata name, by a path that DCP joins to the folder's: each must be a file of this folder."""
+    try:
+        names = {storage.relative_path for storage in (metadata.storage_data or {}).values()}
+        entries = set(metadata.state_dict_metadata)
+    except (AttributeError, TypeError):
+        raise ConfigError(f"{folder / METADATA} is damaged", fix="Name another checkpoint.") from None
+    if not all(isinstance(name, str) for name in entries):
+        raise ConfigError(f"{folder / METADATA} is damaged", fix="Name another checkpoint.")
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or not (folder / name).resolve().is_relative_to(folder.resolve()):
+            message = f"{folder / METADATA} points to {name}, which is no file of the checkpoint"
+            raise ConfigError(message, fix="Name another checkpoint: this one was made to read what lies elsewhere.")

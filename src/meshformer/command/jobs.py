@@ -21,11 +21,14 @@ from meshformer.command.folders import claim_folder, forget_folder, shared_folde
 from meshformer.command.recipe import FirstRun, pretraining
 from meshformer.command.slurm import MARK, earlier_start, job_mark
 from meshformer.config import ConfigError, Convert, Evaluate, Export, Generate, validate
+from meshformer.config.foreign import confine, default_cache, read_config
 from meshformer.config.paths import run_of
 from meshformer.config.resolve import outside
 from meshformer.config.tasks import writes_text
 from meshformer.explain import EXPLAINED, explain
+from meshformer.printing import say
 from meshformer.record import RunRecord, atomic_write_text
+from meshformer.recorded import confirmed, read_overrides, write_overrides
 
 Config = dict[str, Any]
 SHOWING = ("cfg", "info", "shell_completion", "hydra_help")
@@ -49,7 +52,7 @@ def run_command(command: str, argv: Sequence[str]) -> int:
         if command in ("convert", "export"):
             return _write_elsewhere(command, hydra, config_name, overrides, args.multirun)
         if command != "train":
-            return _use_run(command, hydra, config_name, overrides, args.multirun)
+            return _use_run(command, hydra, config_name, overrides, args)
         if args.multirun or compose.value_of(overrides, "hydra.mode") == "MULTIRUN":
             from meshformer.command.sweep.run import run_sweep
 
@@ -66,7 +69,7 @@ def run_command(command: str, argv: Sequence[str]) -> int:
             config = compose.settle(config, overrides)
     if first is not None:
         return _train_both(argv, first)
-    return _train(args, hydra, cfg, config, compose.write_overrides(overrides, args.config_dir, args.config_name))
+    return _train(args, hydra, cfg, config, write_overrides(overrides, args.config_dir, args.config_name))
 
 
 def _train_both(argv: Sequence[str], first: FirstRun) -> int:
@@ -74,12 +77,12 @@ def _train_both(argv: Sequence[str], first: FirstRun) -> int:
     with first.alone():
         found = first.find()
         if found is None or not found[1]:
-            code = run_command("train", first.arguments if found is None else [f"resume={found[0]}"])
+            code = run_command("train", first.arguments if found is None else [f"resume={found[0]}", *first.trusted])
             found = first.find()
             if code or found is None:
                 return code or 1
         else:
-            print(f"pretrained already: {found[0]}", flush=True)
+            say(f"pretrained already: {found[0]}")
     return run_command("train", [*argv, f"stage.init_from={compose.quoted(str(found[0]))}", "stage.pretrain=null"])
 
 
@@ -92,7 +95,7 @@ def _train(args: argparse.Namespace, hydra: Hydra, cfg: DictConfig, config: Conf
         mark = job_mark(wanted, f"{config['fork']}\n{overrides}")
         earlier = earlier_start(config, wanted, mark)
     if earlier is not None and RunRecord(earlier).fields.get("state") == "finished":
-        print(f"the run of this SLURM job is finished already: {earlier}")
+        say(f"the run of this SLURM job is finished already: {earlier}")
         return 0
     if earlier is not None and candidates(earlier):
         allowed = [override for override in args.overrides if override.lstrip("+").startswith("allow=")]
@@ -159,23 +162,26 @@ def _train_from(args: argparse.Namespace, run_of: dict[str, str], overrides: lis
     run = compose.locate(spec, str(compose.value_of(overrides, "paths.runs", "runs")), key)
     if not candidates(run):
         raise ConfigError("there is no checkpoint in that run to continue from", key, spec)
-    before, config_dir, config_name = compose.read_overrides(run)
+    before, recorded_dir, config_name = read_overrides(run, args.config_dir)
+    config_dir = confirmed(recorded_dir, args.config_dir, key, run)
     if key == "resume" and any(override.startswith("hydra.run.dir=") for override in overrides):
         raise ConfigError("a resumed run stays in its folder", "hydra.run.dir", fix="Use fork= for a new one.")
-    config_dir, name = args.config_dir or config_dir, args.config_name or config_name or "train"
+    name = args.config_name or config_name or "train"
     both = compose.combine(before, overrides)
     hydra = compose.make_hydra(config_dir)
     with _explained(hydra, name, both):
         if any(getattr(args, show) for show in SHOWING):
             _show(hydra, args, name, both)
             return 0
-        config = compose.recorded(hydra, name, run, overrides, compose.RESUMABLE, _refuse_resume) if key == "resume" else None
+        config = compose.recorded(hydra, name, run, before, overrides, compose.RESUMABLE, _refuse_resume) if key == "resume" else None
+        mine = compose.own(hydra, name, overrides)
         hydra = compose.make_hydra(config_dir)
         cfg = compose.compose_config(hydra, name, both)
         # As in `recorded`: what a run folder allows itself does not count.
         config = config or {**compose.plain(cfg), "allow": compose.value_of(overrides, "allow", [])}
+        config = compose.within(config, mine, overrides)
         config = compose.settle({**config, "resume": None, "fork": None, key: str(run)}, both)
-    return _train(args, hydra, cfg, config, compose.write_overrides(both, config_dir, name), run if key == "resume" else None)
+    return _train(args, hydra, cfg, config, write_overrides(both, config_dir, name), run if key == "resume" else None)
 
 
 def _refuse_resume(key: str, recorded: Any) -> ConfigError:
@@ -185,9 +191,9 @@ def _refuse_resume(key: str, recorded: Any) -> ConfigError:
     )
 
 
-def _use_run(command: str, hydra: Hydra, config_name: str, overrides: list[str], multirun: bool) -> int:
+def _use_run(command: str, hydra: Hydra, config_name: str, overrides: list[str], args: argparse.Namespace) -> int:
     """`evaluate` and `generate`: options from their own small configuration, everything else from the run's config.yaml."""
-    if multirun:
+    if args.multirun:
         raise ConfigError(f"meshformer {command} reads one run", "--multirun", fix="Leave -m out.")
     changes: list[str] = []
     text: dict[str, str] = {}
@@ -203,8 +209,11 @@ def _use_run(command: str, hydra: Hydra, config_name: str, overrides: list[str],
     if not candidates(run):
         raise ConfigError("there is no checkpoint in that run to read", "run", options["run"])
     options["run"] = str(source)
-    config = _changed(run, changes) if changes else compose.read_config(run)
+    config = _changed(run, changes, args.config_dir) if changes else read_config(run)
     config["allow"] = options["allow"]
+    # Neither command makes loggers or callbacks.
+    paths = {"data": default_cache(), **options["paths"]}
+    config = confine({**config, "callbacks": {}, "logger": {}}, paths, cache=compose.value_of(changes, "data.source.cache"))
     # One process reads a run, whatever layout wrote it.
     config["strategy"] = {"name": "single", "replicate": 1}
     config["trainer"] |= {
@@ -251,16 +260,16 @@ def _write_elsewhere(command: str, hydra: Hydra, config_name: str, overrides: li
     return 0
 
 
-def _changed(run: Path, changes: list[str]) -> Config:
+def _changed(run: Path, changes: list[str], config_dir: str | None) -> Config:
     """The run's configuration as `evaluate` may change it."""
-    before, config_dir, config_name = compose.read_overrides(run)
-    hydra, name = compose.make_hydra(config_dir), config_name or "train"
+    before, recorded_dir, config_name = read_overrides(run, config_dir)
+    hydra, name = compose.make_hydra(confirmed(recorded_dir, config_dir, "run", run)), config_name or "train"
 
     def refuse(key: str, value: Any) -> ConfigError:
         return ConfigError(f"evaluate cannot change it; the run has {value}", key, fix="Leave it out.")
 
     with _explained(hydra, name, [*before, *changes]):
-        return compose.recorded(hydra, name, run, changes, compose.EVALUABLE, refuse)
+        return compose.recorded(hydra, name, run, before, changes, compose.EVALUABLE, refuse)
 
 
 def _launch(config: Config, folder: Path) -> Config | None:

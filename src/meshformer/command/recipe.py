@@ -15,7 +15,9 @@ from meshformer import compose
 from meshformer.checkpoint.find import candidates
 from meshformer.config import ConfigError, check, resolve, validate
 from meshformer.config.check import check_fits
+from meshformer.config.foreign import read_config
 from meshformer.config.resolve import outside
+from meshformer.printing import say
 from meshformer.record import RunRecord
 
 Config = dict[str, Any]
@@ -35,20 +37,27 @@ class FirstRun:
     config: Config
 
     @property
+    def trusted(self) -> list[str]:
+        """Of the arguments those that a folder's own record does not stand for."""
+        return [argument for argument in self.arguments if argument.lstrip("+").startswith(("--config-dir=", "allow=", "paths."))]
+
+    @property
     def runs(self) -> Path:
         return Path(self.config["paths"]["runs"]).expanduser() / self.config["experiment"]
 
     def find(self) -> tuple[Path, bool] | None:
         """(folder, whether it is finished) of the newest run with this configuration that can be used or continued."""
         made = sorted((file.parent for file in self.runs.glob("*/config.yaml")), key=lambda run: run.stat().st_mtime, reverse=True)
-        usable = [run for run in made if candidates(run) and self._is_of(compose.read_config(run))]
+        usable = [run for run in made if candidates(run) and self._is_of(_config_of(run))]
         finished = [run for run in usable if RunRecord(run).fields.get("state") == "finished"]
         return next(((run.absolute(), run in finished) for run in (*finished, *usable)), None)
 
     def _is_of(self, recorded: Config) -> bool:
+        if not recorded:
+            return False
         may_differ = (*compose.RESUMABLE, *FOUND_OUT)
         other = [key for key in compose.differences(recorded, self.config) if not key.startswith(may_differ)]
-        return not other and recorded["trainer"]["max_steps"] == self.config["trainer"]["max_steps"]
+        return not other and recorded["trainer"].get("max_steps") == self.config["trainer"]["max_steps"]
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -59,7 +68,7 @@ class FirstRun:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            print("another command trains the run of stage.pretrain; waiting for it", flush=True)
+            say("another command trains the run of stage.pretrain; waiting for it")
             lock.acquire()
         try:
             yield
@@ -97,6 +106,14 @@ def pretraining(config: Config, overrides: Sequence[str], flags: Sequence[str], 
     check({**later, "resume": "later"})  # which lifts the checks of what is not there yet
     check_fits(later, source["model"], "the run of stage.pretrain")
     return FirstRun([*flags, *first], source)
+
+
+def _config_of(run: Path) -> Config:
+    """The run's configuration; {} where it cannot be read: the folder holds whatever has been put there."""
+    try:
+        return read_config(run)
+    except ConfigError:
+        return {}
 
 
 def _key(override: str) -> str:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import json
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from meshformer.config.errors import ConfigError
+from meshformer.printing import csv_cell, say, visible
 from meshformer.record import RunNotFound, find_run, read_run
-from meshformer.runs.scan import Run, scan
+from meshformer.runs.scan import UNREADABLE, Run, scan
 from meshformer.runs.table import (
     METRICS,
     Row,
@@ -91,13 +92,15 @@ def _list(argv: Sequence[str]) -> int:
     else:
         columns = _columns([run for run in runs if run.name in rows], chosen)
     if options.csv:
-        table = csv.writer(sys.stdout, lineterminator="\n")
-        table.writerow(columns)
-        table.writerows([["" if row.get(column) is None else row[column] for column in columns] for row in chosen])
+        text = io.StringIO()
+        table = csv.writer(text, lineterminator="\n")
+        table.writerow(map(csv_cell, columns))
+        table.writerows([[csv_cell(row.get(column)) for column in columns] for row in chosen])
+        say(text.getvalue(), end="")
     elif chosen:
-        print(text_table(chosen, columns))
+        say(text_table(chosen, columns))
     else:
-        print("no run" + (" passes the filters" if filters else ""))
+        say("no run" + (" passes the filters" if filters else ""))
     return 0
 
 
@@ -106,7 +109,7 @@ def _scan(folder: Path) -> list[Run]:
         raise ConfigError(f"there is no folder {folder}", fix="Name the folder that holds the runs: meshformer runs FOLDER")
     runs, problems = scan(folder)
     for problem in problems:
-        print(f"warning: {problem}", file=sys.stderr)
+        say(f"warning: {problem}", error=True)
     if not runs:
         raise ConfigError(f"{folder} holds no run yet", fix="`meshformer train` makes one.")
     return runs
@@ -131,7 +134,7 @@ def _find(spec: str, root: Path | str) -> Run:
     folder = find_run(spec, root)
     runs, problems = scan(folder)
     for problem in problems:
-        print(f"warning: {problem}", file=sys.stderr)
+        say(f"warning: {problem}", error=True)
     if not runs:
         raise ConfigError("the run cannot be read", "run", spec)
     return runs[0]
@@ -144,25 +147,38 @@ def _show(argv: Sequence[str]) -> int:
     options = parser.parse_args(list(argv))
     run = _find(options.run, options.runs)
     row, folder = row_of(run), Path(run.folder)
-    fields = read_run(folder) if (folder / "run.json").is_file() else {}
-    print(folder)
-    lines = [
-        (key, shown(row[key], key)) for key in row if not is_setting(key) and not key.startswith(METRICS) and key not in ("run", "folder")
-    ]
-    lines += [("device", ", ".join(map(str, (fields.get("device") or {}).values())))]
-    lines += [("versions", ", ".join(f"{name} {version}" for name, version in (fields.get("versions") or {}).items()))]
-    if segments := fields.get("segments"):
-        lines.append(("earlier starts", ", ".join(f"{part.get('state')} {shown(part.get('started'), 'started')}" for part in segments)))
-    for key, text in dict(lines).items():
+    say(folder, one_line=True)
+    for key, text in _about(row, folder).items():
         if text:
-            print(f"  {key:<20}{text}")
+            say(f"  {visible(key, lines=False):<20}{text}", one_line=True)
     figures = [{"metric": key, "final": row[key], "best": row.get(f"best/{key}")} for key in row if key.startswith(METRICS[:3])]
     if figures:
-        print("\n" + text_table(figures, ["metric", "final", "best"]))
+        say("\n" + text_table(figures, ["metric", "final", "best"]))
     for title, file in (("overrides", "overrides.txt"), ("config.yaml", "config.yaml")):
-        if (folder / file).is_file() and (text := (folder / file).read_text(encoding="utf-8").strip()):
-            print(f"\n{title}\n" + "\n".join(f"  {line}" for line in text.splitlines()))
+        if text := _told(folder / file):
+            say(f"\n{title}\n" + "\n".join(f"  {line}" for line in text.splitlines()))
     return 0
+
+
+def _about(row: Row, folder: Path) -> dict[str, str]:
+    """What is known of the run beside its settings and figures."""
+    try:
+        fields = read_run(folder) if (folder / "run.json").is_file() else {}
+        device, versions, segments = fields.get("device") or {}, fields.get("versions") or {}, fields.get("segments") or []
+        earlier = ", ".join(f"{part.get('state')} {shown(part.get('started'), 'started')}" for part in segments)
+        used = ", ".join(f"{name} {version}" for name, version in versions.items())
+        on = device if isinstance(device, str) else ", ".join(map(str, device.values()))
+    except UNREADABLE as error:
+        raise ConfigError(f"{folder / 'run.json'} is damaged ({error})", fix="Restore it from a copy.") from None
+    own = {key: shown(row[key], key) for key in row if not is_setting(key) and not key.startswith(METRICS) and key not in ("run", "folder")}
+    return {**own, "device": on, "versions": used, "earlier starts": earlier}
+
+
+def _told(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return ""
 
 
 def _diff(argv: Sequence[str]) -> int:
@@ -174,8 +190,8 @@ def _diff(argv: Sequence[str]) -> int:
     pair = [_find(spec, options.runs) for spec in (options.first, options.second)]
     a, b = [settings(run) for run in pair]
     rows = [{"setting": key, "A": _cell(a.get(key)), "B": _cell(b.get(key))} for key in varying([a, b])]
-    print("\n".join(f"{letter}  {run.folder}" for letter, run in zip("AB", pair, strict=True)) + "\n")
-    print(text_table(rows, ["setting", "A", "B"]) if rows else "their settings are the same")
+    say("\n".join(f"{letter}  {run.folder}" for letter, run in zip("AB", pair, strict=True)) + "\n")
+    say(text_table(rows, ["setting", "A", "B"]) if rows else "their settings are the same")
     a, b = [row_of(run, ()) for run in pair]
     keys = [
         key
@@ -188,7 +204,7 @@ def _diff(argv: Sequence[str]) -> int:
         off = float(right) - float(left) if isinstance(left, (int, float)) and isinstance(right, (int, float)) else None
         if left != right:
             figures.append({"figure": key, "A": shown(left, key), "B": shown(right, key), "B − A": "" if off is None else f"{off:+.4g}"})
-    print("\n" + text_table(figures, ["figure", "A", "B", "B − A"]) if figures else "\ntheir figures are the same")
+    say("\n" + text_table(figures, ["figure", "A", "B", "B − A"]) if figures else "\ntheir figures are the same")
     return 0
 
 
@@ -218,5 +234,5 @@ def _report(argv: Sequence[str]) -> int:
         raise ConfigError(
             f"the page cannot be written ({error.strerror})", "--output", str(output), fix="Name another with --output."
         ) from None
-    print(f"{output}  ({output.stat().st_size / 1024:.0f} KiB, {time.perf_counter() - start:.1f} s)")
+    say(f"{output}  ({output.stat().st_size / 1024:.0f} KiB, {time.perf_counter() - start:.1f} s)")
     return 0

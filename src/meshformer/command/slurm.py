@@ -8,9 +8,10 @@ from __future__ import annotations
 import hashlib
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
+
+from meshformer.printing import say
 
 MARK = ".slurm_job"
 
@@ -43,9 +44,9 @@ def requeue() -> None:
         except (OSError, subprocess.TimeoutExpired) as error:
             problem = str(error)
     if problem is None:
-        print(f"SLURM job {job} goes back to the queue, and on by itself", file=sys.stderr, flush=True)
+        say(f"SLURM job {job} goes back to the queue, and on by itself", error=True)
     else:
-        print(f"warning: launch.requeue=true: the job could not be put back in the queue ({problem})", file=sys.stderr, flush=True)
+        say(f"warning: launch.requeue=true: the job could not be put back in the queue ({problem})", error=True)
 
 
 def _read(file: Path) -> str | None:

@@ -8,10 +8,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from meshformer.config.check_layout import check_batch, check_cut, check_processes, check_settings
 from meshformer.config.errors import ConfigError
+from meshformer.config.foreign import read_config
 from meshformer.config.paths import run_of
 from meshformer.config.suggest import did_you_mean
 from meshformer.config.tasks import HEAD, check_labelled_files, check_task, has_own_head
@@ -179,7 +178,7 @@ def _stage(config: Config) -> None:
     stage = config["stage"]
     source = stage["init_from"]
     if config["fork"] is not None and (recorded := Path(config["fork"]) / "config.yaml").is_file():
-        check_fits(config, yaml.safe_load(recorded.read_text(encoding="utf-8"))["model"], "the run to fork")
+        check_fits(config, read_config(recorded.parent)["model"], "the run to fork")
     if config["resume"] is not None or config["fork"] is not None:
         return  # the weights are in the run by now; where they came from may be gone
     if stage["name"] == "pretrain":
@@ -203,11 +202,13 @@ def _stage(config: Config) -> None:
     recorded = run_of(source) / "config.yaml"
     if not recorded.is_file():  # weights from outside, which compose.py has compared
         return
-    before = yaml.safe_load(recorded.read_text(encoding="utf-8"))
+    before = read_config(recorded.parent)
     check_fits(config, before["model"], "the run to start from")
-    if config["data"]["tokenizer"] != before["data"]["tokenizer"]:
-        message = f"finetuning keeps the tokenizer of the run it starts from, which is {before['data']['tokenizer']}"
-        raise ConfigError(message, "data.tokenizer", config["data"]["tokenizer"], fix=f"Use data.tokenizer={before['data']['tokenizer']}.")
+    if config["data"]["tokenizer"] != before["data"].get("tokenizer"):
+        message = f"finetuning keeps the tokenizer of the run it starts from, which is {before['data'].get('tokenizer')}"
+        raise ConfigError(
+            message, "data.tokenizer", config["data"]["tokenizer"], fix=f"Use data.tokenizer={before['data'].get('tokenizer')}."
+        )
 
 
 def check_fits(config: Config, theirs: Config, who: str) -> None:

@@ -183,7 +183,7 @@ class Evaluate:
     """Options of `meshformer evaluate`."""
 
     run: str
-    paths: RunsPath
+    paths: Paths
     split: Literal["val", "test"] = "val"
     allow: list[str] = field(default_factory=list)
 

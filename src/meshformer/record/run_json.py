@@ -20,8 +20,12 @@ SOURCE = Path(__file__).resolve()
 
 
 def read_run(folder: Path | str) -> dict[str, Any]:
-    """The fields of `folder/run.json`."""
-    return json.loads((Path(folder) / "run.json").read_text(encoding="utf-8"))
+    """The fields of `folder/run.json`. Raises ValueError where it is damaged."""
+    file = Path(folder) / "run.json"
+    fields = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(fields, dict):
+        raise ValueError(f"{file} is damaged: it holds no fields")
+    return fields
 
 
 class RunRecord:

@@ -27,6 +27,7 @@ STYLE: Any = {
     "font.size": 9, "axes.titlesize": 9, "axes.labelsize": 9, "legend.fontsize": 8, "xtick.labelsize": 8, "ytick.labelsize": 8,
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "grid.linewidth": 0.6, "axes.axisbelow": True,
     "lines.linewidth": 1.4, "lines.markersize": 4, "legend.frameon": False, "figure.dpi": 110, "savefig.dpi": 200,
+    "text.parse_math": False,
     "svg.fonttype": "path", "pdf.fonttype": 42, "axes.prop_cycle": plt.cycler(color=COLOURS),
 }  # fmt: skip
 AXIS = {"step": "optimizer step", "tokens": "tokens", "training_s": "training time (s)"}

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-import yaml
 from torch import Tensor
 
 from meshformer.build import build_data, build_model, build_task
 from meshformer.checkpoint.find import latest_checkpoint
 from meshformer.checkpoint.weights import load_weights
 from meshformer.config import validate
+from meshformer.config.foreign import confine, default_cache, read_config
 from meshformer.config.paths import run_of
 from meshformer.data import load_tokenizer
 from meshformer.model import Attention, Learned, Mask, Transformer, attend_reference, training_flops_per_token
@@ -36,8 +37,9 @@ def load_model(run: Path | str, allow: Sequence[str] = ()) -> Any:
 
 
 def _config(source: Path, allow: Sequence[str]) -> dict[str, Any]:
-    config = yaml.safe_load((run_of(source) / "config.yaml").read_text(encoding="utf-8"))
-    return validate({**config, "allow": list(allow)})  # also gives an older run the settings that came since
+    config = {**read_config(run_of(source)), "callbacks": {}, "logger": {}, "allow": list(allow)}
+    config = confine(config, {"runs": "runs", "data": os.path.expanduser(default_cache())})
+    return validate(config)  # also gives an older run the settings that came since
 
 
 @torch.no_grad()

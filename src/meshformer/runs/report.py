@@ -7,13 +7,15 @@ import io
 import math
 import warnings
 from datetime import datetime, timezone
-from html import escape
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
 
+from meshformer.printing import visible
 from meshformer.record import atomic_write_text
 from meshformer.runs.figures import STYLE, all_figures
 from meshformer.runs.frames import compare, load_metrics, load_runs, plain, setting_columns
@@ -27,6 +29,60 @@ table { border-collapse: collapse; font-size: .87rem; font-variant-numeric: tabu
 th, td { padding: .2rem .7rem; border-bottom: 1px solid #ddd; text-align: left; white-space: nowrap; } td.n { text-align: right; }
 pre { background: #f6f6f6; padding: .7rem; overflow-x: auto; font-size: .8rem; } summary { cursor: pointer; }
 """
+
+
+def _shown(value: Any) -> Any:
+    return value if isinstance(value, Markup) else visible(value)  # a macro's own text is escaped already
+
+
+# Whatever a run's files say is a value of this template, and every value is escaped: nothing is put together outside of it. The policy, moreover,
+# lets a browser load nothing.
+PAGE = Environment(autoescape=True, finalize=_shown, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(
+    """<!doctype html>
+{% macro draw(table) %}
+<div class="wide"><table><tr>{% for column in table.columns %}<th>{{ column }}</th>{% endfor %}</tr>
+{% for row in table.rows %}
+<tr>{% for cell in row %}<td{% if cell.number %} class="n"{% endif %}>{{ cell.text }}</td>{% endfor %}</tr>
+{% endfor %}
+</table></div>
+{% endmacro %}
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>{{ title }}</title><style>{{ css }}</style></head>
+<body>
+<h1>{{ title }}</h1>
+<p class="note">{{ source }}<br>{{ states }}; commit {{ commits }}; written {{ now }}</p>
+{% if problems %}
+<h2>Left out</h2><ul>{% for text in problems %}<li>{{ text }}</li>{% endfor %}</ul>
+{% endif %}
+{% if results %}
+<h2>Results</h2>
+{% if not single %}
+<p class="note">Finished runs, best first; ± is the deviation over seeds.</p>
+{% endif %}
+{{ draw(results) }}
+{% endif %}
+<h2>Figures</h2>
+{% for figure in figures %}
+<figure><img alt="{{ figure.caption }}" src="{{ figure.data }}"><figcaption>{{ figure.caption }}</figcaption></figure>
+{% endfor %}
+{% if runs %}
+<h2>Runs</h2>
+{% if more %}
+<p class="note">{{ more }}</p>
+{% endif %}
+{{ draw(runs) }}
+{% endif %}
+<h2>Settings</h2>
+{% if not single %}
+<p class="note">Of the latest, {{ latest }}; the others differ by what the table shows.</p>
+{% endif %}
+{% for part in settings %}
+<details{% if part.open %} open{% endif %}><summary>{{ part.name }}</summary><pre>{{ part.text }}</pre></details>
+{% endfor %}
+</body></html>
+"""
+)
 LISTED = 200  # runs in the table; a sweep of thousands is read in a notebook
 
 
@@ -46,89 +102,61 @@ def write_report(source: Path | str, output: Path | str) -> None:
 
 def page(source: Path, runs: pd.DataFrame, figures: list[Any], problems: list[str]) -> str:
     single = len(runs) == 1
-    title = f"{'Run' if single else 'Runs of'} {source.resolve().name}"
-    now = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-    states = ", ".join(f"{count} {state}" for state, count in runs["state"].value_counts().items())
     commits = sorted({str(commit)[:10] for commit in runs["commit"].dropna()})
-    parts = [
-        f"<h1>{escape(title)}</h1>",
-        f'<p class="note">{escape(str(source.resolve()))}<br>{states}; commit {escape(", ".join(commits) or "unknown")}; written {now}</p>',
-    ]
-    if problems:
-        parts.append("<h2>Left out</h2><ul>" + "".join(f"<li>{escape(text)}</li>" for text in problems) + "</ul>")
     done = runs[runs["state"] == "finished"]
+    results = None
     if single:
-        row = {key: plain(value) for key, value in runs.iloc[0].items()}
-        parts += [
-            "<h2>Results</h2>",
-            _table([{"": key, " ": shown(value, str(key))} for key, value in row.items() if shown(value, str(key))]),
-        ]
+        row = {str(key): plain(value) for key, value in runs.iloc[0].items()}
+        results = _table([{"": key, " ": shown(value, key)} for key, value in row.items() if shown(value, key)])
     elif "val/loss" in done and done["val/loss"].notna().any():
-        parts += [
-            "<h2>Results</h2>",
-            '<p class="note">Finished runs, best first; ± is the deviation over seeds.</p>',
-            _frame(compare(runs)),
-        ]
-    parts.append("<h2>Figures</h2>")
-    parts += [
-        f'<figure><img alt="{escape(caption)}" src="{_data(figure)}"><figcaption>{escape(caption)}</figcaption></figure>'
-        for caption, figure in figures
-    ]
-    if not single:
-        columns = ["run", "state", "started", "duration_s", "layout", *setting_columns(runs), "step", "val/loss", "best/val/loss", "error"]
-        table = runs[[column for column in dict.fromkeys(columns) if column in runs]]
-        more = f'<p class="note">The latest {LISTED} of {len(runs)}.</p>' if len(runs) > LISTED else ""
-        parts += ["<h2>Runs</h2>", more, _frame(table.tail(LISTED))]
-    parts += ["<h2>Settings</h2>", *_settings(runs)]
-    # The policy lets a browser load nothing: whatever a run's texts say, the page fetches and runs nothing.
-    head = (
-        '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">"
-        f"<title>{escape(title)}</title><style>{CSS}</style>"
+        results = _frame(compare(runs))
+    columns = ["run", "state", "started", "duration_s", "layout", *setting_columns(runs), "step", "val/loss", "best/val/loss", "error"]
+    listed = runs[[column for column in dict.fromkeys(columns) if column in runs]]
+    return PAGE.render(
+        css=CSS,
+        title=f"{'Run' if single else 'Runs of'} {source.resolve().name}",
+        source=source.resolve(),
+        states=", ".join(f"{count} {state}" for state, count in runs["state"].value_counts().items()),
+        commits=", ".join(commits) or "unknown",
+        now=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        problems=problems,
+        single=single,
+        results=results,
+        figures=[{"caption": caption, "data": _data(figure)} for caption, figure in figures],
+        runs=None if single else _frame(listed.tail(LISTED)),
+        more=f"The latest {LISTED} of {len(runs)}." if len(runs) > LISTED else "",
+        latest=runs.iloc[-1]["run"],
+        settings=_settings(Path(runs.iloc[-1]["folder"]), single),
     )
-    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n' + "\n".join(parts) + "\n</body></html>\n"
 
 
-def _settings(runs: pd.DataFrame) -> list[str]:
-    """The configuration of one run: its own, or the latest's, from which the others differ by the columns above."""
-    latest = runs.iloc[-1]
-    note = (
-        ""
-        if len(runs) == 1
-        else f'<p class="note">Of the latest, {escape(str(latest["run"]))}; the others differ by what the table shows.</p>'
-    )
-    parts = [note]
-    for name in ("overrides.txt", "config.yaml"):
+def _settings(folder: Path, single: bool) -> list[dict[str, Any]]:
+    """The texts of one run: its own, or the latest's, from which the others differ by the columns above."""
+    samples = sorted((folder / "samples").glob("*.txt"))[-1:] if single else []
+    found = []
+    for file in (folder / "overrides.txt", folder / "config.yaml", *samples):
         try:
-            text = (Path(latest["folder"]) / name).read_text(encoding="utf-8").strip()
-        except (OSError, ValueError):
+            text = file.read_text(encoding="utf-8", errors="replace").strip()
+        except OSError:
             continue
         if text:
-            parts.append(
-                f"<details{' open' if name == 'overrides.txt' else ''}><summary>{name}</summary><pre>{escape(text)}</pre></details>"
-            )
-    samples = sorted((Path(latest["folder"]) / "samples").glob("*.txt"))
-    if len(runs) == 1 and samples:
-        text = samples[-1].read_text(encoding="utf-8", errors="replace").strip()
-        parts.append(f"<details><summary>samples/{escape(samples[-1].name)}</summary><pre>{escape(text)}</pre></details>")
-    return parts
+            found.append({"name": file.relative_to(folder), "text": text, "open": file.name == "overrides.txt"})
+    return found
 
 
-def _frame(frame: pd.DataFrame) -> str:
+def _frame(frame: pd.DataFrame) -> dict[str, Any]:
     rows = [{str(key): plain(value) for key, value in row.items()} for row in frame.to_dict("records")]
     kept = [column for column in map(str, frame.columns) if any(row[column] is not None for row in rows)]
     return _table([{column: row[column] for column in kept} for row in rows])
 
 
-def _table(rows: list[dict[str, Any]]) -> str:
-    def cell(value: Any, key: str) -> str:
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and not (isinstance(value, float) and math.isnan(value))
-        return f'<td class="n">{shown(value, key)}</td>' if number else f"<td>{escape(shown(value, key))}</td>"
+def _table(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    def is_number(value: Any) -> bool:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and not (isinstance(value, float) and math.isnan(value))
 
     columns = list(rows[0]) if rows else []
-    head = "".join(f"<th>{escape(column)}</th>" for column in columns)
-    body = "".join("<tr>" + "".join(cell(row[column], column) for column in columns) + "</tr>" for row in rows)
-    return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
+    cells = [[{"text": shown(row[column], column), "number": is_number(row[column])} for column in columns] for row in rows]
+    return {"columns": columns, "rows": cells}
 
 
 def _data(figure: Any) -> str:

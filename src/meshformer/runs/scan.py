@@ -20,14 +20,17 @@ from typing import Any
 
 import yaml
 
+from meshformer.printing import visible
 from meshformer.record import RunNotFound, atomic_write_text, read_metrics, read_run
 from meshformer.record.run_folder import is_run, list_runs
 from meshformer.runs.choices import Loader, choices
 
 FILES = ("config.yaml", "overrides.txt", "run.json", "metrics.csv")
-VERSION = 1  # of what a line of the cache holds
+VERSION = 2  # of what a line of the cache holds
 HIGHER_IS_BETTER = ("accuracy", "f1", "bleu")  # of these names' parts; any other figure of a validation is better when lower
-UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, csv.Error, yaml.YAMLError)
+UNREADABLE = (
+    OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, ArithmeticError, MemoryError, csv.Error, yaml.YAMLError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ def scan(path: Path | str, cache: bool = True) -> tuple[list[Run], list[str]]:
         lines[name] = entry
     if cache and (changed or lines.keys() != known.keys()):
         _write_cache(store, lines)
-    return runs, problems
+    return runs, [visible(problem, lines=False) for problem in problems]
 
 
 def cache_file(root: Path) -> Path:
@@ -147,27 +150,36 @@ def _why(error: Exception) -> str:
 
 
 def _record(fields: dict[str, Any]) -> dict[str, Any]:
-    """Of run.json, what tables show."""
+    """Of run.json, what tables show: text, numbers and truth values, whatever the file has there."""
     git, error, layout = fields.get("git") or {}, fields.get("error") or {}, fields.get("layout") or {}
     spans = [(part.get("started"), part.get("ended")) for part in (*(fields.get("segments") or []), fields)]
     spent = [(datetime.fromisoformat(end) - datetime.fromisoformat(start)).total_seconds() for start, end in spans if start and end]
     return {
-        **{key: fields.get(key) for key in ("state", "started", "ended", "parameters")},
+        **{key: _text(fields.get(key)) for key in ("state", "started", "ended")},
+        "parameters": _whole(fields.get("parameters")),
         "duration_s": sum(spent) if spent else None,
         "layout": layout_name(layout),
-        "processes": layout.get("processes"),
-        "device": (fields.get("device") or {}).get("accelerator"),
-        "commit": git.get("commit"),
-        "dirty": git.get("dirty"),
+        "processes": _whole(layout.get("processes")),
+        "device": _text((fields.get("device") or {}).get("accelerator")),
+        "commit": _text(git.get("commit")),
+        "dirty": None if git.get("dirty") is None else bool(git["dirty"]),
         "error": ": ".join(str(error[key]) for key in ("type", "message") if error.get(key)) or None,
         "final": {key: number for key, value in (fields.get("final") or {}).items() if (number := _number(value)) is not None},
     }
 
 
+def _text(value: Any) -> str | None:
+    return None if value is None else str(value)
+
+
+def _whole(value: Any) -> int | None:
+    return None if value is None else int(value)
+
+
 def _number(value: Any) -> float | None:
     try:
         return float(value)  # run.json writes "nan" and "inf" as text
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
 
 

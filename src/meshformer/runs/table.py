@@ -12,6 +12,7 @@ from typing import Any
 
 from meshformer.config.errors import ConfigError
 from meshformer.config.suggest import did_you_mean
+from meshformer.printing import visible
 from meshformer.runs.scan import Run
 
 Row = dict[str, Any]
@@ -163,7 +164,7 @@ def shown(value: Any, key: str = "") -> str:
         return ""
     if key == "started":
         return str(value)[:16].replace("T", " ")
-    if key in ("duration_s", "training_s"):
+    if key in ("duration_s", "training_s") and math.isfinite(value):
         minutes, seconds = divmod(round(float(value)), 60)
         return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
     if key == "commit":
@@ -177,12 +178,13 @@ def shown(value: Any, key: str = "") -> str:
 
 def text_table(rows: Sequence[Row], columns: Sequence[str]) -> str:
     """Aligned columns, numbers to the right."""
-    cells = [[shown(row.get(column), column).replace("\n", " ") for column in columns] for row in rows]
-    widths = [max(len(text) for text in (column, *(line[i] for line in cells))) for i, column in enumerate(columns)]
+    cells = [[visible(shown(row.get(column), column).replace("\n", " "), lines=False) for column in columns] for row in rows]
+    heads = [visible(column, lines=False) for column in columns]
+    widths = [max(len(text) for text in (heads[i], *(line[i] for line in cells))) for i in range(len(columns))]
     right = [all(row.get(column) is None or isinstance(row.get(column), (int, float)) for row in rows) for column in columns]
 
     def line(texts: Sequence[str]) -> str:
         parts = zip(texts, widths, right, strict=True)
         return "  ".join(text.rjust(width) if flush else text.ljust(width) for text, width, flush in parts).rstrip()
 
-    return "\n".join([line(columns), *map(line, cells)])
+    return "\n".join([line(heads), *map(line, cells)])

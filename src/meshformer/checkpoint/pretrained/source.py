@@ -9,10 +9,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import yaml
 from safetensors import SafetensorError, safe_open
 
 from meshformer.config.errors import ConfigError
+from meshformer.config.foreign import read_config
 from meshformer.config.paths import run_of
 from meshformer.config.suggest import did_you_mean
 
@@ -53,10 +53,7 @@ def derive(path: str | Path, cache: Path | None = None) -> Model:
     if not file.is_file():
         fix = "Keep it in checkpoints/ of its run, or export it: meshformer export format=safetensors."
         raise ConfigError(f"{path} lies in no run, so the model it belongs to is not known", fix=fix)
-    config = yaml.safe_load(file.read_text(encoding="utf-8"))
-    if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
-        raise ConfigError(f"{file} is empty or damaged")
-    return config["model"]
+    return read_config(file.parent)["model"]
 
 
 def find(path: str | Path, cache: Path | None = None) -> Path:
@@ -159,7 +156,13 @@ def _of_export(path: Path) -> Model:
     if "model" not in about:
         fix = "Name the folder it lies in." if (path.parent / CONFIG).is_file() else "Name a file that `meshformer export` made."
         raise ConfigError(f"{path} does not say what model its weights belong to", fix=fix)
-    return json.loads(about["model"])
+    try:
+        model = json.loads(about["model"])
+    except ValueError:
+        model = None
+    if not isinstance(model, dict):
+        raise ConfigError(f"{path} is damaged: it does not say what model its weights belong to")
+    return model
 
 
 def _json(file: Path, wanted: str) -> dict[str, Any]:

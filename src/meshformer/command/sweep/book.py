@@ -53,10 +53,31 @@ class Book:
             book = cls(folder, fields["overrides"], fields["flags"], [Point(**point) for point in fields["points"]])
         except (FileNotFoundError, NotADirectoryError):
             raise ConfigError("is not the folder of a sweep: it holds no sweep.json", "sweep.resume", str(folder)) from None
-        except (ValueError, KeyError, TypeError):
+            book.started = str(fields["started"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise ConfigError("its sweep.json is damaged", "sweep.resume", str(folder)) from None
-        book.started = fields["started"]
+        book.check()
         return book
+
+    def check(self) -> None:
+        """ConfigError unless the record is one that `write` could have written: it may come from a stranger. What the overrides say is judged
+        by recorded.py."""
+        texts = [*self.flags, *(value for value in self.flags.values() if value is not None), *self.overrides]
+        sound = all(isinstance(text, str) for text in texts)
+        for number, point in enumerate(self.points):
+            sound = sound and isinstance(point.number, int) and isinstance(point.overrides, list) and point.state in STATES
+            sound = sound and all(isinstance(text, str) for text in [*point.overrides, point.folder, point.error or ""])
+            sound = sound and isinstance(point.seconds, (int, float)) and isinstance(point.final, dict)
+            sound = sound and all(isinstance(n, str) and isinstance(x, (int, float)) for n, x in point.final.items())
+            if not sound:
+                raise ConfigError(f"point {number} of its sweep.json is damaged", "sweep.resume", str(self.folder))
+            # The folder of a point that is started anew is removed before.
+            place, top = (self.folder / point.folder).resolve(), self.folder.resolve()
+            if point.folder and (place == top or not place.is_relative_to(top)):
+                message = f"point {number} of its sweep.json names a folder outside of it ({point.folder})"
+                raise ConfigError(message, "sweep.resume", str(self.folder))
+        if not sound:
+            raise ConfigError("its sweep.json is damaged", "sweep.resume", str(self.folder))
 
     def claim(self) -> None:
         """Make the sweep's folder. ConfigError when anything is in it: sweeps do not mix."""

@@ -12,6 +12,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from meshformer.printing import visible
+
 from .book import STATES, Point
 from .results import settings_of, varying
 
@@ -40,7 +42,7 @@ class Display:
             self.live.stop()
 
     def say(self, text: str) -> None:
-        self.console.print(Text(text), soft_wrap=True)
+        self.console.print(Text(visible(text)), soft_wrap=True)
 
     def changed(self, point: Point) -> None:
         if point.state == "running":
@@ -76,7 +78,7 @@ class Display:
             (self.metric, "right"),
             ("s", "right"),
         ):
-            drawn.add_column(name, justify=justify)  # pyright: ignore[reportArgumentType]
+            drawn.add_column(Text(visible(name)), justify=justify)  # pyright: ignore[reportArgumentType]
         order = sorted(self.points, key=lambda p: (SHOWN_FIRST.index(p.state), -p.number if p.state in ("done", "pruned") else p.number))
         room = max(3, self.console.height - 4)
         for point in order[:room]:
@@ -87,7 +89,7 @@ class Display:
                 value = float(row[self.metric]) if row.get(self.metric) else None
             spent = f"{seconds:.0f}" if seconds else ""
             cells = [str(point.number), self._name(point), point.state, step, "" if value is None else f"{value:.4f}", spent]
-            drawn.add_row(*cells, style=COLOURS[point.state])
+            drawn.add_row(*(Text(visible(cell, lines=False)) for cell in cells), style=COLOURS[point.state])
         return Group(head, drawn)
 
     def _name(self, point: Point) -> str:

@@ -19,6 +19,8 @@ from meshformer import compose
 from meshformer.checkpoint.find import candidates
 from meshformer.config import ConfigError
 from meshformer.config.errors import Stopped
+from meshformer.config.foreign import confine, read_config
+from meshformer.recorded import write_overrides
 
 from .book import Point
 from .points import open_folder
@@ -38,11 +40,12 @@ class PointTask:
     def __call__(self, cfg: DictConfig) -> Outcome:
         overrides, folder = list(HydraConfig.get().overrides.task), Path(HydraConfig.get().runtime.output_dir)
         try:
-            config = continued(folder, compose.plain(cfg)["allow"]) if candidates(folder) else None
+            told = compose.plain(cfg)
+            config = continued(folder, told["allow"], told) if candidates(folder) else None
             if config is None:
-                config = compose.settle(compose.plain(cfg), overrides)
+                config = compose.settle(told, overrides)
                 shutil.rmtree(folder, ignore_errors=True)
-                open_folder(folder, config, compose.write_overrides(overrides, self.flags["config_dir"], self.flags["config_name"]))
+                open_folder(folder, config, write_overrides(overrides, self.flags["config_dir"], self.flags["config_name"]))
             from meshformer.launch import launch
 
             return "done", launch(config, folder, own_process=self.own_process)
@@ -59,9 +62,9 @@ class PointTask:
             return "failed", f"{type(error).__name__}: {error}" if details is None else str(error)
 
 
-def continued(folder: Path, allow: list[str]) -> dict[str, Any]:
-    """The configuration with which the run in `folder` goes on."""
-    return compose.settle({**compose.read_config(folder), "resume": str(folder), "allow": allow})
+def continued(folder: Path, allow: list[str], mine: dict[str, Any]) -> dict[str, Any]:
+    """The configuration with which the run in `folder` goes on. `allow` and `mine` (see `confine`) are the command's."""
+    return compose.settle(confine({**read_config(folder), "resume": str(folder), "allow": allow}, mine["paths"], mine))
 
 
 class PluginLauncher:

@@ -22,6 +22,7 @@ from meshformer.checkpoint.find import latest_checkpoint
 from meshformer.command.folders import claim_folder, write_settings
 from meshformer.config import ConfigError
 from meshformer.explain import EXPLAINED, explain
+from meshformer.recorded import write_overrides
 
 Config = dict[str, Any]
 
@@ -36,11 +37,30 @@ class Job:
     chooses_threads: bool = False  # trainer.threads was auto: the launcher says how many
 
 
+class Confined:
+    """For a sweep that is continued, whose points its folder tells: where their runs write is for the command to say (`typed`)."""
+
+    def __init__(self, flags: dict[str, str | None], typed: Sequence[str]):
+        told = [override for override in typed if not override.lstrip("+~").startswith(("hydra", "sweep"))]
+        hydra = compose.make_hydra(flags["config_dir"])
+        try:
+            parsed = OverridesParser.create().parse_overrides(told)
+            single = [text for text, override in zip(told, parsed, strict=True) if not override.is_sweep_override()]
+            self.mine = compose.own(hydra, flags["config_name"] or "train", single)
+        except EXPLAINED as error:
+            raise explain(error, hydra, flags["config_name"] or "train", told) from error
+        self.typed = single
+        self.overrides = [f"paths.{key}={compose.quoted(value)}" for key, value in self.mine["paths"].items()]
+
+    def __call__(self, config: Config) -> Config:
+        return compose.within(config, self.mine, self.typed)
+
+
 class Composer:
     """Composes points. `flags`: the command's --config-dir and --config-name; `hydra_overrides`: those of the command itself."""
 
-    def __init__(self, flags: dict[str, str | None], hydra_overrides: Sequence[str]):
-        self.flags, self.hydra_overrides = flags, list(hydra_overrides)
+    def __init__(self, flags: dict[str, str | None], hydra_overrides: Sequence[str], confine: Confined | None = None):
+        self.flags, self.hydra_overrides, self.confine = flags, list(hydra_overrides), confine
         self.hydra: Hydra = compose.make_hydra(flags["config_dir"])
         self.name = flags["config_name"] or "train"
 
@@ -77,6 +97,8 @@ class Composer:
         except EXPLAINED as error:
             raise explain(error, self.hydra, self.name, overrides) from error
         automatic = config["trainer"].get("threads") == "auto"
+        if self.confine:
+            config = self.confine(config)
         config = compose.settle(config, overrides)
         if config["trainer"]["num_nodes"] > 1:
             message = "the runs of a sweep have one node each"
@@ -86,9 +108,13 @@ class Composer:
                 latest_checkpoint(Path(source), key)
         return Job(config, folder, environment, automatic)
 
+    def own(self, cfg: DictConfig) -> Config:
+        """What the command itself says of its runs: where they write, and parts that it names."""
+        return self.confine.mine if self.confine else compose.plain(cfg)
+
     def settings(self, overrides: Sequence[str]) -> str:
         """The text of the run's overrides.txt."""
-        return compose.write_overrides(overrides, self.flags["config_dir"], self.flags["config_name"])
+        return write_overrides(overrides, self.flags["config_dir"], self.flags["config_name"])
 
 
 def grid(parsed: Sequence[Override]) -> list[list[str]]:

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
+from meshformer.printing import csv_cell, visible
 from meshformer.record import atomic_write_text
 
 from .book import Point
@@ -74,13 +76,13 @@ def table(points: Sequence[Point], metrics: Sequence[str], largest_first: bool =
     keys = list(dict.fromkeys(key for row in listed for key in row.settings))
     shown = [*metrics, *([SPEED] if SPEED not in metrics and any(SPEED in row.metrics for row in listed) else [])]
     for key in keys or ["run"]:
-        made.add_column(key, overflow="fold")
+        made.add_column(Text(visible(key)), overflow="fold")
     for name in shown:
-        made.add_column("tokens/s" if name == SPEED else name, justify="right")
+        made.add_column("tokens/s" if name == SPEED else Text(visible(name)), justify="right")
     made.add_column("s a run", justify="right")
     made.add_column("runs", justify="right")
     for row in listed[:limit]:
-        cells = [row.settings.get(key, "") for key in keys] or ["all"]
+        cells: list[str | Text] = [Text(visible(row.settings.get(key, ""))) for key in keys] or ["all"]
         cells += [_cell(row.metrics.get(name), name) for name in shown]
         cells.append("" if row.seconds is None else f"{row.seconds:.1f}")
         made.add_row(*cells, _counts(row))
@@ -110,11 +112,12 @@ def write(folder: Path, points: Sequence[Point], metrics: Sequence[str], largest
     names = list(dict.fromkeys(name for point in points for name in point.final))
     text = io.StringIO()
     out = csv.writer(text, lineterminator="\n")
-    out.writerow(["point", "state", "folder", "seconds", *keys, *names, "error"])
+    out.writerow(map(csv_cell, ["point", "state", "folder", "seconds", *keys, *names, "error"]))
     for point in points:
         settings = settings_of(point)
         cells = [settings.get(key, "") for key in keys] + [repr(point.final[name]) if name in point.final else "" for name in names]
-        out.writerow([point.number, point.state, point.folder, repr(round(point.seconds, 3)), *cells, point.error or ""])
+        line = [point.number, point.state, point.folder, repr(round(point.seconds, 3)), *cells, point.error or ""]
+        out.writerow(map(csv_cell, line))
     atomic_write_text(folder / "results.csv", text.getvalue())
     listed: list[dict[str, Any]] = []
     for row in rows(points, [*metrics, *[n for n in names if n not in metrics]], largest_first):

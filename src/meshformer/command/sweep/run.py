@@ -23,20 +23,23 @@ from meshformer.config import ConfigError, validate
 from meshformer.config.resolve import cores, outside, visible_gpus
 from meshformer.config.schema import SweepOptions
 from meshformer.explain import EXPLAINED
+from meshformer.printing import say
 from meshformer.record import RunRecord
+from meshformer.recorded import confirmed, option_name, own_settings, split_command
 
 from . import results
+from .book import FILE as BOOK
 from .book import Book, Point
 from .display import Display
 from .local import Ended, LocalLauncher
 from .plugin import PluginLauncher, continued
-from .points import Composer, Job, differences, grid, open_folder, path_of_modules
+from .points import Composer, Confined, Job, differences, grid, open_folder, path_of_modules
 from .resources import Machine, Need
 from .search import FILE as STUDY
 from .search import Search
 from .server import Order
 
-OF_THE_COMMAND = ("hydra", "sweep.", "allow=")  # what may differ between a sweep and its resumption
+OF_THE_COMMAND = ("hydra", "sweep.", "allow=", "paths.")  # what may differ between a sweep and its resumption
 WAIT_SECONDS = 0.2
 
 
@@ -46,19 +49,25 @@ def run_sweep(args: argparse.Namespace, overrides: list[str]) -> int:
         raise ConfigError("a sweep starts its own processes", "--multirun", fix="Start it without torchrun or srun.")
     taken, overrides = compose.take(overrides, "sweep.resume")
     flags = {"config_dir": str(Path(args.config_dir).absolute()) if args.config_dir else None, "config_name": args.config_name}
-    book, typed = None, overrides
+    book, typed, confine = None, overrides, None
     if "sweep.resume" in taken:
         book = Book.read(Path(taken["sweep.resume"]).expanduser().absolute())
-        flags = {name: flag or book.flags.get(name) for name, flag in flags.items()}
+        place = str(book.folder / BOOK)
+        flags["config_dir"] = confirmed(book.flags.get("config_dir"), flags["config_dir"], "sweep.resume", book.folder)
+        flags["config_name"] = flags["config_name"] or option_name(book.flags.get("config_name"), place)
+        of_the_runs = split_command(book.overrides, typed, place, flags["config_dir"])
+        for point in book.points:
+            point.overrides = own_settings(point.overrides, place, flags["config_dir"])
+        confine = Confined(flags, typed)
         if not _of_the_points(overrides):
             # A sweep's folder may come from a stranger: names it would allow itself count only when this command repeats them.
             allowed = [override for override in book.overrides if override.lstrip("+").startswith("allow=")]
             if allowed and not any(override.lstrip("+").startswith("allow=") for override in overrides):
                 message = "the sweep there builds things that are not on the list of what a configuration may build"
                 raise ConfigError(message, "sweep.resume", str(book.folder), fix=f"If you trust it, add {allowed[-1]} to the command.")
-            overrides = [o for o in book.overrides if not o.lstrip("+").startswith(("allow=", "hydra.sweep.dir="))] + overrides
+            overrides = [o for o in of_the_runs if not o.lstrip("+").startswith("allow=")] + overrides
         overrides = [o for o in overrides if not o.startswith("hydra.sweep.dir=")] + [f"hydra.sweep.dir={compose.quoted(str(book.folder))}"]
-    composer = Composer(flags, [])
+    composer = Composer(flags, [], confine)
     cfg = composer.command(overrides)
     composer.hydra_overrides = [o for o in cfg.hydra.overrides.hydra if not o.startswith("hydra.mode=")]
     options = validate({"sweep": OmegaConf.to_container(cfg.sweep, resolve=True)}, SweepOptions)["sweep"]
@@ -161,7 +170,9 @@ class _Sweep:
         self.book, self.jobs, self.search = book, jobs, search
         self.metrics = [*options["minimize"], *options["maximize"]]
         self.largest_first = not options["minimize"]
+        # Of a sweep that is continued, these are the command's and not in its points.
         self.allow = [f"allow=[{','.join(cfg.allow)}]"] if cfg.get("allow") else []
+        self.allow += composer.confine.overrides if composer.confine else []
         self.waiting: list[Point] = []
         self.begun: dict[int, float] = {}  # of the running ones
         self.signals: list[int] = []
@@ -212,7 +223,7 @@ class _Sweep:
         if point.number not in self.jobs:
             folder = self.book.folder / point.folder
             if point.folder and candidates(folder):
-                job = Job(continued(folder, list(self.cfg.get("allow") or [])), point.folder, {})
+                job = Job(continued(folder, list(self.cfg.get("allow") or []), self.composer.own(self.cfg)), point.folder, {})
             else:
                 job = self.composer.job(point.number, [*point.overrides, *self.allow])
             if self.search:
@@ -373,15 +384,15 @@ class _Sweep:
         console.print(results.table(book.points, self.metrics, self.largest_first))
         if self.search and (best := self.search.best()):
             kind = "best trial" if len(self.metrics) == 1 else "trials that none beats in every aim"
-            print(f"{kind}: " + ", ".join(str(book.folder / next(p.folder for p in book.points if p.number == number)) for number in best))
+            say(f"{kind}: " + ", ".join(str(book.folder / next(p.folder for p in book.points if p.number == number)) for number in best))
         for point in failed:
             log = book.folder / point.folder / "job.log" if point.folder else None
-            print(f"failed: {point.name}\n  {point.error}" + (f"\n  log: {log}" if log and log.is_file() else ""), file=sys.stderr)
-        print(f"sweep folder  {book.folder}  (results.csv, results.json)")
+            say(f"failed: {point.name}\n  {point.error}" + (f"\n  log: {log}" if log and log.is_file() else ""), error=True)
+        say(f"sweep folder  {book.folder}  (results.csv, results.json)")
         if left:
-            print(f"  {len(left)} of {self.display.total} runs are left; continue with  meshformer train -m sweep.resume={book.folder}")
+            say(f"  {len(left)} of {self.display.total} runs are left; continue with  meshformer train -m sweep.resume={book.folder}")
         if failed:
-            print(f"  try the failed again with  meshformer train -m sweep.resume={book.folder} sweep.retry_failed=true")
+            say(f"  try the failed again with  meshformer train -m sweep.resume={book.folder} sweep.retry_failed=true")
         return {"finished": 0, "failed": 1, "preempted": 75, "interrupted": 130}[state]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 
 from meshformer.config import ConfigError
+from meshformer.recorded import own_settings
 
 from .book import Point
 
@@ -53,9 +54,8 @@ class Search:
         storage = storage_url(self.folder / FILE)
         self.study = optuna.create_study(storage=storage, study_name=NAME, directions=self.directions, sampler=sampler, load_if_exists=True)
         known = {point.number for point in points}
-        return [
-            Point(t.number, self._overrides(t.params)) for t in self.study.trials if t.number not in known and not t.state.is_finished()
-        ]
+        begun = [t for t in self.study.trials if t.number not in known and not t.state.is_finished()]
+        return [Point(t.number, own_settings(self._overrides(t.params), str(self.folder / FILE))) for t in begun]
 
     def more(self, points: Sequence[Point]) -> bool:
         """Whether trials are left. Those that failed and are to be retried count as never made."""

@@ -21,6 +21,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from meshformer.printing import say
+
 POLL_SECONDS = 0.05
 
 
@@ -105,16 +107,16 @@ def _work(order: Order, results: int) -> int:
     try:
         code, outcome = 0, ("done", launch(order.config, Path(order.folder), start_method="fork"))
     except Stopped as stopped:
-        print(stopped, file=sys.stderr)
+        say(stopped, error=True)
         code, outcome = stopped.exit_code, ("interrupted", str(stopped))
     except ConfigError as error:
         code, outcome = 2, ("failed", str(error))
     except Exception as error:
         details = getattr(error, "details", None)
         outcome = "failed", f"{type(error).__name__}: {error}" if details is None else str(error)
-        print(traceback.format_exc() if details is None else details, file=sys.stderr, end="")
+        say(traceback.format_exc() if details is None else details, error=True, end="")
     if outcome is not None and outcome[0] == "failed":
-        print(f"error: {outcome[1]}", file=sys.stderr)
+        say(f"error: {outcome[1]}", error=True)
     with os.fdopen(results, "wb") as file:
         file.write(pickle.dumps(outcome))
     return code
