@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1] / "src" / PACKAGE
 FLOORS = {
     "config": 0,
     "model": 0,
+    "printing": 0,
     "record": 0,
     "data": 1,
     "checkpoint": 1,
@@ -29,7 +30,7 @@ FLOORS = {
     "hydra_plugins": 6,
     "bench": 7,  # measures from outside, as a user would: nothing imports it
 }
-COMMAND = {"cli", "compose", "doctor", "explain", "launch", "__main__"}
+COMMAND = {"cli", "compose", "doctor", "explain", "launch", "recorded", "__main__"}
 HEAVY = {"torch", "lightning", "pytorch_lightning", "torchmetrics", "transformers"}
 NOT_IN_MODEL = ("lightning", "pytorch_lightning", "hydra", "omegaconf", "torch.distributed")
 KNOWS_HYDRA = {"build", "command", "hydra_plugins"}

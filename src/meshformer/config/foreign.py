@@ -24,7 +24,8 @@ ACTS_ON_TRAINING = frozenset(
 )
 TENSORBOARD = "lightning.pytorch.loggers.TensorBoardLogger"  # build.py says where it writes
 PRUNING = "meshformer.callbacks.Pruning"  # writes to the study of the sweep that started the run
-REACHING = ("lightning.", "torchmetrics.", "meshformer.callbacks.")  # what has no place outside of callbacks and logger
+# What has no place outside of callbacks, logger and data.source: it may write, fetch or read where its settings say.
+REACHING = ("lightning.", "torchmetrics.", "meshformer.callbacks.", "meshformer.data.")
 
 
 def default_cache() -> str:
@@ -84,7 +85,7 @@ def confine(config: Config, paths: Mapping[str, str], mine: Config | None = None
     for key, node in config.items():
         for path, part in _parts(node, str(key)) if key not in ("callbacks", "logger") else ():
             target = part["_target_"]
-            if str(target).startswith(REACHING) and not _named(target, allow) and _at(mine, path) != part:
+            if path != "data.source" and str(target).startswith(REACHING) and not _named(target, allow) and _at(mine, path) != part:
                 _refuse(path, part)
     return config
 

@@ -313,6 +313,9 @@ def _arguments(node: dict[str, Any], found: Signature, key: str, allow: tuple[st
     for argument, value in node.items():
         at = _join(key, argument)
         if argument in HYDRA_KEYS:
+            fits = isinstance(value, bool) if argument in ("_partial_", "_recursive_") else isinstance(value, str)
+            if not fits:
+                raise ConfigError("is no value for it", at, value, fix="Leave it out.")
             continue
         parameter = found.parameters.get(argument)
         if parameter is None and not found.open_ended:
