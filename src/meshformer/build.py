@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
@@ -30,6 +31,7 @@ from meshformer.parallel.strategies import make_strategy
 from meshformer.tasks.base import spare_empty_hooks
 
 Config = dict[str, Any]
+UNEXPECTED = re.compile(r"unexpected keyword argument '?(.*?)'?$")  # of a class that hands what it does not know on to its base
 HEAD_PARTS = ("head.*", "norm.dense.*", "norm.norm.*")  # what a task with a head of its own draws anew
 
 
@@ -49,6 +51,8 @@ def _make(node: Config, values: dict[str, Any]) -> Any:
     except InstantiationException as error:  # Hydra's wrapping of what a component itself says about its settings
         if isinstance(error.__cause__, ConfigError):
             raise error.__cause__ from None
+        if isinstance(error.__cause__, TypeError) and (taken := UNEXPECTED.search(str(error.__cause__))):
+            raise ConfigError(f"{node['_target_']} takes no argument {taken[1]}", fix="Leave it out.") from None
         raise
     if isinstance(made, partial):
         # Hydra's partial checks its target again at every call: 0.1 ms for every attention layer of every step.

@@ -35,8 +35,11 @@ def write_overrides(overrides: Sequence[str], config_dir: str | None, config_nam
     return "".join(f"{line}\n" for line in flags + lines)
 
 
-def read_overrides(run: Path, config_dir: str | None = None) -> tuple[list[str], str | None, str | None]:
-    """The overrides, --config-dir (as the folder claims: see `confirmed`) and --config-name that made a run. `config_dir`: the command's own."""
+def read_overrides(run: Path, config_dir: str | None = None, key: str | None = None) -> tuple[list[str], str | None, str | None]:
+    """The overrides, --config-dir (as the folder claims) and --config-name that made a run.
+
+    `config_dir`: the command's own. With `key`, the setting that names the run, ConfigError where the run had one and the command has none.
+    """
     file = run / "overrides.txt"
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
@@ -54,6 +57,8 @@ def read_overrides(run: Path, config_dir: str | None = None) -> tuple[list[str],
             overrides.append(_unquoted(line, file) if line.startswith('"') else line)
     if unknown := sorted(flags.keys() - {"--config-dir", "--config-name"}):
         raise ConfigError(f"{file} holds a flag that no run is made with", unknown[0], fix="Remove the line.")
+    if key is not None:
+        confirmed(flags.get("--config-dir"), config_dir, key, run)
     return own_settings(overrides, str(file), config_dir), flags.get("--config-dir"), option_name(flags.get("--config-name"), str(file))
 
 

@@ -51,16 +51,18 @@ def read_manifest(folder: Path) -> Manifest:
         content = json.loads((folder / MANIFEST).read_bytes())
         told = content.pop("crc32")
         files = {name: (entry["bytes"], int(entry["crc32"], 16)) for name, entry in content["files"].items()}
-        metrics = dict(content["metrics"])
+        metrics = {name: float(value) for name, value in content["metrics"].items()}
+        if not all(isinstance(size, int) for size, _ in files.values()):
+            raise ValueError
     except FileNotFoundError:
         raise Damaged(f"{place}: missing (not all was copied, or it was saved before checkpoints had one)") from None
     except OSError as error:
         raise Damaged(f"{place}: cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError, AttributeError):  # a ValueError is no UTF-8 or no JSON
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):  # a ValueError is no UTF-8 or no JSON
         raise Damaged(f"{place}: no whole manifest") from None
     if told != _own_sum(content):
         raise Damaged(f"{place}: checksum differs")
-    if any("/" in name for name in files) or not files.keys() >= set(PARTS):
+    if any(Path(name).name != name or name == ".." for name in files) or not files.keys() >= set(PARTS):
         raise Damaged(f"{place}: does not list the files of a checkpoint")
     return Manifest(files, metrics)
 

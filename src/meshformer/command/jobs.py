@@ -28,7 +28,7 @@ from meshformer.config.tasks import writes_text
 from meshformer.explain import EXPLAINED, explain
 from meshformer.printing import say
 from meshformer.record import RunRecord, atomic_write_text
-from meshformer.recorded import confirmed, read_overrides, write_overrides
+from meshformer.recorded import read_overrides, write_overrides
 
 Config = dict[str, Any]
 SHOWING = ("cfg", "info", "shell_completion", "hydra_help")
@@ -162,26 +162,25 @@ def _train_from(args: argparse.Namespace, run_of: dict[str, str], overrides: lis
     run = compose.locate(spec, str(compose.value_of(overrides, "paths.runs", "runs")), key)
     if not candidates(run):
         raise ConfigError("there is no checkpoint in that run to continue from", key, spec)
-    before, recorded_dir, config_name = read_overrides(run, args.config_dir)
-    config_dir = confirmed(recorded_dir, args.config_dir, key, run)
+    before, _, config_name = read_overrides(run, args.config_dir, key)
     if key == "resume" and any(override.startswith("hydra.run.dir=") for override in overrides):
         raise ConfigError("a resumed run stays in its folder", "hydra.run.dir", fix="Use fork= for a new one.")
     name = args.config_name or config_name or "train"
     both = compose.combine(before, overrides)
-    hydra = compose.make_hydra(config_dir)
+    hydra = compose.make_hydra(args.config_dir)
     with _explained(hydra, name, both):
         if any(getattr(args, show) for show in SHOWING):
             _show(hydra, args, name, both)
             return 0
         config = compose.recorded(hydra, name, run, before, overrides, compose.RESUMABLE, _refuse_resume) if key == "resume" else None
         mine = compose.own(hydra, name, overrides)
-        hydra = compose.make_hydra(config_dir)
+        hydra = compose.make_hydra(args.config_dir)
         cfg = compose.compose_config(hydra, name, both)
         # As in `recorded`: what a run folder allows itself does not count.
         config = config or {**compose.plain(cfg), "allow": compose.value_of(overrides, "allow", [])}
         config = compose.within(config, mine, overrides)
         config = compose.settle({**config, "resume": None, "fork": None, key: str(run)}, both)
-    return _train(args, hydra, cfg, config, write_overrides(both, config_dir, name), run if key == "resume" else None)
+    return _train(args, hydra, cfg, config, write_overrides(both, args.config_dir, name), run if key == "resume" else None)
 
 
 def _refuse_resume(key: str, recorded: Any) -> ConfigError:
@@ -262,8 +261,8 @@ def _write_elsewhere(command: str, hydra: Hydra, config_name: str, overrides: li
 
 def _changed(run: Path, changes: list[str], config_dir: str | None) -> Config:
     """The run's configuration as `evaluate` may change it."""
-    before, recorded_dir, config_name = read_overrides(run, config_dir)
-    hydra, name = compose.make_hydra(confirmed(recorded_dir, config_dir, "run", run)), config_name or "train"
+    before, _, config_name = read_overrides(run, config_dir, "run")
+    hydra, name = compose.make_hydra(config_dir), config_name or "train"
 
     def refuse(key: str, value: Any) -> ConfigError:
         return ConfigError(f"evaluate cannot change it; the run has {value}", key, fix="Leave it out.")

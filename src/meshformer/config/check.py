@@ -87,6 +87,9 @@ def _model(config: Config) -> None:
     model, data = config["model"], config["data"]
     if model["_target_"] != "meshformer.model.Transformer":
         return
+    for key in ("attention", "position"):
+        if key in model and not isinstance(model[key], dict):
+            raise ConfigError("needs a _target_: the dotted name of a class or function", f"model.{key}", model[key])
     width, heads, kv_heads = model["d_model"], model["n_heads"], model.get("n_kv_heads")
     for key in ("n_layers", "n_heads", "n_kv_heads", "d_model", "d_ff", "context_length", "vocab_size", "window"):
         if model.get(key) is not None and model[key] < 1:

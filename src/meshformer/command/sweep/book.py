@@ -62,8 +62,10 @@ class Book:
     def check(self) -> None:
         """ConfigError unless the record is one that `write` could have written: it may come from a stranger. What the overrides say is judged
         by recorded.py."""
-        texts = [*self.flags, *(value for value in self.flags.values() if value is not None), *self.overrides]
-        sound = all(isinstance(text, str) for text in texts)
+        sound = isinstance(self.flags, dict) and isinstance(self.overrides, list)
+        if sound:
+            texts = [*self.flags, *(value for value in self.flags.values() if value is not None), *self.overrides]
+            sound = all(isinstance(text, str) for text in texts)
         for number, point in enumerate(self.points):
             sound = sound and isinstance(point.number, int) and isinstance(point.overrides, list) and point.state in STATES
             sound = sound and all(isinstance(text, str) for text in [*point.overrides, point.folder, point.error or ""])
