@@ -48,6 +48,26 @@ def launched(*arguments: object) -> None:
         ("train data=text", ["data.files", "needs a value"]),
         ("train data=text data.files=absent.txt", ["data.files=", "no such file"]),
         ("train model._target_=os.system", ["model._target_=os.system", "not on the list"]),
+        ("train trainer=5", ["trainer=5", "no such option", "default"]),
+        ("train optimizer=true", ["optimizer=true", "no such option", "adamw, muon, sgd"]),
+        ("train model.position=rotary", ["model.position=rotary", "a group of settings", "model/position=rotary"]),
+        ("train model.attention=nope", ["model.attention=nope", "one of auto, fused, reference"]),
+        ("train seed=99999999999999999999999", ["seed=99999999999999999999999", "too large", "2^63"]),
+        ("train model.init_std=-1", ["model.init_std=-1", "at least 0"]),
+        ("train model.norm_eps=-1", ["model.norm_eps=-1", "at least 0 and below 1"]),
+        ("train trainer.threads=100000", ["trainer.threads=100000", "cores", "auto"]),
+        ("train optimizer=adamw optimizer.betas=[0.9]", ["optimizer.betas=[0.9]", "two numbers"]),
+        ("train optimizer=adamw optimizer.betas=[0.9,1]", ["optimizer.betas=[0.9, 1]", "below 1"]),
+        ("train data.tokenizer=bpe data.vocab_size=10", ["data.vocab_size=10", "at least 256"]),
+        ("train model.d_model=100000000", ["model.d_model=100000000", "GiB", "this machine has"]),
+        ("train model.n_layers=100000000", ["model.n_layers=100000000", "GiB"]),
+        ("train data.tokenizer=bpe data.vocab_size=100000000", ["data.vocab_size=100000000", "GiB"]),
+        ("train data.context_length=100000000", ["data.context_length=100000000", "GiB"]),
+        ("train data.batch_size=1000000000", ["data.batch_size=1000000000", "GiB"]),
+        ("train paths.data=/proc/x", ["paths.data=/proc/x", "cannot be written"]),
+        ("train -m sweep=search optimizer.lr=tag(log,interval(0,1))", ["optimizer.lr=tag(log,interval(0,1))", "above 0"]),
+        ("train -m sweep=search optimizer.lr=interval(1,0.5)", ["optimizer.lr=interval(1,0.5)", "empty"]),
+        ("runs . --limit -3", ["--limit=-3", "at least 1"]),
         ("train model=null", ["a group cannot be null", "~model"]),
         ("train resume=last", ["resume=last", "holds no run yet"]),
         ("train resume=a fork=b", ["resume= and fork=", "Use one"]),
@@ -176,3 +196,28 @@ def test_the_module_can_be_run(tmp_path):
         env={**os.environ, "PYTHONPATH": str(SRC)},
     )
     assert (done.returncode, done.stderr) == (2, "error: model=nanoo: there is no such option. Did you mean nano?\n")
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"WORLD_SIZE": "4", "RANK": "2"}, ["RANK and WORLD_SIZE", "4 processes", "unset RANK WORLD_SIZE"]),
+        ({"WORLD_SIZE": "x", "RANK": "2"}, ["WORLD_SIZE=x", "unset WORLD_SIZE"]),
+        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "many"}, ["SLURM_STEP_NUM_TASKS=many", "unset"]),
+        ({"MESHFORMER_DATA": "/proc/x"}, ["paths.data=/proc/x", "MESHFORMER_DATA"]),
+    ],
+)
+def test_what_stands_in_the_environment_is_named(environment, words, monkeypatch, capsys):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert main(["train"]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and all(word in told for word in words), told
+
+
+def test_a_number_from_the_environment_is_a_number(monkeypatch):
+    monkeypatch.setenv("LR", "0.25")
+    from meshformer.compose import compose
+
+    config = compose(["optimizer.lr=${oc.env:LR}"])
+    assert config["optimizer"]["lr"] == 0.25

@@ -16,6 +16,7 @@ import lightning.pytorch as pl
 import torch
 from hydra.errors import InstantiationException
 from lightning.pytorch.loops.optimization.automatic import ClosureResult
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.profilers import PassThroughProfiler
 
 from meshformer.callbacks import EMA, Checkpoint, ExactResume, Layout, ProgressBar, Rows, Samples
@@ -23,6 +24,7 @@ from meshformer.checkpoint.lightning_io import FolderCheckpointIO
 from meshformer.config.allow import check_object, check_target
 from meshformer.config.errors import ConfigError
 from meshformer.config.foreign import refuse_interpolations
+from meshformer.config.resolve import outside
 from meshformer.config.tasks import has_own_head, padding_multiple
 from meshformer.data import ImageData, SampledData, SequenceData, TextData
 from meshformer.model.lora import ADAPTERS, add_adapters
@@ -231,7 +233,8 @@ def build_trainer(config: Config, folder: Path, max_steps: int, callbacks: list[
         deterministic=trainer["deterministic"],
         callbacks=callbacks,
         logger=loggers,
-        plugins=[FolderCheckpointIO()],
+        # An allocation's shell has SLURM_NTASKS too, by which Lightning would take this process for one of several tasks.
+        plugins=[FolderCheckpointIO(), *([LightningEnvironment()] if outside() is None else [])],
         profiler=_NoProfiler(),
         log_every_n_steps=trainer["log_every_n_steps"],
         default_root_dir=folder,

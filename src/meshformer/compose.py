@@ -6,11 +6,13 @@ Built on Hydra's own `Hydra` object rather than on `hydra.main`: it prints trace
 from __future__ import annotations
 
 import copy
+import json
 import os
 import re
 import secrets
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,7 @@ from meshformer.record import RunNotFound, find_run
 
 Config = dict[str, Any]
 Refuse = Callable[[str, Any], ConfigError]
+WHOLE_ENV = re.compile(r"\$\{oc\.env:[^${}]*\}")
 SECRET = re.compile(r"\$\{oc\.env:\s*([^,}\s]*(?:secret|token|passw|api_?key|access_?key|private_?key|credential)[^,}\s]*)", re.IGNORECASE)
 
 # What a resumed run may change (CONTRACTS 6); everything else would make it another run.
@@ -79,9 +82,34 @@ def compose_config(hydra: Hydra, config_name: str, overrides: Sequence[str], mul
         if "Config group override must be" not in str(error):
             raise
         nulls = [override.partition("=")[0] for override in overrides if override.endswith("=null")]
+        if not nulls:
+            raise _not_an_option(overrides, error) from error
         raise ConfigError("a group cannot be null", fix=f"Leave it out with {' '.join(f'~{name}' for name in nulls)}.") from error
     HydraConfig.instance().set_config(cfg)
     return cfg
+
+
+def _not_an_option(overrides: Sequence[str], error: Exception) -> ConfigError:
+    """A group that was given a number, a list or true, where the name of one of its options belongs."""
+    for name, _, value in (override.lstrip("+").partition("=") for override in overrides):
+        options = sorted(file.stem for file in (conf_dir() / name).glob("*.yaml")) if name.replace("/", "").isidentifier() else []
+        if options and value not in options:
+            return ConfigError("there is no such option", name, value, fix=f"Choose from {', '.join(options)}.")
+    return ConfigError(str(error))
+
+
+def _refuse_groups_as_values(config: Config) -> None:
+    """`model.position=rotary` puts a text where a group of settings stood; the group was meant."""
+    for folder in sorted(folder for folder in conf_dir().rglob("*") if folder.is_dir()):
+        path = folder.relative_to(conf_dir()).parts
+        node: Any = config
+        for part in path:
+            node = node.get(part) if isinstance(node, dict) else None
+        if len(path) > 1 and node is not None and not isinstance(node, dict):
+            options = sorted(file.stem for file in folder.glob("*.yaml"))
+            group = "/".join(path)
+            fix = f"Write {group}={node}." if node in options else f"Write {group}= and one of {', '.join(options)}."
+            raise ConfigError("is a group of settings", ".".join(path), node, fix=fix)
 
 
 def plain(cfg: DictConfig) -> Config:
@@ -93,9 +121,20 @@ def plain(cfg: DictConfig) -> Config:
     job.pop("sweep", None)
     config = OmegaConf.to_container(job, resolve=True)
     assert isinstance(config, dict)
+    _decode_environment(OmegaConf.to_container(job, resolve=False), config)
     if config.get("experiment", "") is None:
         config["experiment"] = "unnamed"
     return {str(key): value for key, value in config.items()}
+
+
+def _decode_environment(written: Any, resolved: Any) -> None:
+    """A whole value taken from the environment (`optimizer.lr='${oc.env:LR}'`) is a text there: it is read as the command line would read it."""
+    for name in written if isinstance(written, dict) else range(len(written)) if isinstance(written, list) else ():
+        if isinstance(resolved[name], dict | list):
+            _decode_environment(written[name], resolved[name])
+        elif isinstance(resolved[name], str) and isinstance(written[name], str) and WHOLE_ENV.fullmatch(written[name]):
+            with suppress(ValueError):
+                resolved[name] = json.loads(resolved[name])
 
 
 def _refuse_secrets(node: Any, key: str = "") -> None:
@@ -114,6 +153,7 @@ def settle(config: Config, overrides: Sequence[str] = ()) -> Config:
     """
     if config.get("allow") and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # a user's own module lies beside where the command is typed; last, so that it hides nothing
+    _refuse_groups_as_values(config)
     config = validate(config)
     if config["stage"]["name"] == "finetune" and config["resume"] is None:
         foreign = False

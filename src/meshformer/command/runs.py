@@ -82,6 +82,8 @@ def _list(argv: Sequence[str]) -> int:
     if options.sort:
         descending, key = options.sort.startswith("-"), find_key(options.sort.lstrip("-"), known)
         chosen = ordered(chosen, key, descending)
+    if options.limit is not None and options.limit < 1:
+        raise ConfigError("expected a whole number of at least 1", "--limit", options.limit)
     if options.limit is not None:
         # In order of start the latest are wanted, by a figure the first.
         chosen = chosen[: options.limit] if options.sort else chosen[-options.limit :]

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from meshformer.config.bounds import check_bounds, check_cache, check_memory
 from meshformer.config.check_layout import check_batch, check_cut, check_processes, check_settings
 from meshformer.config.errors import ConfigError
 from meshformer.config.foreign import read_config
@@ -30,6 +31,8 @@ def check(config: Config) -> None:
     """Raise ConfigError for the first impossible combination, naming what to write instead."""
     for part in (
         _finite,
+        check_bounds,
+        check_cache,
         check_processes,
         check_settings,
         check_batch,
@@ -39,6 +42,7 @@ def check(config: Config) -> None:
         check_labelled_files,
         _model,
         check_cut,
+        check_memory,
         check_task,
         _rates,
         _patterns,
@@ -120,8 +124,6 @@ def _model(config: Config) -> None:
                 raise ConfigError(
                     f"belongs to models with model.{key}={_plain(value)}", "model.head_transform", "true", fix="Leave it out."
                 )
-    if not 0 <= model.get("dropout", 0.0) < 1:
-        raise ConfigError("must be at least 0 and below 1", "model.dropout", model["dropout"])
     if model["context_length"] < data["context_length"]:
         message = f"the model sees fewer tokens than a sample has (data.context_length={data['context_length']})"
         raise ConfigError(message, "model.context_length", model["context_length"], fix="Leave it out, or make it at least as long.")

@@ -10,7 +10,7 @@ from typing import Any
 
 from meshformer.config.degrees import AXES, Degrees
 from meshformer.config.errors import ConfigError
-from meshformer.config.resolve import microbatch_counts, visible_gpus
+from meshformer.config.resolve import microbatch_counts, outside, visible_gpus
 
 Config = dict[str, Any]
 PLANNED = "meshformer.model.Transformer"  # the class that can be cut along tensor, context and pipeline
@@ -36,6 +36,9 @@ def check_processes(config: Config) -> None:
     devices, nodes = trainer["devices"], trainer["num_nodes"]
     if strategy["name"] == "single" and devices * nodes != 1:
         key, value = ("trainer.devices", devices) if devices != 1 else ("trainer.num_nodes", nodes)
+        if (around := outside()) is not None:
+            message = f"{around.variables} in the environment say that a launcher started {around.world} processes, and strategy=single is one"
+            raise ConfigError(message, fix=f"Use strategy=ddp, or, where they are left over, unset {around.variables.replace(' and ', ' ')}.")
         raise ConfigError("strategy=single is one process", key, value, fix="Use strategy=ddp, or leave it out.")
     if strategy["name"] in ("single", "ddp"):
         _refuse_axes(strategy)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import importlib.util
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -24,6 +25,7 @@ class Outside:
     rank: int
     world: int
     local_world: int
+    variables: str = ""  # of the environment, which say so
 
     @property
     def nodes(self) -> int:
@@ -34,13 +36,20 @@ def outside(env: Mapping[str, str] | None = None) -> Outside | None:
     """Whether torchrun or srun started this process, and as which of how many; None for a plain command."""
     env = os.environ if env is None else env
     if "RANK" in env and "WORLD_SIZE" in env:
-        world = int(env["WORLD_SIZE"])
-        return Outside(int(env["RANK"]), world, int(env.get("LOCAL_WORLD_SIZE", world)))
+        world = _number(env, "WORLD_SIZE", 1)
+        return Outside(_number(env, "RANK", 0), world, _number(env, "LOCAL_WORLD_SIZE", 1, world), "RANK and WORLD_SIZE")
     # srun alone sets SLURM_STEP_NUM_TASKS; SLURM_NTASKS also stands in the shell of a batch script, where nothing was started yet.
-    if "SLURM_PROCID" in env and int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
-        world = int(env["SLURM_STEP_NUM_TASKS"])
-        return Outside(int(env["SLURM_PROCID"]), world, world // int(env.get("SLURM_STEP_NUM_NODES", 1)))
+    if "SLURM_PROCID" in env and _number(env, "SLURM_STEP_NUM_TASKS", 1, 1) > 1:
+        world, nodes = _number(env, "SLURM_STEP_NUM_TASKS", 1), _number(env, "SLURM_STEP_NUM_NODES", 1, 1)
+        return Outside(_number(env, "SLURM_PROCID", 0), world, world // nodes, "SLURM_PROCID and SLURM_STEP_NUM_TASKS")
     return None
+
+
+def _number(env: Mapping[str, str], name: str, least: int, default: int | None = None) -> int:
+    text = env.get(name, str(default))
+    if not re.fullmatch(r"\d+", text) or int(text) < least:
+        raise ConfigError(f"expected a whole number of at least {least}", f"the environment variable {name}", text, fix=f"Unset it: unset {name}.")
+    return int(text)
 
 
 def resolve(config: dict[str, Any], env: Mapping[str, str] | None = None) -> dict[str, Any]:
@@ -124,7 +133,9 @@ def microbatch_counts(samples: int, pipeline: int, schedule: str) -> list[int]:
     """Into how many equal micro-batches a pipeline schedule can take `samples` (of one replica, at a time)."""
     least = 1 if schedule == "gpipe" else pipeline
     step = pipeline if schedule.startswith("interleaved") else 1
-    return [n for n in range(least, samples + 1) if samples % n == 0 and n % step == 0]
+    small = [n for n in range(1, math.isqrt(max(samples, 0)) + 1) if samples % n == 0]
+    divisors = sorted({*small, *(samples // n for n in small)})
+    return [n for n in divisors if n >= least and n % step == 0]
 
 
 def _degrees(strategy: dict[str, Any]) -> Degrees:
@@ -168,8 +179,9 @@ def _take_from_outside(trainer: dict[str, Any], around: Outside) -> None:
     for key, here in (("devices", around.local_world), ("num_nodes", around.nodes)):
         asked = trainer[key]
         if asked not in ("auto", here) and not (key == "num_nodes" and asked == 1):
-            message = f"the launcher around this command started {here} {'processes on this node' if key == 'devices' else 'nodes'}"
-            raise ConfigError(message, f"trainer.{key}", asked, fix="Leave it out.")
+            message = f"{around.variables} say that a launcher started {here} {'processes on this node' if key == 'devices' else 'nodes'}"
+            fix = f"Leave it out, or unset {around.variables.replace(' and ', ' ')} where they are left over."
+            raise ConfigError(message, f"trainer.{key}", asked, fix=fix)
         trainer[key] = here
 
 

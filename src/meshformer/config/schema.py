@@ -344,6 +344,8 @@ def _typed(value: Any, annotation: Any, key: str) -> None:
         return
     if key == "strategy.schedule" and V_SHAPED.search(str(value)):
         raise ConfigError("V-shaped schedules cannot evaluate in torch 2.13", key, value, fix="Use interleaved_zero_bubble.")
+    if isinstance(value, int) and abs(value) >= types.LARGEST:
+        raise ConfigError("is too large", key, value, fix="Use a number below 2^63.")
     choices = types.literals(annotation)
     fix = did_you_mean(value, choices) if choices and isinstance(value, str) else None
     expected = f"expected {types.describe(annotation)}"

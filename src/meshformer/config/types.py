@@ -10,12 +10,13 @@ import ast
 from collections.abc import Callable
 from typing import Any
 
+LARGEST = 2**63  # torch, numpy and Python's random generators take no larger whole numbers
 # name -> (may it be fractional, is the value inside, in words)
 RANGES: dict[str, tuple[bool, Callable[[float], bool], str]] = {
-    "int": (False, lambda x: True, "a whole number"),
+    "int": (False, lambda x: abs(x) < LARGEST, "a whole number"),
     "float": (True, lambda x: True, "a number"),
-    "PositiveInt": (False, lambda x: x >= 1, "a whole number of at least 1"),
-    "Count": (False, lambda x: x >= 0, "a whole number of at least 0"),
+    "PositiveInt": (False, lambda x: 1 <= x < LARGEST, "a whole number of at least 1"),
+    "Count": (False, lambda x: 0 <= x < LARGEST, "a whole number of at least 0"),
     "PositiveFloat": (True, lambda x: x > 0, "a number above 0"),
     "NonNegativeFloat": (True, lambda x: x >= 0, "a number of at least 0"),
     "Share": (True, lambda x: 0 < x <= 1, "a number above 0 and at most 1"),

@@ -113,6 +113,15 @@ class Search:
             made.append(f"{key}={value}")
         return made
 
+    @staticmethod
+    def _check_range(override: Override, start: float | None, end: float | None, log: bool) -> None:
+        key = override.get_key_element()
+        if start is None or end is None or start > end:
+            raise ConfigError("the range is empty", key, (override.input_line or "").partition("=")[2], fix="Write the smaller number first.")
+        if log and start <= 0:
+            message = f"a logarithmic range starts above 0, not at {start}"
+            raise ConfigError(message, key, (override.input_line or "").partition("=")[2], fix="Start at a small number, such as 1e-6.")
+
     def _distribution(self, override: Override) -> Any:
         """Hydra's sweep syntax as Optuna's: a,b or choice(); range(); interval(), which `int()` makes whole and tag(log, …) logarithmic."""
         from hydra.core.override_parser.types import Transformer
@@ -120,12 +129,14 @@ class Search:
         distributions, value = self.optuna.distributions, override.value()
         if isinstance(value, RangeSweep):
             numbers, log = list(value.range()), "log" in value.tags
+            self._check_range(override, numbers[0] if numbers else None, numbers[-1] if numbers else None, log)
             if all(isinstance(number, int) for number in numbers):
                 return distributions.IntDistribution(numbers[0], numbers[-1], log=log, step=1 if log else abs(value.step))
             return distributions.FloatDistribution(numbers[0], numbers[-1], log=log, step=None if log else float(value.step))
         if isinstance(value, IntervalSweep):
             assert value.start is not None and value.end is not None
             log = "log" in value.tags
+            self._check_range(override, value.start, value.end, log)
             if isinstance(value.start, int) and isinstance(value.end, int):
                 return distributions.IntDistribution(value.start, value.end, log=log)
             return distributions.FloatDistribution(float(value.start), float(value.end), log=log)
