@@ -56,6 +56,11 @@ def _check_places(folder: Path, metadata: Metadata) -> None:
     if not all(isinstance(name, str) for name in entries):
         raise ConfigError(f"{folder / METADATA} is damaged", fix="Name another checkpoint.")
     for name in names:
-        if not isinstance(name, str) or not name or Path(name).name != name or not (folder / name).resolve().is_relative_to(folder.resolve()):
+        if (
+            not isinstance(name, str)
+            or not name
+            or Path(name).name != name
+            or not (folder / name).resolve().is_relative_to(folder.resolve())
+        ):
             message = f"{folder / METADATA} points to {name}, which is no file of the checkpoint"
             raise ConfigError(message, fix="Name another checkpoint: this one was made to read what lies elsewhere.")
