@@ -67,6 +67,8 @@ def _list(argv: Sequence[str]) -> int:
     parser.add_argument("--csv", action="store_true")
     parser.add_argument("--limit", type=int)
     options = parser.parse_intermixed_args(list(argv))
+    if options.limit is not None and options.limit < 1:
+        raise ConfigError("expected a whole number of at least 1", "--limit", options.limit)
     folders = [word for word in options.words if Path(word).expanduser().is_dir()]
     if len(folders) > 1:
         raise ConfigError(f"{len(folders)} folders are given", fix="Name one of them; runs are found however deep they lie.")
@@ -82,8 +84,6 @@ def _list(argv: Sequence[str]) -> int:
     if options.sort:
         descending, key = options.sort.startswith("-"), find_key(options.sort.lstrip("-"), known)
         chosen = ordered(chosen, key, descending)
-    if options.limit is not None and options.limit < 1:
-        raise ConfigError("expected a whole number of at least 1", "--limit", options.limit)
     if options.limit is not None:
         # In order of start the latest are wanted, by a figure the first.
         chosen = chosen[: options.limit] if options.sort else chosen[-options.limit :]

@@ -8,7 +8,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ class Outside:
     rank: int
     world: int
     local_world: int
-    variables: str = ""  # of the environment, which say so
+    variables: str = field(default="", compare=False)  # of the environment, which say so
 
     @property
     def nodes(self) -> int:
