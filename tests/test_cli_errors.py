@@ -221,3 +221,22 @@ def test_a_number_from_the_environment_is_a_number(monkeypatch):
 
     config = compose(["optimizer.lr=${oc.env:LR}"])
     assert config["optimizer"]["lr"] == 0.25
+
+
+def test_the_command_speaks_where_the_terminal_takes_ascii_alone(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(SRC), "LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    for line in (["--help"], ["train", "--help"], ["train", "strategy=löss"], ["runs", "."]):
+        command = [sys.executable, "-m", "meshformer.cli", *line]
+        done = subprocess.run(command, capture_output=True, env=environment, cwd=tmp_path)
+        assert b"Traceback" not in done.stderr and b"UnicodeEncodeError" not in done.stderr, done.stderr
+        assert done.returncode == (0 if "--help" in line else 2)
+
+
+@pytest.mark.parametrize(("line", "words"), [
+    ("train data.classes=[1,2]", ["data.classes=[1, 2]", """'data.classes=["1","2"]'"""]),
+    ("train data=csv data.file=a.csv data.text_column=3", ["data.text_column=3", """'data.text_column="3"'"""]),
+])  # fmt: skip
+def test_a_number_where_a_text_belongs_is_answered_by_how_to_write_it(line, words, capsys):
+    assert main(line.split()) == 2
+    told = capsys.readouterr().err
+    assert all(word in told for word in words), told

@@ -25,6 +25,7 @@ from meshformer.config.allow import check_object, check_target
 from meshformer.config.errors import ConfigError
 from meshformer.config.foreign import refuse_interpolations
 from meshformer.config.resolve import outside
+from meshformer.config.signature import signature
 from meshformer.config.tasks import has_own_head, padding_multiple
 from meshformer.data import ImageData, SampledData, SequenceData, TextData
 from meshformer.model.lora import ADAPTERS, add_adapters
@@ -117,7 +118,10 @@ def task_class(config: Config) -> Any:
 
 def build_model(config: Config) -> Any:
     """The network, with the adapters that `stage` asks for, and without gradients where it says so."""
-    model = instantiate(config["model"], config, "model", seed=config["seed"])
+    accepted = signature(config["model"]["_target_"])
+    # A module of the user's may draw its weights as torch's modules do, from the seed that is set before it is made.
+    seed = {"seed": config["seed"]} if accepted.open_ended or "seed" in accepted.parameters else {}
+    model = instantiate(config["model"], config, "model", **seed)
     stage = config["stage"]
     if (lora := stage.get("lora") or {}).get("rank"):
         if not hasattr(model, "initial_value"):
@@ -213,6 +217,13 @@ class _NoProfiler(PassThroughProfiler):
         return self._context
 
 
+def _validation_batches(config: Config) -> int | None:
+    """`trainer.limit_val_batches` in batches as evaluation makes them. It counts batches of data.batch_size samples where data.eval_batch_size
+    is null, whatever the accumulation, which makes evaluation batches smaller as it makes micro-batches."""
+    limit, accumulation = config["trainer"]["limit_val_batches"], config["trainer"]["accumulate_grad_batches"]
+    return limit if limit is None or config["data"]["eval_batch_size"] is not None else limit * accumulation
+
+
 def build_trainer(config: Config, folder: Path, max_steps: int, callbacks: list[pl.Callback], loggers: list[Any]) -> pl.Trainer:
     trainer = config["trainer"]
     accumulation = trainer["accumulate_grad_batches"]
@@ -229,7 +240,7 @@ def build_trainer(config: Config, folder: Path, max_steps: int, callbacks: list[
         # The config counts optimizer steps, Lightning micro-batches over all epochs; None: not tied to epochs.
         val_check_interval=min(trainer["val_check_interval"], max_steps) * accumulation,
         check_val_every_n_epoch=None,
-        limit_val_batches=trainer["limit_val_batches"],
+        limit_val_batches=_validation_batches(config),
         deterministic=trainer["deterministic"],
         callbacks=callbacks,
         logger=loggers,

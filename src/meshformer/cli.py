@@ -12,13 +12,14 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from meshformer.printing import say
+from meshformer.printing import print_anything, say
 
 COMMANDS = ("train", "evaluate", "generate", "convert", "export", "runs", "report", "doctor")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
+    print_anything()
     arguments = list(sys.argv[1:] if argv is None else argv)
     from meshformer.config.errors import ConfigError, Stopped
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Callback
 
 from meshformer.record.metrics_csv import MetricsCsv
@@ -24,6 +25,7 @@ class Rows(Callback):
         self.csv: MetricsCsv | None = None  # rank 0 alone
         self.latest: dict[str, float] = {}
         self._seen_step, self._lr, self._epoch_samples = -1, 0.0, 0
+        self._told: set[str] = set()  # metrics of ours that Lightning was told
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Not on_fit_start: there the step is not restored yet.
@@ -50,7 +52,11 @@ class Rows(Callback):
         for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
             if hasattr(callback, "measure"):
                 values.update(callback.measure(trainer, pl_module))
-        values.update({k: float(v) for k, v in trainer.callback_metrics.items() if not k.startswith(("val/", "test/"))})
+        own = {k: float(v) for k, v in trainer.callback_metrics.items() if not k.startswith(("val/", "test/")) and k not in self._told}
+        # What a stock callback (EarlyStopping, LearningRateMonitor) may ask for by name: Lightning knows what was logged by self.log alone.
+        trainer.callback_metrics.update({k: torch.tensor(v) for k, v in values.items()})
+        self._told.update(values)
+        values.update(own)
         self._write(trainer, step, values)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:

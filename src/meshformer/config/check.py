@@ -13,6 +13,7 @@ from meshformer.config.check_layout import check_batch, check_cut, check_process
 from meshformer.config.errors import ConfigError
 from meshformer.config.foreign import read_config
 from meshformer.config.paths import run_of
+from meshformer.config.stock import check_stock
 from meshformer.config.suggest import did_you_mean
 from meshformer.config.tasks import HEAD, check_labelled_files, check_task, has_own_head
 
@@ -33,6 +34,7 @@ def check(config: Config) -> None:
         _finite,
         check_bounds,
         check_cache,
+        check_stock,
         check_processes,
         check_settings,
         check_batch,

@@ -335,6 +335,13 @@ def _arguments(node: dict[str, Any], found: Signature, key: str, allow: tuple[st
                 raise ConfigError(f"{name} needs it", _join(key, argument), fix=f"Add {_join(key, argument)}=…")
 
 
+def _as_text(value: Any) -> Any:
+    """Numbers and words such as true as the texts that somebody may have meant by them."""
+    if isinstance(value, list):
+        return [_as_text(item) for item in value]
+    return str(value).lower() if isinstance(value, bool) else str(value) if isinstance(value, int | float) else value
+
+
 def _typed(value: Any, annotation: Any, key: str) -> None:
     if value == MISSING:
         raise ConfigError("needs a value", key, fix=f"Add {key}=… to the command.")
@@ -346,6 +353,10 @@ def _typed(value: Any, annotation: Any, key: str) -> None:
         raise ConfigError("V-shaped schedules cannot evaluate in torch 2.13", key, value, fix="Use interleaved_zero_bubble.")
     if isinstance(value, int) and abs(value) >= types.LARGEST:
         raise ConfigError("is too large", key, value, fix="Use a number below 2^63.")
+    if types.fits(as_text := _as_text(value), annotation) and as_text != value:
+        written = ",".join(f'"{item}"' for item in as_text) if isinstance(as_text, list) else f'"{as_text}"'
+        quoted = f"'{key}=[{written}]'" if isinstance(as_text, list) else f"'{key}={written}'"
+        raise ConfigError(f"expected {types.describe(annotation)}", key, value, fix=f"Write {quoted}.")
     choices = types.literals(annotation)
     fix = did_you_mean(value, choices) if choices and isinstance(value, str) else None
     expected = f"expected {types.describe(annotation)}"

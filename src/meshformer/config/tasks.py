@@ -134,14 +134,30 @@ def check_labelled_files(config: Config) -> None:
             nearby = sorted(p.name for p in path.parent.iterdir() if p.is_file()) if path.parent.is_dir() else []
             raise ConfigError("there is no such file", f"data.{key}", name, fix=did_you_mean(path.name, nearby))
         with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
-            header = next(csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ","), [])
+            try:
+                header = next(csv.reader(file, delimiter=separator_of(path)), [])
+            except csv.Error as error:
+                raise ConfigError(f"its first line is no header ({error})", f"data.{key}", name) from None
         if not header:
             raise ConfigError("is empty", f"data.{key}", name)
         for column in ("text_column", "label_column", "pair_column"):
             wanted = config["data"][column]
             if wanted is not None and wanted not in header:
-                shown = ", ".join(header)
-                raise ConfigError(f"{path.name} has no such column", f"data.{column}", wanted, fix=f"Use one of its columns: {shown}.")
+                raise no_such_column(path, header, f"data.{column}", wanted)
+
+
+def separator_of(file: Path) -> str:
+    return "\t" if file.suffix == ".tsv" else ","
+
+
+def no_such_column(file: Path, header: list[str], key: str, column: str) -> ConfigError:
+    separator = separator_of(file)
+    for other, word in ((";", "semicolons"), ("\t", "tabs"), (",", "commas"), ("|", "bars")):
+        if other != separator and len(header) == 1 and column in (name.strip('"') for name in header[0].split(other)):
+            message = f"the columns of {file.name} are separated by {word}"
+            rename = f"Call it {file.stem}.tsv." if other == "\t" else f"Write them with {'tabs' if separator == chr(9) else 'commas'} instead."
+            return ConfigError(message, key, column, fix=rename)
+    return ConfigError(f"{file.name} has no such column", key, column, fix=f"Use one of its columns: {', '.join(header)}.")
 
 
 def _option(task: str) -> str:

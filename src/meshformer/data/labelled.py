@@ -18,6 +18,7 @@ import numpy as np
 
 from meshformer.config.carrier import Carrier, fetch
 from meshformer.config.errors import ConfigError
+from meshformer.config.tasks import no_such_column, separator_of
 from meshformer.data.corpus import HubText
 
 VADER = Carrier(
@@ -169,25 +170,51 @@ class CsvTexts:
             raise ConfigError(f"not UTF-8: byte {byte}", "data.file", file, f"Convert it: iconv -f latin1 -t utf-8 '{file}'") from error
         except OSError as error:
             raise ConfigError(f"cannot read it ({error.strerror})", "data.file", file) from error
-        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if file.suffix == ".tsv" else ",")
-        try:
-            rows = list(reader)
-        except csv.Error as error:
-            raise ConfigError(f"line {reader.line_num} is no line of a table ({error})", "data.file", file) from error
-        header = [name for name in reader.fieldnames or () if name]
+        header, rows = _table(text, file)
         for key, column in self.columns.items():
             if column is not None and column not in header and header:
-                raise ConfigError(f"{file.name} has no such column", key, column, f"Use one of its columns: {', '.join(header)}")
+                raise no_such_column(file, header, key, column)
         if not rows:
             raise ConfigError("holds no rows below a header line" if header else "is empty", "data.file", file)
         wanted = {key: column for key, column in self.columns.items() if column is not None}
         for number, row in enumerate(rows, start=2):
             for key, column in wanted.items():
-                if not (row[column] or "").strip():
+                if not row[column].strip():
                     raise ConfigError(
                         f"row {number} of {file.name} has nothing in column {column}", key, column, "Fill it in or remove the row"
                     )
         return [{key: row[column].strip() for key, column in wanted.items()} for row in rows]
+
+
+def _table(text: str, file: Path) -> tuple[list[str], list[dict[str, str]]]:
+    """(header, rows). ConfigError naming the row for whatever leaves open which cell belongs to which column."""
+    separator = separator_of(file)
+    # Python's limit of 131,072 characters a cell would refuse long documents, and it is no guard: the text is in memory already.
+    before = csv.field_size_limit(2**31 - 1)
+    reader, lines, first = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True), [], 1
+    try:
+        for cells in reader:
+            lines.append(cells)
+            first = reader.line_num + 1
+    except csv.Error as error:
+        fix = 'Write " inside of a quoted text as "", and close each quoted text with ".'
+        raise ConfigError(f"the row that begins in line {first} is not closed or quoted rightly ({error})", "data.file", file, fix) from error
+    finally:
+        csv.field_size_limit(before)
+    header, lines = (lines[0], lines[1:]) if lines else ([], [])
+    if repeated := next((name for name in header if name and header.count(name) > 1), None):
+        raise ConfigError(f"two columns are called {repeated}", "data.file", file, "Give each column a name of its own")
+    rows: list[dict[str, str]] = []
+    for number, cells in enumerate(lines, start=2):
+        if not cells:  # an empty line
+            continue
+        if len(cells) != len(header):
+            sign, fix = ("a tab", "Take the tabs out of it") if separator == "\t" else ("a comma", 'Put quotes around it: "a, b"')
+            more = len(cells) > len(header)
+            message = f"row {number} has {len(cells)} cells, and the header {len(header)}"
+            raise ConfigError(f"{message}: a text may hold {sign}" if more else message, "data.file", file, fix if more else "Fill it in")
+        rows.append(dict(zip(header, cells, strict=True)))
+    return [name for name in header if name], rows
 
 
 class HubTexts:

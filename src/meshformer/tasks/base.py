@@ -16,6 +16,7 @@ import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
+from meshformer.config.errors import ConfigError
 from meshformer.optim.shardwise import ShardwiseOptimizer, asked_freely
 
 from .guard import Guard, Trouble
@@ -129,6 +130,10 @@ class Task(pl.LightningModule):
         self._batches_stay = False  # another trainer may have another device, or other data
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if not hasattr(self, "guard"):  # a trainer that has only validated or tested: nothing happened since what was restored
+            skipped, trouble = self._restored_guard
+            checkpoint["since_last_row"], checkpoint["guard"] = self._restored, {"skipped": skipped, "trouble": trouble and tuple(trouble)}
+            return
         # So that the first row after a resume is the mean since the last row before it.
         skipped, step, checkpoint["since_last_row"] = self.guard.look(self.trainer.strategy)
         trouble = self.guard.describe(step, self)
@@ -140,6 +145,14 @@ class Task(pl.LightningModule):
         self._restored_guard = (guard["skipped"], guard["trouble"] and Trouble(*guard["trouble"]))
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        if self.trainer.accumulate_grad_batches != self._accumulation:
+            now = self.trainer.accumulate_grad_batches
+            raise ConfigError(
+                f"something set it to {now} during training, and a step's samples and weights were settled when it began",
+                "trainer.accumulate_grad_batches",
+                self._accumulation,
+                fix="Leave that callback out.",
+            )
         if self._clears_early and batch_idx % self._accumulation == 0:
             clear_gradients(self.trainer.optimizers[0])  # Lightning does so behind the forward pass, which would run beside the old ones
         # Dropout depends on (seed, step, micro-batch, rank) alone: a resumed run draws what the uninterrupted one would have drawn.

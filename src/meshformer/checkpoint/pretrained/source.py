@@ -21,6 +21,7 @@ from . import bert, carriers, gpt2, llama, vit
 from .parts import Model, Part, complete
 
 LAYOUTS: tuple[ModuleType, ...] = (gpt2, llama, bert, vit)
+ADAPTER = "adapter_config.json"  # of a folder that peft wrote
 ONE_FILE, TOKENIZER = "model.safetensors", "tokenizer.json"
 READ = "; ".join(f"{layout.NAME} ({', '.join(layout.TYPES)})" for layout in LAYOUTS)
 SHOWN = 6  # tensors named in a message
@@ -78,12 +79,20 @@ def tokenizer_of(path: Path) -> Path | None:
 
 def read_folder(path: Path) -> Source:
     """What a Hugging Face folder holds. ConfigError, one, for whatever keeps it from being read."""
+    if (path / ADAPTER).is_file() and not (path / CONFIG).is_file():
+        base = _json(path / ADAPTER, "").get("base_model_name_or_path")
+        fix = "Merge it first: with peft, model.merge_and_unload().save_pretrained(folder)."
+        raise ConfigError(f"{path} holds an adapter, which changes another model's weights{f' ({base})' if base else ''}", fix=fix)
     config = _json(path / CONFIG, "a Hugging Face model folder has one beside its weights")
     kind = config.get("model_type")
     layout = next((layout for layout in LAYOUTS if kind in layout.TYPES), None)
     if layout is None:
         what = f"is of the architecture {kind!r}" if kind else "names no model_type in its config.json"
         raise ConfigError(f"{path} {what}", fix=f"These are read: {READ}.")
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method") if isinstance(config["quantization_config"], dict) else None
+        fix = "Fetch the model as it was before, or write it anew with transformers: model.dequantize().save_pretrained(folder)."
+        raise ConfigError(f"{path} holds quantised weights{f' ({method})' if method else ''}, which are no plain numbers", fix=fix)
     files = _stored(path, layout)
     try:
         model = layout.settings(config, set(files))
@@ -93,8 +102,21 @@ def read_folder(path: Path) -> Source:
     needed = {part.name for part in parts.values()}
     if missing := [name for name in dict.fromkeys(part.name for part in parts.values()) if name not in files]:
         raise ConfigError(f"{path} lacks {_listed(missing)}, which a {layout.NAME} of its config.json has")
+    _check_vocabulary(path, model, parts, files)
     unknown = sorted(stored for name, (_, stored) in files.items() if name not in needed and not layout.LEFT_OUT.fullmatch(name))
     return Source(path, layout, model, parts, files, unknown)
+
+
+def _check_vocabulary(path: Path, model: Model, parts: dict[str, Part], files: dict[str, tuple[Path, str]]) -> None:
+    """ConfigError where the stored embedding has other rows than config.json says: somebody added tokens."""
+    part = parts.get("embedding.tokens.weight")
+    if part is None or model.get("vocab_size") is None:
+        return
+    file, stored = files[part.name]
+    rows = header(file)[0][stored][0]
+    if rows != model["vocab_size"]:
+        message = f"the embedding in {path} has {rows} rows, and its config.json says vocab_size={model['vocab_size']}"
+        raise ConfigError(message, fix=f"If tokens were added to it, write vocab_size={rows} into {path / CONFIG}.")
 
 
 def _stored(path: Path, layout: ModuleType) -> dict[str, tuple[Path, str]]:

@@ -1,0 +1,57 @@
+"""Which of Lightning's own callbacks and loggers fit this program. What does not is refused before a folder is made, with what to use instead."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+from meshformer.config.errors import ConfigError
+
+Config = dict[str, Any]
+SAVES = ("callbacks.checkpoint saves, in a form that every layout reads", "Use callbacks.checkpoint.every_n_steps, keep_last and keep_best.")
+SHOWS = ("the program shows its own progress", "Use trainer.progress=true.")
+AVERAGES = ("it would not be saved with a checkpoint of this program", "Use callbacks.ema.decay=0.999.")
+FREEZES = ("it looks for an attribute `backbone`", "Use stage.freeze and stage.unfreeze_every.")
+# The last part of _target_ -> (why not, what instead).
+REFUSED: dict[str, tuple[str, str]] = {
+    "GradientAccumulationScheduler": (
+        "data.batch_size is the samples of one optimizer step, and it would change them during training",
+        "Use trainer.accumulate_grad_batches.",
+    ),
+    "BatchSizeFinder": ("it would change the samples of one optimizer step", "Choose data.batch_size, and trainer.accumulate_grad_batches to fit."),
+    "LearningRateFinder": ("it trains the task outside of the run", "Compare runs: meshformer train -m sweep=learning_rate."),
+    "Checkpoint": SAVES, "ModelCheckpoint": SAVES, "OnExceptionCheckpoint": SAVES,
+    "ProgressBar": SHOWS, "RichProgressBar": SHOWS, "TQDMProgressBar": SHOWS,
+    "StochasticWeightAveraging": AVERAGES, "WeightAveraging": AVERAGES, "EMAWeightAveraging": AVERAGES,
+    "BaseFinetuning": FREEZES, "BackboneFinetuning": FREEZES,
+    "ModelPruning": ("it renames parameters, so that a checkpoint could not be read", "Prune the exported model."),
+    "ThroughputMonitor": ("it takes a function, which a configuration cannot hold", "Use callbacks.throughput, which is on by default."),
+}  # fmt: skip
+NEED_LOGGER = ("LearningRateMonitor", "DeviceStatsMonitor")
+PACKAGES = {
+    "WandbLogger": "wandb", "MLFlowLogger": "mlflow", "CometLogger": "comet_ml", "NeptuneLogger": "neptune", "TensorBoardLogger": "tensorboard",
+}  # fmt: skip
+
+
+def check_stock(config: Config) -> None:
+    """ConfigError for one of Lightning's parts that cannot work here, or whose package is not installed."""
+    loggers = [node for node in (config.get("logger") or {}).values() if node]
+    for key, node in (config["callbacks"] or {}).items():
+        name = _of_lightning(node)
+        if name in REFUSED:
+            why, instead = REFUSED[name]
+            raise ConfigError(why, f"callbacks.{key}._target_", node["_target_"], fix=instead)
+        if name in NEED_LOGGER and not loggers:
+            message = "writes to a logger, and metrics.csv, which is always written, is none"
+            raise ConfigError(message, f"callbacks.{key}._target_", node["_target_"], fix="Add logger=tensorboard.")
+    for key, node in (config.get("logger") or {}).items():
+        package = PACKAGES.get(_of_lightning(node) or "")
+        if package is not None and importlib.util.find_spec(package) is None:
+            message = f"needs the package {package}, which is not installed"
+            raise ConfigError(message, f"logger.{key}._target_", node["_target_"], fix=f"Install it: pip install {package.replace('_', '-')}.")
+
+
+def _of_lightning(node: Any) -> str | None:
+    """The class's name, where `node` names one of Lightning's."""
+    target = str(node.get("_target_", "")) if isinstance(node, dict) else ""
+    return target.rpartition(".")[2] if target.startswith(("lightning.", "pytorch_lightning.")) else None
