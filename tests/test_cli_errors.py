@@ -234,7 +234,7 @@ def test_the_command_speaks_where_the_terminal_takes_ascii_alone(tmp_path):
 
 @pytest.mark.parametrize(("line", "words"), [
     ("train data.classes=[1,2]", ["data.classes=[1, 2]", """'data.classes=["1","2"]'"""]),
-    ("train data=csv data.file=a.csv data.text_column=3", ["data.text_column=3", """'data.text_column="3"'"""]),
+    ("train data=csv data.file=a.csv data.text_column=3", ["text_column=3: expected text", """text_column="3"'"""]),
 ])  # fmt: skip
 def test_a_number_where_a_text_belongs_is_answered_by_how_to_write_it(line, words, capsys):
     assert main(line.split()) == 2
