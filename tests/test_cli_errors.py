@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -240,3 +241,20 @@ def test_a_number_where_a_text_belongs_is_answered_by_how_to_write_it(line, word
     assert main(line.split()) == 2
     told = capsys.readouterr().err
     assert all(word in told for word in words), told
+
+
+def test_a_file_of_another_encoding_is_named_with_its_line(tmp_path, capsys):
+    (tmp_path / "mine" / "experiment").mkdir(parents=True)
+    (tmp_path / "mine" / "experiment" / "e.yaml").write_bytes(b"# @package _global_\nexperiment: caf\xe9\n")
+    assert main(["train", "--config-dir", "mine", "experiment=e"]) == 2
+    told = capsys.readouterr().err
+    assert "e.yaml, line 2, is not UTF-8 (byte 0xe9)" in told and "iconv" in told and told.count("\n") == 1
+
+
+def test_a_printed_command_runs_as_printed(tmp_path, capsys):
+    (tmp_path / "a b,c").mkdir()
+    (tmp_path / "a b,c" / "x").write_text("")
+    assert main(["train", "hydra.run.dir='a b,c'"]) == 2
+    typed = capsys.readouterr().err.partition("continue it with ")[2].strip().removesuffix(".")
+    words = shlex.split(typed)
+    assert len(words) == 1 and words[0].endswith("/a b,c"), typed

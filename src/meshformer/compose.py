@@ -10,6 +10,7 @@ import json
 import os
 import re
 import secrets
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -78,6 +79,8 @@ def compose_config(hydra: Hydra, config_name: str, overrides: Sequence[str], mul
     # Last, so that a hydra.mode among the overrides cannot say otherwise than the command.
     try:
         cfg = hydra.compose_config(config_name, [*overrides, f"hydra.mode={mode.name}"], mode)
+    except UnicodeDecodeError as error:
+        raise _not_utf8(hydra, error) from error
     except ValueError as error:  # Hydra's own exceptions are no ValueErrors, this one has no class: `group=null`
         if "Config group override must be" not in str(error):
             raise
@@ -87,6 +90,20 @@ def compose_config(hydra: Hydra, config_name: str, overrides: Sequence[str], mul
         raise ConfigError("a group cannot be null", fix=f"Leave it out with {' '.join(f'~{name}' for name in nulls)}.") from error
     HydraConfig.instance().set_config(cfg)
     return cfg
+
+
+def _not_utf8(hydra: Hydra, error: UnicodeDecodeError) -> ConfigError:
+    """Hydra does not say which file it was reading."""
+    folders = [Path(item.path.removeprefix("file://")) for item in hydra.config_loader.get_search_path().get_path() if item.path.startswith("file://")]
+    for file in (file for folder in folders for file in sorted(folder.rglob("*.yaml"))):
+        contents = file.read_bytes()
+        try:
+            contents.decode("utf-8")
+        except UnicodeDecodeError as found:
+            line = contents.count(b"\n", 0, found.start) + 1
+            fix = f"Convert it: iconv -f latin1 -t utf-8 {shlex.quote(str(file))}"
+            return ConfigError(f"{file}, line {line}, is not UTF-8 (byte 0x{contents[found.start]:02x})", fix=fix)
+    return ConfigError(f"a configuration file is not UTF-8 ({error.reason})")
 
 
 def _not_an_option(overrides: Sequence[str], error: Exception) -> ConfigError:

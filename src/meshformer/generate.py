@@ -17,6 +17,9 @@ def generate(config: dict[str, Any], options: dict[str, Any]) -> list[str]:
     """Prints and returns `options["count"]` continuations of `options["prompt"]`; the run folder is all it needs."""
     torch.set_num_threads(config["trainer"]["threads"])
     model, tokenizer = load_run(config, Path(options["run"]))
+    if not hasattr(model, "context_length"):  # a model of the user's own
+        message = "text is written by models of meshformer.model, which keep what they have read"
+        raise ConfigError(message, "run", options["run"], fix="Load it in a notebook: meshformer.runs.load_model.")
     ids = list(map(int, tokenizer.encode(options["prompt"])))
     if not ids:
         raise ConfigError("the prompt is empty", key="prompt", fix="give at least one character, for example prompt='ROMEO:'")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import shlex
 import sys
 from typing import Any
 
@@ -41,6 +42,11 @@ def csv_cell(value: Any) -> Any:
     if NUMBER.fullmatch(value):
         return value
     return visible(f"'{value}" if value.startswith(FORMULA) else value)
+
+
+def argument(key: str, value: object) -> str:
+    """`key=value` as it is typed at a shell, whatever the value holds."""
+    return shlex.quote(f"{key}={value}")
 
 
 def _written_out(match: re.Match[str]) -> str:

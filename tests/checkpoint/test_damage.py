@@ -125,7 +125,8 @@ def keep_saving(run: Path, pipe: int, first: int) -> None:
 def test_kills_at_random_moments_never_cost_a_complete_checkpoint(tmp_path: Path, ranks: int) -> None:
     draw = random.Random(ranks)
     run, first, inside = tmp_path / "run", 1, 0
-    for number in range(12):
+    number = -1
+    while (number := number + 1) < 12 or ((first < 2 or inside < 3) and number < 60):  # on a busy machine fewer kills meet a save
         reader, writer = os.pipe()
         scratch = tmp_path / f"logs-{number}"
         scratch.mkdir()

@@ -106,3 +106,11 @@ def test_record_room_loads_no_torch():
         [sys.executable, "-c", f"import sys; sys.path.insert(0, {source!r}); {code}"], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("content", ["", '{"sta', "[]"])
+def test_a_damaged_record_does_not_keep_a_run_from_going_on(content, tmp_path):
+    (tmp_path / "run.json").write_text(content)
+    record = RunRecord(tmp_path)
+    record.start()
+    assert read_run(tmp_path)["state"] == "running" and read_run(tmp_path)["segments"][0]["state"] == "unknown"

@@ -13,6 +13,7 @@ import yaml
 
 from meshformer.config import ConfigError
 from meshformer.config.resolve import Outside
+from meshformer.printing import argument
 from meshformer.record import atomic_write_text, new_run_folder
 
 STAMP = "%Y-%m-%d_%H-%M-%S"
@@ -22,7 +23,7 @@ def claim_folder(folder: Path) -> None:
     """Make `folder` if need be and claim it by an empty config.yaml. Raises ConfigError when anything is in it: runs do not mix."""
     if folder.is_dir() and any(folder.iterdir()):
         raise ConfigError(
-            f"the folder {folder} is already used", "hydra.run.dir", fix=f"Choose another, or continue it with resume={folder}."
+            f"the folder {folder} is already used", "hydra.run.dir", fix=f"Choose another, or continue it with {argument('resume', folder)}."
         )
     if folder.exists() and not folder.is_dir():
         raise ConfigError("is a file", "hydra.run.dir", str(folder))

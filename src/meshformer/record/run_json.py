@@ -39,7 +39,10 @@ class RunRecord:
 
     def __init__(self, folder: Path | str) -> None:
         self.path = Path(folder) / "run.json"
-        self.fields: dict[str, Any] = read_run(folder) if self.path.is_file() else {}
+        try:
+            self.fields: dict[str, Any] = read_run(folder) if self.path.is_file() else {}
+        except ValueError:  # cut off by a full disk, say: what the run's checkpoints hold does not depend on it
+            self.fields = {"state": "unknown"}
 
     def start(
         self,

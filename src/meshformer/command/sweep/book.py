@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from meshformer.config import ConfigError
+from meshformer.printing import argument
 from meshformer.record import atomic_write_text
 
 # queued, running; done, pruned (a search gave it up) and failed are final; interrupted was told to stop and goes on when resumed.
@@ -83,7 +84,7 @@ class Book:
 
     def claim(self) -> None:
         """Make the sweep's folder. ConfigError when anything is in it: sweeps do not mix."""
-        fix = f"Choose another, or continue it with sweep.resume={self.folder}."
+        fix = f"Choose another, or continue it with {argument('sweep.resume', self.folder)}."
         used = ConfigError(f"the folder {self.folder} is already used", "hydra.sweep.dir", fix=fix)
         if self.folder.is_dir() and any(self.folder.iterdir()):
             raise used

@@ -23,7 +23,7 @@ from meshformer.config import ConfigError, validate
 from meshformer.config.resolve import cores, outside, visible_gpus
 from meshformer.config.schema import SweepOptions
 from meshformer.explain import EXPLAINED
-from meshformer.printing import say
+from meshformer.printing import argument, say
 from meshformer.record import RunRecord
 from meshformer.recorded import confirmed, option_name, own_settings, split_command
 
@@ -116,7 +116,7 @@ def _check_options(cfg: DictConfig, options: dict[str, Any], book: Book | None) 
 
 def _refuse_other_grid(book: Book, typed: Sequence[str], points: list[Point], search: Search | None) -> None:
     """`typed`: the overrides that this command stands for, its own or the recorded ones."""
-    leave_out = f"Leave the overrides out: meshformer train -m sweep.resume={book.folder} takes them from there."
+    leave_out = f"Leave the overrides out: meshformer train -m {argument('sweep.resume', book.folder)} takes them from there."
     if (book.folder / STUDY).exists() != (search is not None):
         there = "a search" if search is None else "a grid"
         raise ConfigError(f"that is {there}", "sweep.resume", str(book.folder), fix=leave_out)
@@ -390,9 +390,9 @@ class _Sweep:
             say(f"failed: {point.name}\n  {point.error}" + (f"\n  log: {log}" if log and log.is_file() else ""), error=True)
         say(f"sweep folder  {book.folder}  (results.csv, results.json)")
         if left:
-            say(f"  {len(left)} of {self.display.total} runs are left; continue with  meshformer train -m sweep.resume={book.folder}")
+            say(f"  {len(left)} of {self.display.total} runs are left; continue with  meshformer train -m {argument('sweep.resume', book.folder)}")
         if failed:
-            say(f"  try the failed again with  meshformer train -m sweep.resume={book.folder} sweep.retry_failed=true")
+            say(f"  try the failed again with  meshformer train -m {argument('sweep.resume', book.folder)} sweep.retry_failed=true")
         return {"finished": 0, "failed": 1, "preempted": 75, "interrupted": 130}[state]
 
 
