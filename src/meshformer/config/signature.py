@@ -56,6 +56,22 @@ def signature(target: str) -> Signature:
     return Signature(where, isinstance(node, ast.ClassDef), parameters, open_ended)
 
 
+def method(target: str, name: str) -> Signature | None:
+    """What the method `name` of the class `target` accepts, its own or the nearest inherited one that can be read; None where there is none."""
+    module, _, called = target.rpartition(".")
+    found = _find(module, called)
+    for _ in range(DEEPEST):
+        if found is None or not isinstance(found[1], ast.ClassDef):
+            return None
+        where, node = found
+        own = next((s for s in node.body if isinstance(s, ast.FunctionDef) and s.name == name), None)
+        if own is not None:
+            parameters, open_ended = _function_parameters(own, skip_first=True)
+            return Signature(where, False, parameters, open_ended)
+        found = next((base for base in (_find_dotted(where, ast.unparse(b)) for b in node.bases) if base is not None), None)
+    return None
+
+
 def module_file(module: str) -> Path | None:
     """The source file of a module. Only the top package is looked up by the import system, which executes nothing for a top-level name."""
     first, *rest = module.split(".")

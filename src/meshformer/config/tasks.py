@@ -9,10 +9,12 @@ from typing import Any
 
 from meshformer.config.degrees import Degrees
 from meshformer.config.errors import ConfigError
+from meshformer.config.signature import method
 from meshformer.config.suggest import did_you_mean
 
 Config = dict[str, Any]
 HOME = "meshformer.tasks."
+CALLED_WITH = ("tokens_BT", "positions_BT", "documents_BT")  # by name, of a module of the user's; documents where a sample holds several
 # Task -> the kinds of data it can learn from; data.kind.
 LEARNS_FROM = {
     "LanguageModelling": ("corpus", "texts"),
@@ -70,6 +72,7 @@ def check_task(config: Config) -> None:
         if task == "SentenceEmbedding" and column not in source:
             raise ConfigError("learns from pairs, and this data has none", "task", _option(task), fix="Use data=csv data.pair_column=….")
     _model(config, task)
+    _own_model(config, task)
     if data["packing"] and (kind != "texts" or task not in ("LanguageModelling", "MaskedLanguageModelling", "")):
         why = "running text has no gaps" if kind != "texts" else "the task has a result for each text"
         raise ConfigError(f"puts several texts into a sample, and {why}", "data.packing", "true", fix="Leave it out.")
@@ -108,6 +111,23 @@ def _model(config: Config, task: str) -> None:
         raise ConfigError(
             "a hidden token is guessed from both sides, and a causal model sees one", "model.causal", "true", fix="Use model.causal=false."
         )
+
+
+def _own_model(config: Config, task: str) -> None:
+    """A module of the user's is called by the names of what the batch holds."""
+    target = str(config["model"]["_target_"])
+    if task not in ("LanguageModelling", "MaskedLanguageModelling") or target.startswith("meshformer."):
+        return
+    forward = method(target, "forward")
+    if forward is None or forward.open_ended:
+        return
+    needed = [name for name in ("tokens_BT", "positions_BT") if name not in forward.parameters]
+    unknown = [name for name, parameter in forward.parameters.items() if parameter.required and name not in CALLED_WITH]
+    if needed or unknown:
+        has = ", ".join(forward.parameters) or "nothing"
+        fix = f"Begin it with: def forward(self, {', '.join(CALLED_WITH[:2])}=None)."
+        message = f"its forward takes {has}, and task={_option(task)} calls it with tokens_BT and positions_BT"
+        raise ConfigError(message, "model._target_", target, fix)
 
 
 def _groups(config: Config) -> None:
