@@ -1,19 +1,25 @@
-"""Corpora: each has ``text()``, the whole corpus as one string, and ``identity()``, what the prepared data's cache key hashes.
+"""Corpora: each has ``text()``, the whole corpus as one string, and ``identity()``, what the prepared data's cache key hashes. One that may
+be larger than memory has ``pieces()`` too, the same text as strings of some MB that join to it.
 
 No torch here. Every class can be built by hand: ``Shakespeare("~/.cache/meshformer").text()``.
 """
 
 from __future__ import annotations
 
+import codecs
 import glob
 import hashlib
 import json
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 from meshformer.config.errors import ConfigError
 from meshformer.data.carrier import KING_JAMES, SHAKESPEARE, Carrier, fetch
+from meshformer.data.digests import sha256_of
+
+READ, ROWS = 1 << 20, 1000  # bytes of a file, rows of a table at a time
 
 
 class Corpus(Protocol):
@@ -81,12 +87,17 @@ class TextFiles:
         return [path for file in self.files for path in _expand(file)]
 
     def text(self) -> str:
-        return "".join(map(_read, self.paths()))
+        return "".join(self.pieces())
 
-    def identity(self) -> dict[str, Any]:
+    def pieces(self) -> Iterator[str]:
+        for path in self.paths():
+            yield from _read(path)
+
+    def identity(self, cache: str | Path | None = None) -> dict[str, Any]:
+        """``cache``: where the hashes of large files are remembered, so that a start need not read them."""
         # By content: the same files under another name or date are the same data, and an edited file is not.
         try:
-            return {"corpus": "files", "sha256": [hashlib.sha256(path.read_bytes()).hexdigest() for path in self.paths()]}
+            return {"corpus": "files", "sha256": [sha256_of(path, cache) for path in self.paths()]}
         except OSError as error:
             raise ConfigError(f"cannot read {error.filename} ({error.strerror})", "data.files") from error
 
@@ -104,22 +115,30 @@ class HubText:
 
     def __init__(self, path: str, name: str | None = None, split: str = "train", column: str = "text", revision: str | None = None) -> None:
         self.path, self.name, self.split, self.column, self.revision = path, name, split, column, revision
-        self._text: str | None = None
+        self._rows: Any = None
 
     def text(self) -> str:
-        if self._text is None:
-            rows = self.rows()
-            if self.column not in rows.column_names:
-                raise ConfigError("no such column", "data.source.column", self.column, f"Use one of: {', '.join(rows.column_names)}")
-            values = list(rows[self.column])
+        return "".join(self.pieces())
+
+    def pieces(self) -> Iterator[str]:
+        if self._rows is None:
+            self._rows = self.rows()
+        rows = self._rows
+        if self.column not in rows.column_names:
+            raise ConfigError("no such column", "data.source.column", self.column, f"Use one of: {', '.join(rows.column_names)}")
+        rows = rows.select_columns([self.column])  # the others are not read
+        for first in range(0, len(rows), ROWS):
+            values = list(rows[first : first + ROWS][self.column])
             if any(not isinstance(value, str) for value in values):
                 raise ConfigError("this column does not hold text only", "data.source.column", self.column)
-            self._text = "\n".join(values)
-        return self._text
+            yield ("\n" if first else "") + "\n".join(values)
 
     def identity(self) -> dict[str, Any]:
         # The text itself: names, revisions and local files all may change under the same words.
-        return {"corpus": "hub", "sha256": hashlib.sha256(self.text().encode("utf-8", "surrogatepass")).hexdigest()}
+        digest = hashlib.sha256()
+        for piece in self.pieces():
+            digest.update(piece.encode("utf-8", "surrogatepass"))
+        return {"corpus": "hub", "sha256": digest.hexdigest()}
 
     def rows(self) -> Any:
         """The table, as a ``datasets.Dataset``."""
@@ -164,13 +183,30 @@ def _expand(file: str) -> list[Path]:
     return matches
 
 
-def _read(path: Path) -> str:
+def _read(path: Path) -> Iterator[str]:
+    """The file's text in pieces."""
+    decoder, at, head, held = codecs.getincrementaldecoder("utf-8")(), 0, b"", ""
     try:
-        text = path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        byte = f"0x{error.object[error.start]:02x} at offset {error.start}"
-        encoding = "utf-16" if error.object[:2] in (b"\xff\xfe", b"\xfe\xff") else "latin1"
-        raise ConfigError(f"not UTF-8: byte {byte}", "data.files", path, f"Convert it: iconv -f {encoding} -t utf-8 '{path}'") from error
+        with open(path, "rb", buffering=0) as file:
+            while True:
+                read = file.read(READ)
+                head = head or read[:2]
+                pending = len(decoder.getstate()[0])  # the bytes of a character that the piece before ended in
+                try:
+                    piece = held + decoder.decode(read, final=not read)
+                except UnicodeDecodeError as error:
+                    byte = f"0x{error.object[error.start]:02x} at offset {at - pending + error.start}"
+                    encoding = "utf-16" if head in (b"\xff\xfe", b"\xfe\xff") else "latin1"
+                    fix = f"Convert it: iconv -f {encoding} -t utf-8 '{path}'"
+                    raise ConfigError(f"not UTF-8: byte {byte}", "data.files", path, fix) from error
+                if at == 0:
+                    piece = piece.removeprefix("\ufeff")
+                at += len(read)
+                held = "\r" if read and piece.endswith("\r") else ""  # its line feed may come with the next piece
+                piece = piece.removesuffix(held).replace("\r\n", "\n")
+                if piece:
+                    yield piece
+                if not read:
+                    return
     except OSError as error:
         raise ConfigError(f"cannot read it ({error.strerror})", "data.files", path) from error
-    return text.removeprefix("\ufeff").replace("\r\n", "\n")

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import logging
-import os
-import shutil
-import tempfile
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
 
 from meshformer.config.errors import ConfigError
-from meshformer.data.corpus import Corpus
-from meshformer.data.tokenizer import Tokenizer, Tokens, Unknown, load_tokenizer, train_tokenizer
-
-log = logging.getLogger(__name__)
+from meshformer.data.checked import built_once
+from meshformer.data.corpus import Corpus, TextFiles
+from meshformer.data.streamed import Stream, write_tokens
+from meshformer.data.tokenizer import BpeTokenizer, CharTokenizer, Tokenizer, Tokens, Unknown, load_tokenizer
 
 SPLITS = ("train", "val", "test")
 _LAYOUT = 1  # of the folder; another number leaves folders of older versions unused
@@ -29,7 +23,8 @@ _LAYOUT = 1  # of the folder; another number leaves folders of older versions un
 
 @dataclass(frozen=True)
 class Prepared:
-    """A folder named by the hash of its settings: ``{train,val,test}.npy`` (token ids), ``tokenizer.json`` and ``prepared.json``."""
+    """A folder named by the hash of its settings: ``{train,val,test}.npy`` (token ids), ``tokenizer.json``, ``prepared.json``
+    and ``checksums.json``."""
 
     folder: Path
 
@@ -78,17 +73,32 @@ def prepare(
 
     Raises ConfigError for text that is missing, unreadable or too short, and for characters a fixed tokenizer does not know.
     """
-    settings: dict[str, Any] = {"layout": _LAYOUT, "source": source.identity()}
+    identity = source.identity(cache) if isinstance(source, TextFiles) else source.identity()
+    settings: dict[str, Any] = {"layout": _LAYOUT, "source": identity}
     settings |= tokenizer_settings(tokenizer, vocab_size, fixed_tokenizer, unknown, mask)
 
     def build(folder: Path) -> None:
-        text = source.text()
-        texts = _split(text)
-        chosen = fixed_tokenizer if fixed_tokenizer is not None else train_tokenizer(tokenizer, text, texts["train"], vocab_size, mask)
-        for split, part in texts.items():
-            np.save(folder / f"{split}.npy", chosen.encode(part, unknown))
+        stream = Stream(source)
+        bounds = _bounds(stream.length)
+        chosen = fixed_tokenizer
+        if chosen is None and tokenizer == "char":
+            chosen = CharTokenizer(stream.characters, mask)  # of all of the text, so that validation has no unknown ones
+        elif chosen is None and tokenizer == "bpe":
+            chosen = BpeTokenizer.train(stream.part(*bounds["train"]), vocab_size, mask)
+        elif chosen is None:
+            raise ConfigError("no such tokenizer", "data.tokenizer", tokenizer, "Use char or bpe")
+        text_bytes: dict[str, int] = {}
+
+        def counted(split: str) -> Iterator[str]:
+            text_bytes[split] = 0
+            for piece in stream.part(*bounds[split]):
+                text_bytes[split] += len(piece.encode("utf-8", "surrogatepass"))
+                yield piece
+
+        for split in SPLITS:
+            write_tokens(folder / f"{split}.npy", chosen.encode_pieces(counted(split), unknown), chosen.vocab_size)
         chosen.save(folder / "tokenizer.json")
-        about = {"text_bytes": {split: len(part.encode("utf-8", "surrogatepass")) for split, part in texts.items()}}
+        about = {"text_bytes": text_bytes}
         (folder / "prepared.json").write_text(json.dumps(about), encoding="utf-8")
 
     return Prepared(built_once(settings, cache, build))
@@ -101,42 +111,13 @@ def tokenizer_settings(kind: str, vocab_size: int, fixed: Tokenizer | None, unkn
     return {"tokenizer": kind, "vocab_size": vocab_size if kind == "bpe" else None} | ({"mask": True} if mask else {})
 
 
-def built_once(settings: dict[str, Any], cache: str | Path, build: Callable[[Path], None]) -> Path:
-    """The folder below ``cache`` that is named by the hash of ``settings``; if it is not there yet, ``build`` fills it, once, however many
-    processes ask at the same time."""
-    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-    folder = Path(cache).expanduser() / "prepared" / key
-    if folder.is_dir():  # without a lock, and in a read-only cache too: a folder appears by rename, complete
-        return folder
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):
-            if not folder.is_dir():
-                _build(folder, build)
-    except OSError as error:
-        raise ConfigError(f"cannot write the data cache ({error})", "paths.data", cache, "Name a folder you may write to") from error
-    return folder
-
-
-def _build(folder: Path, build: Callable[[Path], None]) -> None:
-    log.info("preparing tokens in %s", folder)
-    for leftover in folder.parent.glob(f".{folder.name}-*"):  # of a process killed while it held our lock
-        shutil.rmtree(leftover, ignore_errors=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
-    try:
-        build(temporary)
-        temporary.chmod(0o755)  # mkdtemp makes it private; a cache may be shared
-        os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # after the rename there is nothing left to remove
-
-
-def _split(text: str) -> dict[str, str]:
-    if not text:
+def _bounds(length: int) -> dict[str, tuple[int, int]]:
+    """Split -> its first character and the one after its last."""
+    if not length:
         raise ConfigError("the text is empty", "data.source", fix="Give a file or a dataset with text in it")
-    first, second = len(text) * 90 // 100, len(text) * 95 // 100
-    parts = (text[:first], text[first:second], text[second:])
-    if min(map(len, parts)) < 2:  # a model predicts a token from the one before: two are the least that can be scored
-        message = f"{len(text)} characters are too few: 5 % of them are kept for validation and 5 % for testing"
+    first, second = length * 90 // 100, length * 95 // 100
+    parts = ((0, first), (first, second), (second, length))
+    if min(end - begin for begin, end in parts) < 2:  # a model predicts a token from the one before: two are the least that can be scored
+        message = f"{length} characters are too few: 5 % of them are kept for validation and 5 % for testing"
         raise ConfigError(message, "data.source", fix="Use 40 or more")
     return dict(zip(SPLITS, parts, strict=True))

@@ -20,10 +20,11 @@ import torch
 
 from meshformer.config.errors import ConfigError
 from meshformer.data.base import SampledData
+from meshformer.data.checked import built_once
 from meshformer.data.datamodule import masking_of
 from meshformer.data.labelled import Examples, LabelledSource, class_names
 from meshformer.data.masking import Masking
-from meshformer.data.prepared import built_once, tokenizer_settings
+from meshformer.data.prepared import tokenizer_settings
 from meshformer.data.tokenizer import CharTokenizer, PretrainedTokenizer, Tokenizer, Unknown, load_tokenizer, train_tokenizer
 from meshformer.data.windows import IGNORED, Batch, Order, Starts
 

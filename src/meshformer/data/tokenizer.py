@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +29,8 @@ log = logging.getLogger(__name__)
 Tokens = npt.NDArray[np.unsignedinteger[Any]]
 Unknown = Literal["error", "replace"]
 MASK, MASK_SHOWN = "[MASK]", "\ufffd"
+CUT, LONGEST, BATCH = 1 << 16, 1 << 22, 32  # characters of a piece for `tokenizers`, of one that offers no place to cut; pieces at a time
+A, B = TypeVar("A"), TypeVar("B")
 
 
 class Tokenizer(Protocol):
@@ -42,6 +46,10 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str, unknown: Unknown = "error") -> Tokens:
         """Token ids, shape (n,), uint16 where the vocabulary fits into it and uint32 otherwise."""
+        ...
+
+    def encode_pieces(self, pieces: Iterable[str], unknown: Unknown = "error") -> Iterator[Tokens]:
+        """The ids of the text that the pieces join to, wherever they were cut, a part at a time; on all cores."""
         ...
 
     def decode(self, ids: Sequence[int] | npt.NDArray[Any]) -> str: ...
@@ -60,10 +68,12 @@ class CharTokenizer:
         if not characters or len(set(characters)) != len(characters):
             raise ValueError("a vocabulary is a non-empty string of distinct characters")
         self.characters, self.mask_id = characters, len(characters) if mask else None
-        self._points = _code_points(characters)
-        self._ids = np.full(int(self._points.max()) + 2, -1, dtype=np.int64)  # the last entry stands for everything beyond the table
-        self._ids[self._points] = np.arange(len(characters))
-        self._shown = np.append(self._points, _code_points(MASK_SHOWN)) if mask else self._points
+        self._points = code_points(characters)
+        # As narrow as the ids with one more for what is unknown; the last entry stands for everything beyond the table.
+        self._absent, self._stand_in = len(characters) + 1, max(characters.find("?"), 0)
+        self._table = np.full(int(self._points.max()) + 2, self._absent, dtype=token_type(self._absent + 1))
+        self._table[self._points] = np.arange(len(characters))
+        self._shown = np.append(self._points, code_points(MASK_SHOWN)) if mask else self._points
 
     @classmethod
     def train(cls, text: str, mask: bool = False) -> CharTokenizer:
@@ -76,15 +86,16 @@ class CharTokenizer:
 
     def encode(self, text: str, unknown: Unknown = "error") -> Tokens:
         """Raises ConfigError naming the most frequent characters outside the vocabulary, unless ``unknown="replace"``."""
-        ids = self._ids[np.minimum(_code_points(text), len(self._ids) - 1)]
-        if len(ids) and ids.min() < 0:
-            outside = self._outside(text)
-            if unknown == "error":
-                raise ConfigError(outside, fix="Remove them, or pretrain with data.tokenizer=bpe, which knows every character")
-            stand_in = max(self.characters.find("?"), 0)
-            log.warning("%s; each becomes %r", outside, self.characters[stand_in])
-            ids = np.where(ids < 0, stand_in, ids)
-        return ids.astype(_dtype(self.vocab_size))
+        ids, outside = self._encoded(text)
+        self._tell(outside, unknown)
+        return ids
+
+    def encode_pieces(self, pieces: Iterable[str], unknown: Unknown = "error") -> Iterator[Tokens]:
+        outside: Counter[str] = Counter()
+        for ids, own in in_order(self._encoded, pieces):
+            outside.update(own)
+            yield ids
+        self._tell(outside, unknown)  # at the end, so that all of them are counted
 
     def decode(self, ids: Sequence[int] | npt.NDArray[Any]) -> str:
         return self._shown[np.asarray(ids, dtype=np.int64)].tobytes().decode("utf-32-le", "surrogatepass")
@@ -96,11 +107,25 @@ class CharTokenizer:
     def save(self, path: str | Path) -> None:
         Path(path).write_text(self.to_json(), encoding="utf-8")
 
-    def _outside(self, text: str) -> str:
-        outside = Counter(character for character in text if character not in self.characters).most_common()
-        named = ", ".join(f"{character!r} ({count} times)" for character, count in outside[:5])
+    def _encoded(self, text: str) -> tuple[Tokens, Counter[str]]:
+        """The ids, what is unknown replaced, and how often each unknown character occurs."""
+        ids = self._table[np.minimum(code_points(text), len(self._table) - 1)]
+        outside: Counter[str] = Counter()
+        if len(ids) and ids.max() == self._absent:
+            strange = ids == self._absent
+            outside.update(code_points(text)[strange].tobytes().decode("utf-32-le", "surrogatepass"))
+            ids[strange] = self._stand_in
+        return ids.astype(token_type(self.vocab_size), copy=False), outside
+
+    def _tell(self, outside: Counter[str], unknown: Unknown) -> None:
+        if not outside:
+            return
+        named = ", ".join(f"{character!r} ({count} times)" for character, count in outside.most_common(5))
         more = f" and {len(outside) - 5} more" if len(outside) > 5 else ""
-        return f"the text has characters outside the tokenizer's {len(self.characters)}: {named}{more}"
+        message = f"the text has characters outside the tokenizer's {len(self.characters)}: {named}{more}"
+        if unknown == "error":
+            raise ConfigError(message, fix="Remove them, or pretrain with data.tokenizer=bpe, which knows every character")
+        log.warning("%s; each becomes %r", message, self.characters[self._stand_in])
 
 
 class BpeTokenizer:
@@ -112,8 +137,8 @@ class BpeTokenizer:
         self._model = Model.from_str(model)
 
     @classmethod
-    def train(cls, text: str, vocab_size: int, mask: bool = False) -> BpeTokenizer:
-        """Learn the merges from ``text``; a short text may fill fewer than ``vocab_size`` entries. ``mask`` adds a mask token after them."""
+    def train(cls, text: str | Iterable[str], vocab_size: int, mask: bool = False) -> BpeTokenizer:
+        """Learn the merges from ``text`` or the pieces it was cut into, wherever that was; a short text may fill fewer than ``vocab_size`` entries. ``mask`` adds a mask token after them."""
         from tokenizers import Tokenizer as Model
         from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -124,7 +149,7 @@ class BpeTokenizer:
         model.decoder = decoders.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()  # all 256, so that no text is ever outside the vocabulary
         trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False, special_tokens=[])
-        model.train_from_iterator(_pieces(text), trainer)
+        model.train_from_iterator(_pieces((text,) if isinstance(text, str) else text), trainer)
         if mask:
             model.add_special_tokens([MASK])
         return cls(model.to_str())
@@ -139,10 +164,17 @@ class BpeTokenizer:
 
     def encode(self, text: str, unknown: Unknown = "error") -> Tokens:
         """``unknown`` is there for the common face: nothing is unknown to a byte-level vocabulary."""
-        text = text.encode("utf-8", "replace").decode("utf-8")  # lone surrogates (a prompt in a broken locale) have no bytes
-        encoded = self._model.encode_batch_fast(list(_pieces(text)))
-        dtype = _dtype(self.vocab_size)
-        return np.concatenate([np.zeros(0, dtype), *(np.asarray(piece.ids, dtype) for piece in encoded)])
+        return np.concatenate([np.zeros(0, token_type(self.vocab_size)), *self.encode_pieces((text,))])
+
+    def encode_pieces(self, pieces: Iterable[str], unknown: Unknown = "error") -> Iterator[Tokens]:
+        dtype = token_type(self.vocab_size)
+
+        def encoded(batch: list[str]) -> Tokens:
+            return np.concatenate([np.asarray(piece.ids, dtype) for piece in self._model.encode_batch_fast(batch)])
+
+        # A lone surrogate (a prompt in a broken locale) has no bytes.
+        whole = (piece.encode("utf-8", "replace").decode("utf-8") for piece in pieces)
+        yield from in_order(encoded, _batches(_pieces(whole), BATCH), 2)  # `tokenizers` has threads of its own
 
     def decode(self, ids: Sequence[int] | npt.NDArray[Any]) -> str:
         """Bytes that are no valid UTF-8 (a character cut in the middle) become U+FFFD."""
@@ -185,7 +217,10 @@ class PretrainedTokenizer:
     def encode(self, text: str, unknown: Unknown = "error") -> Tokens:
         """``unknown`` is there for the common face: what the vocabulary lacks becomes its own unknown token."""
         text = text.encode("utf-8", "replace").decode("utf-8")
-        return np.asarray(self.model.encode(text, add_special_tokens=False).ids, _dtype(self.vocab_size))
+        return np.asarray(self.model.encode(text, add_special_tokens=False).ids, token_type(self.vocab_size))
+
+    def encode_pieces(self, pieces: Iterable[str], unknown: Unknown = "error") -> Iterator[Tokens]:
+        yield self.encode("".join(pieces))  # in one: where such a tokenizer may be given pieces is not known
 
     def decode(self, ids: Sequence[int] | npt.NDArray[Any]) -> str:
         return self.model.decode(np.asarray(ids, dtype=np.int64).tolist(), skip_special_tokens=False)
@@ -225,21 +260,54 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise ConfigError(f"{path} does not hold a tokenizer ({type(error).__name__}: {error})") from error
 
 
-def _code_points(text: str) -> npt.NDArray[np.uint32]:
+def code_points(text: str) -> npt.NDArray[np.uint32]:
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
 
 
-def _dtype(vocab_size: int) -> type[np.unsignedinteger[Any]]:
+def token_type(vocab_size: int) -> type[np.unsignedinteger[Any]]:
     return np.uint16 if vocab_size <= 1 << 16 else np.uint32
 
 
-def _pieces(text: str, size: int = 1 << 16) -> Iterator[str]:
-    """Cut a long text before a space that follows a non-space: there the byte-level pre-tokenizer always cuts as well, so the tokens are
-    those of the whole text, while `tokenizers` works on the pieces in parallel (and in bounded memory)."""
+def _pieces(texts: Iterable[str], size: int = CUT, longest: int = LONGEST) -> Iterator[str]:
+    """The text that ``texts`` join to, cut before a space that follows a non-space: there the byte-level pre-tokenizer always cuts as well, so
+    the tokens are those of the whole text, while `tokenizers` works on the pieces in parallel and in bounded memory. Where the texts were cut
+    changes nothing. Only a text without such a place for ``longest`` characters is cut at a place of no meaning."""
     boundary = re.compile(r"(?<=\S)\s")
-    start = 0
-    while start < len(text):
-        match = boundary.search(text, start + size)
-        end = match.start() if match else len(text)
-        yield text[start:end]
-        start = end
+    rest, looked = "", 0
+    for text in texts:
+        rest, start = rest + text, 0
+        while True:
+            match = boundary.search(rest, max(start + size, looked))
+            if match is None and len(rest) - start < longest:
+                break
+            end = min(match.start(), start + longest) if match else start + longest
+            yield rest[start:end]
+            start = looked = end
+        rest = rest[start:]
+        looked = len(rest)
+    if rest:
+        yield rest
+
+
+def _batches(items: Iterable[A], size: int) -> Iterator[list[A]]:
+    batch: list[A] = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def in_order(work: Callable[[A], B], items: Iterable[A], threads: int | None = None) -> Iterator[B]:
+    """``work`` of each item, on all cores, a few items ahead of whoever asks."""
+    threads = threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    waiting: deque[Future[B]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for item in items:
+            waiting.append(pool.submit(work, item))
+            if len(waiting) > threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()

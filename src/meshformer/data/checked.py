@@ -1,0 +1,202 @@
+"""A cache of folders named by the hash of their settings: built once however many processes ask, and checked before each use. No torch.
+
+``checksums.json`` in a folder binds its files, CRC-32 by blocks of 4 MiB, to the settings (source and tokenizer among them) that it was built
+from; a folder that does not fit is built anew, with one line of warning.
+
+To find an accident in gigabytes without reading gigabytes at each start, a note beside the folder keeps what the system tells of files that
+were read whole (size, times, inode): while that is the same, a start reads files of up to 64 MiB whole and of larger ones the first, the
+last and the next 30 blocks in turn; any write to a file changes it, and all blocks are read again. Of the processes that start together, the
+first checks under the lock, and the others take its note for their own check.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+import time
+import zlib
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from meshformer.config.errors import ConfigError
+from meshformer.printing import say
+
+log = logging.getLogger(__name__)
+
+SUMS, BLOCK, WHOLE, IN_TURN = "checksums.json", 4 << 20, 64 << 20, 30
+_IMPORTED = time.time()
+Stamp = list[int]
+
+
+def built_once(settings: dict[str, Any], cache: str | Path, build: Callable[[Path], None]) -> Path:
+    """The folder below ``cache`` that is named by the hash of ``settings``; if it is not there, or not as it was built, ``build`` fills it,
+    once, however many processes ask at the same time."""
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    folder = Path(cache).expanduser() / "prepared" / key[:16]
+    if _checked_since(folder, _began()):  # by another rank of this job, or another job of this grid: no need to wait for the lock
+        return folder
+    lock = FileLock(f"{folder}.lock")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except (OSError, NotImplementedError) as error:
+        if folder.is_dir() and check(folder, key) is None:  # in a read-only cache; a folder appears by rename, complete
+            return folder
+        raise _unwritable(cache, error) from error
+    try:
+        if _checked_since(folder, _began()):
+            return folder
+        fault = check(folder, key) if folder.is_dir() else None
+        if fault is not None:
+            say(f"prepared data in {folder} is not used: {fault}. Preparing it anew.", error=True, one_line=True)
+        if fault is not None or not folder.is_dir():
+            _build(folder, key, build)
+    except OSError as error:
+        raise _unwritable(cache, error) from error
+    finally:
+        lock.release()
+    return folder
+
+
+def check(folder: Path, key: str) -> str | None:
+    """What is wrong with the folder, in a few words, or None; reads as much of it as this module's docstring says, and leaves a note."""
+    try:
+        content = json.loads((folder / SUMS).read_bytes())
+        told, files = content.pop("crc32"), content["files"]
+        if told != _own_sum(content):
+            return f"{SUMS} is damaged"
+        if content["key"] != key:
+            return "it was made from other data or with another tokenizer"
+        sizes = {name: int(entry["bytes"]) for name, entry in files.items()}
+        sums = {name: list(entry["crc32"]) for name, entry in files.items()}
+    except FileNotFoundError:
+        return f"it has no {SUMS}, as older versions left it"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return f"{SUMS} is damaged"
+    for name, size in sizes.items():
+        try:
+            found = os.stat(folder / name).st_size
+        except OSError:
+            return f"{name} is missing"
+        if found != size:
+            return f"{name} has {found:,} bytes instead of {size:,}"
+    note, stamps = _note(folder), _stamps(folder, sizes)
+    known, turn = note.get("files") == stamps, note.get("turn", 0)
+    for name, size in sizes.items():
+        blocks = range(len(sums[name]))
+        if known and size > WHOLE:
+            first = turn * IN_TURN
+            blocks = sorted({0, blocks[-1], *((first + i) % len(blocks) for i in range(IN_TURN))})
+        try:
+            if any(sums[name][i] != found for i, found in zip(blocks, _sums(folder / name, blocks), strict=True)):
+                return f"the checksum of {name} differs"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+    _write_note(folder, stamps, turn + 1 if known else 0)
+    return None
+
+
+def _build(folder: Path, key: str, build: Callable[[Path], None]) -> None:
+    log.info("preparing tokens in %s", folder)
+    for leftover in folder.parent.glob(f".{folder.name}-*"):  # of a process killed while it held our lock
+        shutil.rmtree(leftover, ignore_errors=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    try:
+        build(temporary)
+        names = sorted(path.name for path in temporary.iterdir())
+        content: dict[str, Any] = {"key": key, "files": {name: _entry(temporary / name) for name in names}}
+        (temporary / SUMS).write_text(json.dumps({**content, "crc32": _own_sum(content)}), encoding="utf-8")
+        temporary.chmod(0o755)  # mkdtemp makes it private; a cache may be shared
+        with suppress(FileNotFoundError):  # a folder that does not fit; processes that have opened its files keep them
+            os.rename(folder, folder.with_name(f".{folder.name}-unfit-{temporary.name[-8:]}"))
+        os.replace(temporary, folder)
+        _write_note(folder, _stamps(folder, names), 0)
+    finally:
+        for left in folder.parent.glob(f".{folder.name}-*"):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _unwritable(cache: str | Path, error: Exception) -> ConfigError:
+    return ConfigError(f"cannot write the data cache ({error})", "paths.data", cache, "Name a folder you may write to")
+
+
+# --- sums
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    size = os.stat(path).st_size
+    return {"bytes": size, "crc32": list(_sums(path, range(-(-size // BLOCK))))}
+
+
+def _sums(path: Path, blocks: Iterable[int]) -> Iterable[int]:
+    """CRC-32 of the file's blocks of these numbers; zlib and the system's reading let other threads run meanwhile."""
+    with open(path, "rb", buffering=0) as file, ThreadPoolExecutor(_threads()) as pool:
+        yield from pool.map(lambda number: zlib.crc32(os.pread(file.fileno(), BLOCK, number * BLOCK)), blocks)
+
+
+def _threads() -> int:
+    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def _own_sum(content: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
+
+
+# --- the note beside a folder: which files were read whole and found right, and when a check ended
+
+
+def stamp(path: Path) -> Stamp:
+    """What changes with every write to a file, though its size and its date may be made to stay."""
+    found = os.stat(path)
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
+
+
+def _stamps(folder: Path, names: Iterable[str]) -> dict[str, Stamp]:
+    return {name: stamp(folder / name) for name in names}
+
+
+def _note(folder: Path) -> dict[str, Any]:
+    try:
+        note = json.loads(Path(f"{folder}.checked").read_bytes())
+        return note if isinstance(note["files"], dict) and isinstance(note["turn"], int) and isinstance(note["time"], float) else {}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return {}
+
+
+def _write_note(folder: Path, stamps: dict[str, Stamp], turn: int) -> None:
+    write_json(Path(f"{folder}.checked"), {"files": stamps, "turn": turn, "time": time.time(), "sums": stamp(folder / SUMS)})
+
+
+def _checked_since(folder: Path, moment: float) -> bool:
+    note = _note(folder)
+    try:
+        same = bool(note) and note["time"] >= moment and note.get("sums") == stamp(folder / SUMS)
+        return same and _stamps(folder, note["files"]) == note["files"]
+    except OSError:
+        return False
+
+
+def _began() -> float:
+    """When this process started, as Linux tells; elsewhere, when this file was first read."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
+    except (OSError, ValueError, IndexError, AttributeError):
+        return _IMPORTED
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """At once or not at all; nothing in a cache that may not be written to."""
+    temporary = path.with_name(f".{path.name}-{os.getpid()}")
+    with suppress(OSError):
+        temporary.write_text(json.dumps(content), encoding="utf-8")
+        os.replace(temporary, path)
