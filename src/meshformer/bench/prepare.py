@@ -8,19 +8,19 @@ import random
 import subprocess
 import sys
 import tempfile
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 SMALL, VOCABULARY, WORDS = 5, 4096, 50_000  # MB of the text that starts are compared with; entries of the BPE; distinct words of the text
 _PREPARE = """
 import json, sys, time
-from pathlib import Path
 from meshformer.data import TextFiles, prepare
 begun = time.perf_counter()
 prepared = prepare(TextFiles(sys.argv[1]), tokenizer=sys.argv[2], vocab_size=int(sys.argv[3]), cache=sys.argv[4])
 seconds = time.perf_counter() - begun
-peak = next(line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-print(json.dumps({"seconds": seconds, "tokens": len(prepared.tokens("train")), "peak": int(peak) / 1024}))
+print(json.dumps({"seconds": seconds, "tokens": len(prepared.tokens("train"))}))
 """
 _START = """
 import json, sys, time
@@ -49,8 +49,8 @@ def make_text(path: Path, megabytes: int) -> None:
 
 
 def report_prepare(options: argparse.Namespace) -> None:
-    """For each tokenizer MB/s and the peak memory of a fresh process (its threads are all there is: it has no children), and the seconds from
-    loaded libraries to the first batch, of a later start with the large text and with 5 MB, both prepared."""
+    """For each tokenizer MB/s and the peak memory of a fresh process and those it starts, and the seconds from loaded libraries
+    to the first batch, of a later start with the large text and with 5 MB, both prepared."""
     size = options.megabytes
     with tempfile.TemporaryDirectory(dir=".") as scratch:
         small, large = Path(scratch) / "small.txt", Path(scratch) / "large.txt"
@@ -70,5 +70,22 @@ def report_prepare(options: argparse.Namespace) -> None:
 
 
 def _measure(program: str, text: Path, settings: list[str]) -> dict[str, Any]:
-    done = subprocess.run([sys.executable, "-c", program, str(text), *settings], check=True, stdout=subprocess.PIPE, text=True)
-    return json.loads(done.stdout)
+    """What the program prints, and ``peak``: MiB that it and the processes it started had at most, added up."""
+    command = [sys.executable, "-c", program, str(text), *settings]
+    peaks: dict[int, int] = {}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        while process.poll() is None:
+            _look(process.pid, peaks)
+            time.sleep(0.02)
+        found = json.load(process.stdout)  # pyright: ignore[reportArgumentType]
+    return {**found, "peak": sum(peaks.values()) / 1024}
+
+
+def _look(process: int, peaks: dict[int, int]) -> None:
+    with suppress(OSError):  # it has ended
+        status = Path(f"/proc/{process}/status").read_text()
+        if "VmHWM:" in status:
+            peaks[process] = int(status.partition("VmHWM:")[2].split()[0])
+        for task in Path(f"/proc/{process}/task").iterdir():
+            for child in (task / "children").read_text().split():
+                _look(int(child), peaks)

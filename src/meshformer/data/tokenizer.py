@@ -17,6 +17,7 @@ from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -30,7 +31,13 @@ log = logging.getLogger(__name__)
 Tokens = npt.NDArray[np.unsignedinteger[Any]]
 Unknown = Literal["error", "replace"]
 MASK, MASK_SHOWN = "[MASK]", "\ufffd"
-CUT, LONGEST, BATCH = 1 << 16, 1 << 22, 32  # characters of a piece for `tokenizers`, of one that offers no place to cut; pieces at a time
+CUT, LONGEST, BATCH, ALONE = (
+    1 << 16,
+    1 << 22,
+    32,
+    4,
+)  # characters of a piece for `tokenizers`, of one that offers no place to cut; pieces at a
+# time; batches that are encoded before it is worth while to start other processes
 REMEMBERED = 100_000  # words
 # A space and what follows it up to the next: before a space that follows a non-space, the byte-level pre-tokenizer always cuts. Its spaces are
 # Unicode's, to which Python's \s adds four control characters.
@@ -178,8 +185,16 @@ class BpeTokenizer:
         # A lone surrogate (a prompt in a broken locale) has no bytes.
         whole = (piece.encode("utf-8", "replace").decode("utf-8") for piece in pieces)
         memory: dict[str, bytes] = {}
-        for batch in _batches(_pieces(whole), BATCH):
+        batches = iter(_batches(_pieces(whole), BATCH))
+        for batch in islice(batches, ALONE):
             yield self.encode_batch(batch, memory)
+        if (batch := next(batches, None)) is None:
+            return
+        from meshformer.data.workers import MOST, Workers
+
+        count = min(cores(), MOST)
+        with Workers(self, memory, count) as workers:
+            yield from in_order(workers.encode, chain((batch,), batches), count)
 
     def encode_batch(self, pieces: list[str], memory: dict[str, bytes]) -> Tokens:
         """The ids of ``_pieces`` one after the other. A text says most of its words again: ``memory`` has their ids, which is ten times as
@@ -317,9 +332,13 @@ def _batches(items: Iterable[A], size: int) -> Iterator[list[A]]:
         yield batch
 
 
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def in_order(work: Callable[[A], B], items: Iterable[A], threads: int | None = None) -> Iterator[B]:
     """``work`` of each item, on all cores, a few items ahead of whoever asks."""
-    threads = threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    threads = threads or cores()
     waiting: deque[Future[B]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         for item in items:
