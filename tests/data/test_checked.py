@@ -90,6 +90,18 @@ def test_what_does_not_fit_is_prepared_anew_with_one_line(make, capfd, tmp_path,
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_an_id_beyond_the_vocabulary_that_no_start_has_seen_is_told(make, tmp_path, split):
+    data = TextData(TextFiles(str(tmp_path / "text.txt")), 4, 16, "char", 0, tmp_path, seed=1)
+    data.prepare_data()
+    ids = np.load(file := data.prepared.folder / f"{split}.npy")
+    ids[:] = 200
+    file.write_bytes(file.read_bytes()[: -ids.nbytes] + ids.tobytes())
+    loader = data.train_dataloader() if split == "train" else data.val_dataloader()
+    with pytest.raises(ConfigError, match=rf"the id 200, and there are {data.vocab_size} tokens.*Delete .*{data.prepared.folder.name}"):
+        next(iter(loader))
+
+
 def test_a_folder_of_other_settings_under_this_name_is_not_taken(make, capfd):
     chars, words = make().folder, make(tokenizer="bpe", vocab_size=260).folder
     shutil.rmtree(chars)

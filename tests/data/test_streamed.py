@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshformer.config.errors import ConfigError
-from meshformer.data import BpeTokenizer, CharTokenizer, TextFiles, corpus, prepare, streamed, tokenizer
+from meshformer.data import BpeTokenizer, CharTokenizer, TextFiles, corpus, prepare, streamed, tokenizer, workers
 from meshformer.data.streamed import Stream, write_tokens
 from meshformer.data.tokenizer import _pieces
 
@@ -163,3 +163,30 @@ def test_memory_does_not_grow_with_the_text(tmp_path, kind, limit):
         command = [sys.executable, "-c", script, str(path), str(tmp_path), kind]
         peaks.append(int(subprocess.run(command, check=True, capture_output=True, text=True).stdout) / 1024)
     assert peaks[1] - peaks[0] < limit, peaks
+
+
+def test_worker_processes_give_the_same_tokens_and_are_done_without_when_they_die(bpe, monkeypatch):
+    expected = bpe.encode(TEXT * 3).tolist()
+    monkeypatch.setattr(tokenizer, "BATCH", 4)
+    monkeypatch.setattr(tokenizer, "ALONE", 2)
+    monkeypatch.setattr(_pieces, "__defaults__", (50, 1 << 22))
+    monkeypatch.setattr(tokenizer, "cores", lambda: 3)
+    started, encode, open_process = [], workers.Workers.encode, subprocess.Popen
+
+    def start(*arguments, **settings):
+        started.append(open_process(*arguments, **settings))
+        return started[-1]
+
+    monkeypatch.setattr(workers.subprocess, "Popen", start)
+    assert bpe.encode(TEXT * 3).tolist() == expected and len(started) == 3
+    assert all(process.returncode is not None for process in started)
+
+    def kill(self, pieces):
+        for process in started[3:5]:
+            process.kill()
+        return encode(self, pieces)
+
+    monkeypatch.setattr(workers.Workers, "encode", kill)
+    assert bpe.encode(TEXT * 3).tolist() == expected and len(started) == 6
+    monkeypatch.setattr(workers.subprocess, "Popen", lambda *_, **__: (_ for _ in ()).throw(OSError(11, "no process")))
+    assert bpe.encode(TEXT * 3).tolist() == expected
