@@ -190,3 +190,24 @@ def test_worker_processes_give_the_same_tokens_and_are_done_without_when_they_di
     assert bpe.encode(TEXT * 3).tolist() == expected and len(started) == 6
     monkeypatch.setattr(workers.subprocess, "Popen", lambda *_, **__: (_ for _ in ()).throw(OSError(11, "no process")))
     assert bpe.encode(TEXT * 3).tolist() == expected
+
+
+def test_a_pretrained_tokenizer_is_given_pieces_only_where_its_tokens_stay(monkeypatch):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    text = TEXT.replace("\r", "") * 4
+    monkeypatch.setattr(tokenizer, "CUT", 500)
+    for splitter, few in ((pre_tokenizers.Whitespace(), False), (pre_tokenizers.Metaspace(prepend_scheme="always"), False), (None, True)):
+        model = Tokenizer(models.BPE(unk_token="?"))
+        if splitter is not None:
+            model.pre_tokenizer = splitter
+        model.decoder = decoders.BPEDecoder()
+        model.train_from_iterator([text], trainers.BpeTrainer(vocab_size=400, special_tokens=["?"], show_progress=False))
+        pretrained = tokenizer.PretrainedTokenizer(model.to_str())
+        monkeypatch.setattr(tokenizer, "UNCUT", 1 << 23)
+        pieces = [text[i : i + 700] for i in range(0, len(text), 700)]
+        expected = model.encode(text, add_special_tokens=False).ids
+        assert [ids.tolist() for ids in pretrained.encode_pieces(pieces)] == [expected]
+        monkeypatch.setattr(tokenizer, "UNCUT", 100)
+        assert np.concatenate(list(pretrained.encode_pieces(pieces))).tolist() == expected
+        assert (len(list(pretrained._cut(pieces))) < 10) == few

@@ -39,6 +39,7 @@ CUT, LONGEST, BATCH, ALONE = (
 )  # characters of a piece for `tokenizers`, of one that offers no place to cut; pieces at a
 # time; batches that are encoded before it is worth while to start other processes
 REMEMBERED = 100_000  # words
+UNCUT, SIDE = 1 << 23, 200  # characters that a pretrained model's tokenizer is given at once, and that it is shown of each side of a cut
 # A space and what follows it up to the next: before a space that follows a non-space, the byte-level pre-tokenizer always cuts. Its spaces are
 # Unicode's, to which Python's \s adds four control characters.
 _SPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
@@ -252,7 +253,38 @@ class PretrainedTokenizer:
         return np.asarray(self.model.encode(text, add_special_tokens=False).ids, token_type(self.vocab_size))
 
     def encode_pieces(self, pieces: Iterable[str], unknown: Unknown = "error") -> Iterator[Tokens]:
-        yield self.encode("".join(pieces))  # in one: where such a tokenizer may be given pieces is not known
+        """In one where the text is short, and else cut where a look at both sides says that the tokens stay: this may be any tokenizer."""
+        rest, parts = "", iter(pieces)
+        for part in parts:
+            rest += part
+            if len(rest) > UNCUT:
+                break
+        else:
+            yield self.encode(rest)
+            return
+        for batch in _batches(self._cut(chain((rest,), parts)), BATCH):
+            encoded = self.model.encode_batch_fast(batch, add_special_tokens=False)
+            yield np.concatenate([np.asarray(piece.ids, token_type(self.vocab_size)) for piece in encoded])
+
+    def _cut(self, texts: Iterable[str]) -> Iterator[str]:
+        rest, boundary = "", re.compile(r"(?<=\S)\s")
+        for text in texts:
+            rest, start = rest + text.encode("utf-8", "replace").decode("utf-8"), 0
+            while True:
+                places = islice(boundary.finditer(rest, start + CUT, max(len(rest) - SIDE, 0)), 20)
+                end = next(
+                    (m.start() for m in places if self._parts(rest[m.start() - SIDE : m.start()], rest[m.start() : m.start() + SIDE])), None
+                )
+                if end is None:
+                    break
+                yield rest[start:end]
+                start = end
+            rest = rest[start:]
+        yield rest
+
+    def _parts(self, left: str, right: str) -> bool:
+        both, first, second = (self.model.encode(text, add_special_tokens=False).ids for text in (left + right, left, right))
+        return both == first + second
 
     def decode(self, ids: Sequence[int] | npt.NDArray[Any]) -> str:
         return self.model.decode(np.asarray(ids, dtype=np.int64).tolist(), skip_special_tokens=False)

@@ -35,7 +35,9 @@ class Workers:
         for _ in range(count):
             process = None
             with suppress(OSError):  # no memory or no process left: then this one does their work
-                process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment)
+                process = subprocess.Popen(
+                    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
+                )
                 self._all.append(process)
                 _send(process.stdin, (json.dumps(json.loads(tokenizer.to_json())["model"]), memory))
             self._idle.put(process)
