@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from meshformer.bench import gpu, layouts, learning, runs, safety, speed, sweeps, transfer
+from meshformer.bench import gpu, layouts, learning, prepare, runs, safety, speed, sweeps, transfer
 
 MEASUREMENTS = {
     "speed": speed.report,
@@ -23,6 +23,7 @@ MEASUREMENTS = {
     "layouts": layouts.report_layouts,
     "pipeline": layouts.report_pipeline,
     "runs": runs.report_runs,
+    "prepare": prepare.report_prepare,
     "sweep_overhead": sweeps.report_sweep_overhead,
     "grid": sweeps.report_grid,
     "saving": safety.report_saving,
@@ -40,6 +41,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("what", nargs="*", default=["speed"], help=f"any of {', '.join(MEASUREMENTS)} (default: speed)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=20.0, help="how long each timed variant of `speed` and `trainer` runs")
+    parser.add_argument("--megabytes", type=int, default=200, help="of text for `prepare`")
     for_gpu = parser.add_argument_group("of `gpu`")
     for_gpu.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
     for_gpu.add_argument("--tiny", action="store_true", help="toy sizes, to see that every part runs")

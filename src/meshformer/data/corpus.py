@@ -185,22 +185,22 @@ def _expand(file: str) -> list[Path]:
 
 def _read(path: Path) -> Iterator[str]:
     """The file's text in pieces."""
-    decoder, at, head, held = codecs.getincrementaldecoder("utf-8")(), 0, b"", ""
+    decoder, at, held, begun = codecs.getincrementaldecoder("utf-8")(), 0, "", False
     try:
         with open(path, "rb", buffering=0) as file:
             while True:
                 read = file.read(READ)
-                head = head or read[:2]
                 pending = len(decoder.getstate()[0])  # the bytes of a character that the piece before ended in
                 try:
                     piece = held + decoder.decode(read, final=not read)
                 except UnicodeDecodeError as error:
                     byte = f"0x{error.object[error.start]:02x} at offset {at - pending + error.start}"
-                    encoding = "utf-16" if head in (b"\xff\xfe", b"\xfe\xff") else "latin1"
+                    file.seek(0)
+                    encoding = "utf-16" if file.read(2) in (b"\xff\xfe", b"\xfe\xff") else "latin1"
                     fix = f"Convert it: iconv -f {encoding} -t utf-8 '{path}'"
                     raise ConfigError(f"not UTF-8: byte {byte}", "data.files", path, fix) from error
-                if at == 0:
-                    piece = piece.removeprefix("\ufeff")
+                if not begun and piece:
+                    piece, begun = piece.removeprefix("\ufeff"), True
                 at += len(read)
                 held = "\r" if read and piece.endswith("\r") else ""  # its line feed may come with the next piece
                 piece = piece.removesuffix(held).replace("\r\n", "\n")

@@ -91,11 +91,11 @@ class TextData(SampledData):
         return Numbered(order) if self.masked else order
 
     def training_set(self) -> Any:
-        windows = WindowDataset(self.prepared.tokens("train"), self.context_length)
+        windows = WindowDataset(self.prepared.tokens("train"), self.context_length, self.vocab_size)
         return MaskedWindows(windows, masking_of(self.tokenizer, self.seed, self.context_length)) if self.masked else windows
 
     def eval_batches(self, split: str, batch_size: int, data_rank: int, data_world: int) -> Any:
-        batches = EvalBatches(self.prepared.tokens(split), self.context_length, batch_size, data_rank, data_world)
+        batches = EvalBatches(self.prepared.tokens(split), self.context_length, batch_size, data_rank, data_world, self.vocab_size)
         # One seed for all runs, so that they are judged by the same hidden tokens.
         return MaskedEvaluation(batches, masking_of(self.tokenizer, 0, self.context_length)) if self.masked else batches
 

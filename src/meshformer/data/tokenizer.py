@@ -13,9 +13,11 @@ import json
 import logging
 import os
 import re
+from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -29,8 +31,21 @@ log = logging.getLogger(__name__)
 Tokens = npt.NDArray[np.unsignedinteger[Any]]
 Unknown = Literal["error", "replace"]
 MASK, MASK_SHOWN = "[MASK]", "\ufffd"
-CUT, LONGEST, BATCH = 1 << 16, 1 << 22, 32  # characters of a piece for `tokenizers`, of one that offers no place to cut; pieces at a time
-A, B = TypeVar("A"), TypeVar("B")
+CUT, LONGEST, BATCH, ALONE = (
+    1 << 16,
+    1 << 22,
+    32,
+    4,
+)  # characters of a piece for `tokenizers`, of one that offers no place to cut; pieces at a
+# time; batches that are encoded before it is worth while to start other processes
+REMEMBERED = 100_000  # words
+UNCUT, SIDE = 1 << 23, 200  # characters that a pretrained model's tokenizer is given at once, and that it is shown of each side of a cut
+# A space and what follows it up to the next: before a space that follows a non-space, the byte-level pre-tokenizer always cuts. Its spaces are
+# Unicode's, to which Python's \s adds four control characters.
+_SPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+_WORD = re.compile(f"[{_SPACE}]*[^{_SPACE}]+|[{_SPACE}]+")
+A = TypeVar("A")
+B = TypeVar("B")
 
 
 class Tokenizer(Protocol):
@@ -138,7 +153,8 @@ class BpeTokenizer:
 
     @classmethod
     def train(cls, text: str | Iterable[str], vocab_size: int, mask: bool = False) -> BpeTokenizer:
-        """Learn the merges from ``text`` or the pieces it was cut into, wherever that was; a short text may fill fewer than ``vocab_size`` entries. ``mask`` adds a mask token after them."""
+        """Learn the merges from ``text`` or the pieces it was cut into, wherever that was; a short text may fill fewer than ``vocab_size`` entries.
+        ``mask`` adds a mask token after them."""
         from tokenizers import Tokenizer as Model
         from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -167,14 +183,31 @@ class BpeTokenizer:
         return np.concatenate([np.zeros(0, token_type(self.vocab_size)), *self.encode_pieces((text,))])
 
     def encode_pieces(self, pieces: Iterable[str], unknown: Unknown = "error") -> Iterator[Tokens]:
-        dtype = token_type(self.vocab_size)
-
-        def encoded(batch: list[str]) -> Tokens:
-            return np.concatenate([np.asarray(piece.ids, dtype) for piece in self._model.encode_batch_fast(batch)])
-
         # A lone surrogate (a prompt in a broken locale) has no bytes.
         whole = (piece.encode("utf-8", "replace").decode("utf-8") for piece in pieces)
-        yield from in_order(encoded, _batches(_pieces(whole), BATCH), 2)  # `tokenizers` has threads of its own
+        memory: dict[str, bytes] = {}
+        batches = iter(_batches(_pieces(whole), BATCH))
+        for batch in islice(batches, ALONE):
+            yield self.encode_batch(batch, memory)
+        if (batch := next(batches, None)) is None:
+            return
+        from meshformer.data.workers import MOST, Workers
+
+        count = min(cores(), MOST)
+        with Workers(self, memory, count) as workers:
+            yield from in_order(workers.encode, chain((batch,), batches), count)
+
+    def encode_batch(self, pieces: list[str], memory: dict[str, bytes]) -> Tokens:
+        """The ids of ``_pieces`` one after the other. A text says most of its words again: ``memory`` has their ids, which is ten times as
+        fast as to merge their bytes once more."""
+        dtype = np.dtype(token_type(self.vocab_size))
+        words = [word for piece in pieces for word in _WORD.findall(piece)]
+        if len(memory) > REMEMBERED:
+            memory.clear()
+        new = list(set(words).difference(memory))
+        for word, encoding in zip(new, self._model.encode_batch_fast(new), strict=True):
+            memory[word] = array(dtype.char, encoding.ids).tobytes()
+        return np.frombuffer(b"".join(map(memory.__getitem__, words)), dtype)
 
     def decode(self, ids: Sequence[int] | npt.NDArray[Any]) -> str:
         """Bytes that are no valid UTF-8 (a character cut in the middle) become U+FFFD."""
@@ -220,7 +253,38 @@ class PretrainedTokenizer:
         return np.asarray(self.model.encode(text, add_special_tokens=False).ids, token_type(self.vocab_size))
 
     def encode_pieces(self, pieces: Iterable[str], unknown: Unknown = "error") -> Iterator[Tokens]:
-        yield self.encode("".join(pieces))  # in one: where such a tokenizer may be given pieces is not known
+        """In one where the text is short, and else cut where a look at both sides says that the tokens stay: this may be any tokenizer."""
+        rest, parts = "", iter(pieces)
+        for part in parts:
+            rest += part
+            if len(rest) > UNCUT:
+                break
+        else:
+            yield self.encode(rest)
+            return
+        for batch in _batches(self._cut(chain((rest,), parts)), BATCH):
+            encoded = self.model.encode_batch_fast(batch, add_special_tokens=False)
+            yield np.concatenate([np.asarray(piece.ids, token_type(self.vocab_size)) for piece in encoded])
+
+    def _cut(self, texts: Iterable[str]) -> Iterator[str]:
+        rest, boundary = "", re.compile(r"(?<=\S)\s")
+        for text in texts:
+            rest, start = rest + text.encode("utf-8", "replace").decode("utf-8"), 0
+            while True:
+                places = islice(boundary.finditer(rest, start + CUT, max(len(rest) - SIDE, 0)), 20)
+                end = next(
+                    (m.start() for m in places if self._parts(rest[m.start() - SIDE : m.start()], rest[m.start() : m.start() + SIDE])), None
+                )
+                if end is None:
+                    break
+                yield rest[start:end]
+                start = end
+            rest = rest[start:]
+        yield rest
+
+    def _parts(self, left: str, right: str) -> bool:
+        both, first, second = (self.model.encode(text, add_special_tokens=False).ids for text in (left + right, left, right))
+        return both == first + second
 
     def decode(self, ids: Sequence[int] | npt.NDArray[Any]) -> str:
         return self.model.decode(np.asarray(ids, dtype=np.int64).tolist(), skip_special_tokens=False)
@@ -300,9 +364,13 @@ def _batches(items: Iterable[A], size: int) -> Iterator[list[A]]:
         yield batch
 
 
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def in_order(work: Callable[[A], B], items: Iterable[A], threads: int | None = None) -> Iterator[B]:
     """``work`` of each item, on all cores, a few items ahead of whoever asks."""
-    threads = threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    threads = threads or cores()
     waiting: deque[Future[B]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         for item in items:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -34,6 +35,13 @@ class _TokenFile:
         self._file = tokens
         self.array = np.asarray(tokens)
 
+    def check(self, ids: Tokens, vocab_size: int | None) -> None:
+        """ConfigError for an id beyond the vocabulary: of a large file a start reads some blocks only, and the embedding would fail at it."""
+        if vocab_size is not None and ids.max(initial=0) >= vocab_size:
+            place = Path(self._file.filename).parent if isinstance(self._file, np.memmap) and self._file.filename else "the prepared data"
+            message = f"the prepared tokens hold the id {ids.max()}, and there are {vocab_size} tokens: the file was damaged on its disk"
+            raise ConfigError(message, "data", fix=f"Delete {place}; the next start prepares it anew")
+
     def __len__(self) -> int:
         return len(self.array)
 
@@ -51,8 +59,8 @@ class _TokenFile:
 class WindowDataset(Dataset[Batch]):
     """Training samples by where they start: a window is ``context_length + 1`` tokens, its input the first T, its targets the last T."""
 
-    def __init__(self, tokens: Tokens, context_length: int) -> None:
-        self._tokens = _TokenFile(tokens)
+    def __init__(self, tokens: Tokens, context_length: int, vocab_size: int | None = None) -> None:
+        self._tokens, self._vocab_size = _TokenFile(tokens), vocab_size
         self._reach = np.arange(context_length + 1)
 
     def __len__(self) -> int:
@@ -66,6 +74,7 @@ class WindowDataset(Dataset[Batch]):
         """A whole batch at once, already collated; DataLoader calls this with what its ``batch_sampler`` yields."""
         positions = np.asarray(starts)[:, None] + self._reach
         windows = self._tokens.array[positions]
+        self._tokens.check(windows, self._vocab_size)
         # Copied by NumPy: at this size a torch operation costs three times as much (8 x 256: 20 us a batch instead of 40).
         inputs, targets = (part.astype(np.int64, order="C") for part in (windows[:, :-1], windows[:, 1:]))
         return {"tokens": torch.from_numpy(inputs), "targets": torch.from_numpy(targets)}
@@ -195,8 +204,10 @@ class EvalBatches(Dataset[Batch]):
         batch_size: windows in a batch, on each rank.
     """
 
-    def __init__(self, tokens: Tokens, context_length: int, batch_size: int, data_rank: int = 0, data_world: int = 1) -> None:
-        self._tokens = _TokenFile(tokens)
+    def __init__(
+        self, tokens: Tokens, context_length: int, batch_size: int, data_rank: int = 0, data_world: int = 1, vocab_size: int | None = None
+    ) -> None:
+        self._tokens, self._vocab_size = _TokenFile(tokens), vocab_size
         self.context_length = context_length
         self.batch_size = batch_size
         self.data_rank, self.data_world = data_rank, data_world
@@ -211,6 +222,7 @@ class EvalBatches(Dataset[Batch]):
         size = self.batch_size * self.context_length
         first = (index * self.data_world + self.data_rank) * size
         piece = self._tokens.array[first : first + size + 1]
+        self._tokens.check(piece, self._vocab_size)
         n_targets = max(0, len(piece) - 1)
         tokens = torch.zeros(size, dtype=torch.int64)
         targets = torch.full((size,), IGNORED)

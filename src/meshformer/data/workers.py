@@ -1,0 +1,80 @@
+"""Processes that encode byte-level BPE for another: Python's lock lets one thread at a time look words up, so threads would use one core. No torch.
+
+They are programs of their own, not forks: whoever prepares may be a rank with threads and locks. They end with the process that started them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from queue import SimpleQueue
+from typing import Any
+
+import numpy as np
+
+from meshformer.data.tokenizer import BpeTokenizer, Tokens
+
+MOST = 12  # each takes up to 90 MiB, and all of preparing is to stay below 1.5 GiB
+_PROGRAM = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from meshformer.data.workers import serve; serve()"
+
+
+class Workers:
+    """``count`` processes of ``tokenizer``, which know the words of ``memory`` already; ``encode`` may be called from as many threads."""
+
+    def __init__(self, tokenizer: BpeTokenizer, memory: dict[str, bytes], count: int) -> None:
+        self._tokenizer = tokenizer
+        self._all: list[subprocess.Popen[bytes]] = []
+        self._idle: SimpleQueue[subprocess.Popen[bytes] | None] = SimpleQueue()
+        environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
+        command = [sys.executable, "-c", _PROGRAM, json.dumps(sys.path)]
+        for _ in range(count):
+            process = None
+            with suppress(OSError):  # no memory or no process left: then this one does their work
+                process = subprocess.Popen(
+                    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
+                )
+                self._all.append(process)
+                _send(process.stdin, (json.dumps(json.loads(tokenizer.to_json())["model"]), memory))
+            self._idle.put(process)
+
+    def encode(self, pieces: list[str]) -> Tokens:
+        worker = self._idle.get()
+        try:
+            if worker is not None:
+                _send(worker.stdin, pieces)
+                return np.frombuffer(*pickle.load(worker.stdout))  # pyright: ignore[reportArgumentType]
+        except (OSError, EOFError, pickle.UnpicklingError):  # it was killed, by a system short of memory for one
+            worker = None
+        finally:
+            self._idle.put(worker)
+        return self._tokenizer.encode_batch(pieces, {})
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self._all:
+            process.kill()
+            process.communicate()
+
+
+def serve() -> None:
+    """A worker's whole life: batches of pieces in, ids out, until the other side is gone."""
+    for number in (signal.SIGINT, signal.SIGUSR1):  # meant for the one who prepares, who ends the workers
+        signal.signal(number, signal.SIG_IGN)
+    with suppress(EOFError, BrokenPipeError):
+        model, memory = pickle.load(sys.stdin.buffer)
+        tokenizer = BpeTokenizer(model)
+        while True:
+            ids = tokenizer.encode_batch(pickle.load(sys.stdin.buffer), memory)
+            _send(sys.stdout.buffer, (ids.tobytes(), ids.dtype.str))
+
+
+def _send(stream: Any, content: Any) -> None:
+    pickle.dump(content, stream, pickle.HIGHEST_PROTOCOL)
+    stream.flush()
