@@ -190,6 +190,7 @@ def build_callbacks(config: Config, folder: Path, steps_per_epoch: int) -> list[
             callback.folder = folder / "samples"
     saving = [c for kind in (EMA, Checkpoint) for c in configured if isinstance(c, kind)]
     rows = Rows(folder, config["trainer"]["log_every_n_steps"])
+    rows.tolerant = any(isinstance(c, Checkpoint) and c.on_failure == "warn" for c in configured)
     progress = [Layout(config["strategy"]), ProgressBar(rows)] if config["trainer"]["progress"] else []
     return [c for c in configured if c not in saving] + [ExactResume(steps_per_epoch), rows, *progress, *saving]
 

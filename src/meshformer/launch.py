@@ -24,7 +24,7 @@ from meshformer.command.slurm import requeue
 from meshformer.config.errors import ConfigError, Stopped
 from meshformer.config.resolve import outside
 from meshformer.printing import say
-from meshformer.record.run_folder import atomic_write_text
+from meshformer.record.run_folder import PENDING, atomic_write_text
 from meshformer.record.run_json import RunRecord
 
 if TYPE_CHECKING:
@@ -113,7 +113,8 @@ def _launch_agent(config: dict[str, Any], folder: Path, processes: int, start_me
                 else JobFailed("stopped at once by a signal")
             )
             record = RunRecord(folder)
-            if record.fields.get("state") in ("running", "failed"):  # rank 0 may be gone, or know only what another's end did to it
+            refused = isinstance(cause, ConfigError) or (config["resume"] and (folder / PENDING).exists())  # before the first step
+            if record.fields.get("state") in ("running", "failed") and not refused:  # rank 0 may be gone, or know only what another's end did to it
                 record.finish("failed", error=str(cause))
             raise cause from None
         finally:

@@ -6,10 +6,12 @@ import ctypes
 import os
 import sys
 import warnings
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 import yaml
@@ -20,18 +22,19 @@ from meshformer.callbacks.ema import averaged
 from meshformer.callbacks.preemption import Preemption, StopSignals
 from meshformer.callbacks.samples import continuation
 from meshformer.checkpoint.find import checkpoints, latest_checkpoint
-from meshformer.checkpoint.folder import read_rest
+from meshformer.checkpoint.folder import misfits, read_rest, refuse_misfits, tensor_sizes
 from meshformer.checkpoint.pretrained.source import tokenizer_of
-from meshformer.checkpoint.weights import load_weights
+from meshformer.checkpoint.weights import PREFIX, load_weights
 from meshformer.config.errors import ConfigError, Stopped
+from meshformer.config.foreign import read_config
 from meshformer.config.tasks import has_own_head
 from meshformer.data import SampledData, load_tokenizer
 from meshformer.model import Transformer, training_flops_per_token
 from meshformer.model.lora import ADAPTERS
 from meshformer.parallel.levers import apply_levers
 from meshformer.parallel.strategy import MeshStrategy
-from meshformer.printing import say
-from meshformer.record.run_folder import atomic_write_text
+from meshformer.printing import argument, say
+from meshformer.record.run_folder import PENDING, atomic_write_text
 from meshformer.record.run_json import RunRecord
 from meshformer.tasks import Evaluated
 
@@ -76,8 +79,9 @@ def _train(config: Config, folder: Path, signals: StopSignals) -> dict[str, floa
     data.prepare_data()
     max_steps = total_steps(config, data.steps_per_epoch)
     resume_from = latest_checkpoint(Path(continued), key="resume" if config["resume"] else "fork") if continued else None
+    at_end = False
     if resume_from:  # before anything in the run folder is touched
-        _check_continues(read_rest(resume_from), data, max_steps)
+        at_end = _check_continues(read_rest(resume_from), data, max_steps, unfinished=bool(config["resume"]) and not _is_finished(folder))
     settle_sizes(config, data)
     loggers = build_loggers(config, folder)
     callbacks = build_callbacks(config, folder, data.steps_per_epoch)
@@ -101,6 +105,9 @@ def _train(config: Config, folder: Path, signals: StopSignals) -> dict[str, floa
         if weights:
             load_weights(task.model, weights, new=new_parts, reinit=reinit)
         apply_levers(getattr(task.model, "blocks", ()), config["strategy"]["activation_checkpointing"], config["trainer"]["compile"])
+    if resume_from:
+        check_weights(task.model, resume_from)
+        trainer.strategy.checkpoint_io.fresh_optimizer = other_optimizer(config, trainer.is_global_zero)
     if isinstance(task.model, Transformer):
         length = data.mean_length or task.model.context_length
         task.tokens_per_step = data.batch_size * length
@@ -108,10 +115,16 @@ def _train(config: Config, folder: Path, signals: StopSignals) -> dict[str, floa
     parameters = sum(p.numel() for p in task.parameters())
 
     record = RunRecord(folder) if trainer.is_global_zero else None
-    if record:
+
+    def begin() -> None:
+        """Writes what the run folder says of this start. Of a resumed run only when its first step, or its closing validation, begins."""
+        if record is None:
+            return
         if not config["resume"] and data.tokenizer is not None:
             data.tokenizer.save(folder / "tokenizer.json")
         atomic_write_text(folder / "config.yaml", yaml.safe_dump({**config, "resume": None}, sort_keys=False, allow_unicode=True))
+        if (folder / PENDING).exists():
+            (folder / PENDING).replace(folder / "overrides.txt")
         layout = {**config["strategy"], "processes": trainer.world_size}
         device = {
             "accelerator": str(trainer.strategy.root_device),
@@ -119,17 +132,26 @@ def _train(config: Config, folder: Path, signals: StopSignals) -> dict[str, floa
             "threads": torch.get_num_threads(),
         }
         record.start(device=device, layout=layout, parameters=parameters)
-    try:
-        for logger in loggers if record else []:
+        for logger in loggers:
             logger.log_hyperparams(config)
+
+    beginning = Beginning(begin)
+    trainer.callbacks.insert(0, beginning)  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        if not config["resume"]:
+            beginning.now()
         trainer.fit(task, datamodule=data, ckpt_path=resume_from, weights_only=True)
+        if at_end:  # Lightning restored the state and found no step left
+            beginning.now()
+            rows.begin(trainer)
         if rows.validated_step != trainer.global_step:  # the last step was not a validation step
             trainer.validate(task, datamodule=data, verbose=False)
     except BaseException as error:
-        if record:
-            record.finish("preempted" if isinstance(error, Stopped) else "failed", error=error)
+        if record and beginning.done:
+            with tolerating(rows.tolerant, "run.json"):
+                record.finish("preempted" if isinstance(error, Stopped) else "failed", error=error)
         if isinstance(error, Stopped) and trainer.is_global_zero and checkpoints(folder):
-            say(f"continue with  meshformer train resume={folder}", error=True)
+            say(f"continue with  meshformer train {argument('resume', folder)}", error=True)
         raise
     final = {k: float(v) for k, v in trainer.callback_metrics.items()}
     final = {**rows.latest, **final}
@@ -138,16 +160,72 @@ def _train(config: Config, folder: Path, signals: StopSignals) -> dict[str, floa
         with averaged(trainer):
             text = continuation(task, data.tokenizer, "\n", TEXT_TOKENS, temperature=0.8, top_p=0.95, seed=1)  # takes every rank
     if record:
-        for name, content in task.results(data).items() if isinstance(task, Evaluated) else ():
-            atomic_write_text(folder / name, content)
-        record.finish("finished", None, **final)
+        with tolerating(rows.tolerant, "what the run ends with"):
+            for name, content in task.results(data).items() if isinstance(task, Evaluated) else ():
+                atomic_write_text(folder / name, content)
+            record.finish("finished", None, **final)
         say(summary(task, text, folder, final))
     return final
 
 
-def _check_continues(checkpoint: Config, data: SampledData, max_steps: int) -> None:
-    """ConfigError when the checkpoint belongs to other data, or to a run that has nothing left to do."""
+class Beginning(pl.Callback):
+    """Calls `begin` once: when the first step of a resumed run is about to be made, or by `now`."""
+
+    def __init__(self, begin: Callable[[], None]) -> None:
+        self._begin, self.done = begin, False
+
+    def now(self) -> None:
+        if not self.done:
+            self.done = True
+            self._begin()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self.now()
+
+
+@contextmanager
+def tolerating(tolerant: bool, what: str) -> Iterator[None]:
+    """With callbacks.checkpoint.on_failure=warn a disk that takes no more ends no run, in whatever file it shows."""
+    try:
+        yield
+    except OSError as error:
+        if not tolerant:
+            raise
+        say(f"warning: {what} could not be written ({error.strerror})", error=True)
+
+
+def _is_finished(folder: Path) -> bool:
+    return RunRecord(folder).fields.get("state") == "finished"
+
+
+def check_weights(model: Any, checkpoint: Path) -> None:
+    """ConfigError where the checkpoint's tensors are another model's. Reads names and shapes; nothing of the run has been touched yet."""
+    own = model.state_dict(keep_vars=True)
+    saved = {key.removeprefix(PREFIX): size for key, (size, _) in tensor_sizes(checkpoint).items() if key.startswith(PREFIX)}
+    there = {id(x) for name, x in own.items() if name in saved}  # of tied weights one name is enough
+    wanted = {name: x.shape for name, x in own.items() if name in saved or id(x) not in there}
+    refuse_misfits(misfits(saved, wanted, saved.keys() - own.keys()), f"the weights in {checkpoint} are not those of this run's model")
+
+
+def other_optimizer(config: Config, tells: bool) -> bool:
+    """Whether a fork has another optimizer than the run it starts from, so that it starts without the old one's state."""
+    if not config["fork"]:
+        return False
+    before = read_config(Path(config["fork"]))["optimizer"].get("_target_")
+    if before == config["optimizer"]["_target_"]:
+        return False
+    if tells:
+        names = [str(target).rpartition(".")[2] for target in (before, config["optimizer"]["_target_"])]
+        say(f"the run to fork was trained with optimizer={names[0]}: {names[1]} starts without state", error=True)
+    return True
+
+
+def _check_continues(checkpoint: Config, data: SampledData, max_steps: int, unfinished: bool) -> bool:
+    """Whether the run has made its last step, and not its closing validation. ConfigError when the checkpoint belongs to other data, or to a run
+    that has nothing left to do."""
     data.load_state_dict(checkpoint.get(type(data).__name__, {"identity": None}))
+    if checkpoint["step"] == max_steps and unfinished:
+        return True
     if checkpoint["step"] >= max_steps:
         raise ConfigError(
             f"the run has reached step {checkpoint['step']} already",
@@ -155,6 +233,7 @@ def _check_continues(checkpoint: Config, data: SampledData, max_steps: int) -> N
             max_steps,
             fix=f"Use more than {checkpoint['step']}.",
         )
+    return False
 
 
 def tokenizer_file(source: Path) -> Path:
@@ -201,13 +280,15 @@ def summary(task: Any, text: str | None, folder: Path, final: dict[str, float]) 
     lines = ["", headline, ""]
     if text is not None:
         lines += [text.strip(), ""]
+    lines.append(f"run folder  {folder}")
+    if not checkpoints(folder):  # callbacks.checkpoint is off: there is nothing to go on from
+        return "\n".join(lines)
     lines += [
-        f"run folder  {folder}",
-        f"  continue  meshformer train resume={folder} trainer.max_steps=…",
-        f"  evaluate  meshformer evaluate run={folder}",
+        f"  continue  meshformer train {argument('resume', folder)} trainer.max_steps=…",
+        f"  evaluate  meshformer evaluate {argument('run', folder)}",
     ]
     if text is not None:
-        lines.append(f"  generate  meshformer generate run={folder} prompt='ROMEO:'")
+        lines.append(f"  generate  meshformer generate {argument('run', folder)} prompt='ROMEO:'")
     return "\n".join(lines)
 
 

@@ -42,7 +42,7 @@ class NonFinite(Callback):
         if trouble is None or (scaled and not trouble.loss_ranks):
             return {}
         if self.action == "stop":  # once the row is written, and whatever else is due at this step
-            self._error = NonFiniteError(f"{told(trouble)} {ADVICE}")
+            self._error = NonFiniteError(f"{told(trouble)} {advice(trainer)}")
             self._save = trouble.gradient
         elif trainer.is_global_zero:
             say(f"warning: {told(trouble)}", error=True)
@@ -65,10 +65,14 @@ class NonFinite(Callback):
         raise error
 
 
-ADVICE = (
-    "Try a lower optimizer.lr, a longer warm-up, trainer.gradient_clip_val=1 or trainer.precision=32-true; "
-    "callbacks.nonfinite.action=skip goes on without such steps."
-)
+def advice(trainer: pl.Trainer) -> str:
+    """What may help, without what the run has already."""
+    tries = ["a lower optimizer.lr", "a longer warm-up"]
+    if not trainer.gradient_clip_val:
+        tries.append("trainer.gradient_clip_val=1")
+    if trainer.precision != "32-true":
+        tries.append("trainer.precision=32-true")
+    return f"Try {', '.join(tries[:-1])} or {tries[-1]}; callbacks.nonfinite.action=skip goes on without such steps."
 
 
 def told(trouble: Any) -> str:

@@ -9,7 +9,8 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from meshformer.record.metrics_csv import MetricsCsv
+from meshformer.printing import say
+from meshformer.record.metrics_csv import MetricsCsv, read_metrics
 
 
 class Rows(Callback):
@@ -25,16 +26,26 @@ class Rows(Callback):
         self.csv: MetricsCsv | None = None  # rank 0 alone
         self.latest: dict[str, float] = {}
         self._seen_step, self._lr, self._epoch_samples = -1, 0.0, 0
+        self.tolerant = False  # set by build.py: callbacks.checkpoint.on_failure=warn
+        self._unwritten: list[tuple[int, dict[str, Any]]] = []
+        self._told_of_failure = False
         self._told: set[str] = set()  # metrics of ours that Lightning was told
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Not on_fit_start: there the step is not restored yet.
         self._seen_step = trainer.global_step
+        self.begin(trainer)
+
+    def begin(self, trainer: pl.Trainer) -> None:
+        """Opens metrics.csv at the trainer's step. train.py calls it for a run that has its last step behind it and only validation to do."""
         data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         self._epoch_samples = data.steps_per_epoch * data.batch_size  # asked once: it takes the token file
         if trainer.is_global_zero:
             self.csv = MetricsCsv(self.folder / "metrics.csv")
             self.csv.truncate_after(trainer.global_step)  # rows that a killed run wrote after the checkpoint it resumes from
+            rows = read_metrics(self.csv.path)
+            if rows and rows[-1]["step"] == trainer.global_step:
+                self.latest = {name: value for name, value in rows[-1].items() if "/" in name and isinstance(value, float)}
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Any, optimizer: Any) -> None:
         self._lr = optimizer.param_groups[0]["lr"]  # what this step uses; by the end of the batch the schedule has moved on
@@ -70,15 +81,32 @@ class Rows(Callback):
             return
         data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         samples = data.samples
-        self.csv.row(step, epoch=max(0, samples - 1) // self._epoch_samples, samples=samples, **values)
-        self.csv.flush()
+        self._unwritten.append((step, {"epoch": max(0, samples - 1) // self._epoch_samples, "samples": samples, **values}))
+        self._flush()
         for logger in trainer.loggers:
             logger.log_metrics({**values, "samples": samples}, step)
 
+    def _flush(self) -> None:
+        """Writes the rows that are not on disk yet. A full disk ends the run, or (`tolerant`) is told once, and the rows are tried again."""
+        assert self.csv is not None
+        try:
+            while self._unwritten:
+                self.csv.row(self._unwritten[0][0], **self._unwritten[0][1])
+                self.csv.flush()
+                self._unwritten.pop(0)
+            self.csv.flush()
+            self._told_of_failure = False
+        except OSError as error:
+            if not self.tolerant:
+                raise
+            if not self._told_of_failure:
+                self._told_of_failure = True
+                say(f"warning: metrics.csv could not be written ({error.strerror}); training goes on, and the next row tries again", error=True)
+
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         if self.csv is not None:
-            self.csv.flush()
+            self._flush()
 
     def teardown(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         if self.csv is not None:
-            self.csv.flush()
+            self._flush()

@@ -27,11 +27,12 @@ class FolderCheckpointIO(CheckpointIO):
 
     `asynchronous` (training goes on while a thread writes), `then` (called with its path by the process that completes a checkpoint) and
     `tolerant` (a save that fails is told, and no error) are set by callbacks.Checkpoint. `failed`: whether the last save did.
+    `fresh_optimizer`: the checkpoint's optimizer is another one, so what is loaded has the weights and the position alone.
     A strategy that saves from several processes calls `write` itself.
     """
 
     def __init__(self) -> None:
-        self.asynchronous = self.tolerant = self.failed = False
+        self.asynchronous = self.tolerant = self.failed = self.fresh_optimizer = False
         self.then: Callable[[Path], None] | None = None
         self._background = Background()
         self._is_first = True
@@ -75,6 +76,8 @@ class FolderCheckpointIO(CheckpointIO):
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         checkpoint, tensors = read_rest(Path(path)), read_tensors(Path(path))
         checkpoint["state_dict"] = {key: x for key, x in tensors.items() if not key.startswith((PREFIX, AVERAGE))}
+        if self.fresh_optimizer:
+            return without_optimizer(checkpoint)
         states: dict[str, tuple[dict[int, Any], int]] = {}
         for optimizer in checkpoint["optimizer_states"]:
             optimizer["state"] = {}
@@ -88,6 +91,13 @@ class FolderCheckpointIO(CheckpointIO):
 
     def remove_checkpoint(self, path: Any) -> None:
         shutil.rmtree(path, ignore_errors=True)
+
+
+def without_optimizer(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """The same for another optimizer: no state, and of the schedule its step alone, since the learning rates it keeps are the old one's."""
+    schedules = [{**schedule, "base_lrs": None, "_last_lr": None} for schedule in checkpoint.get("lr_schedulers", [])]
+    kept = [{k: v for k, v in schedule.items() if v is not None and k != "lr_lambdas"} | {"lr_lambdas": []} for schedule in schedules]
+    return {**checkpoint, "optimizer_states": [], "lr_schedulers": kept}
 
 
 def split(checkpoint: dict[str, Any], skip: Collection[str] = ()) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -43,10 +43,21 @@ def write_settings(folder: Path, config: dict[str, Any], overrides: str) -> None
     atomic_write_text(folder / "overrides.txt", overrides)
 
 
-def forget_folder(folder: Path) -> None:
-    """Takes a folder away that this command has claimed, for a job that refused its settings before the first step: `last` is no such run."""
-    if not (folder / "checkpoints").exists() and not (folder / "metrics.csv").exists():
-        shutil.rmtree(folder, ignore_errors=True)
+def forget_folder(folder: Path, runs: Path | None = None) -> None:
+    """Takes a folder away that this command has claimed, for a job that refused its settings before the first step: `last` is no such run.
+
+    `runs`: paths.runs, where the command made up the folder's name: the folders between the two go too where they are empty.
+    """
+    if (folder / "checkpoints").exists() or (folder / "metrics.csv").exists():
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    above = folder.parent
+    while runs is not None and above.is_relative_to(runs):
+        try:
+            above.rmdir()
+        except OSError:  # it holds other runs
+            return
+        above = above.parent
 
 
 def shared_folder(config: dict[str, Any], around: Outside | None) -> Path:

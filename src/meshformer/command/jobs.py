@@ -28,6 +28,7 @@ from meshformer.config.tasks import writes_text
 from meshformer.explain import EXPLAINED, explain
 from meshformer.printing import say
 from meshformer.record import RunRecord, atomic_write_text
+from meshformer.record.run_folder import PENDING
 from meshformer.recorded import read_overrides, write_overrides
 
 Config = dict[str, Any]
@@ -114,7 +115,10 @@ def _train(args: argparse.Namespace, hydra: Hydra, cfg: DictConfig, config: Conf
             claim_folder(folder)
         if mark is not None:
             atomic_write_text(folder / MARK, mark)
-        write_settings(folder, config, overrides)
+        if run is None:
+            write_settings(folder, config, overrides)
+        else:  # a resumed run's files change when its first step begins: until then its job may still refuse
+            atomic_write_text(folder / PENDING, overrides)
     with read_write(cfg.hydra.run):
         cfg.hydra.run.dir = str(folder)
     callbacks = Callbacks(cfg)
@@ -131,9 +135,11 @@ def _train(args: argparse.Namespace, hydra: Hydra, cfg: DictConfig, config: Conf
     context = HydraContext(config_loader=hydra.config_loader, callbacks=callbacks)
     done = run_job(task_function=job, config=cfg, job_dir_key="hydra.run.dir", job_subdir_key=None, hydra_context=context)
     callbacks.on_run_end(config=cfg, config_name=cfg.hydra.job.config_name, job_return=done)
+    if run is not None and (around is None or around.rank == 0):
+        (folder / PENDING).unlink(missing_ok=True)
     if raised:
         if isinstance(raised[0], ConfigError) and run is None and earlier is None and (around is None or around.rank == 0):
-            forget_folder(folder)
+            forget_folder(folder, Path(config["paths"]["runs"]).absolute() if wanted == "auto" else None)
         raise raised[0]
     return 0
 

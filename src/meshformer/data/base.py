@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import signal
 from typing import Any
 
 import torch
@@ -82,6 +84,9 @@ class SampledData(LightningDataModule):
             num_workers=self.workers,
             persistent_workers=True,
             pin_memory=self._on_gpu(),
+            worker_init_fn=_ignore_stop_signals,
+            # In a rank the default would be a fork server of the rank's own, which a signal to the process group ends, and the loaders with it.
+            multiprocessing_context="fork" if "fork" in multiprocessing.get_all_start_methods() else None,
             generator=torch.Generator(),  # else each start draws from the global one
         )
 
@@ -121,3 +126,12 @@ class SampledData(LightningDataModule):
 
     def _on_gpu(self) -> bool:
         return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+
+
+def _ignore_stop_signals(worker: int) -> None:
+    """SLURM, Kubernetes and Ctrl-C tell every process of a group to stop. The trainer stops after its step, for which it needs its loaders.
+
+    A loader ends when the trainer says so, and by itself within seconds when the trainer is gone (torch's worker loop watches its parent).
+    """
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)

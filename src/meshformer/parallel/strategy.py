@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import loss_parallel
 
 from meshformer.checkpoint.folder import read_rest
-from meshformer.checkpoint.lightning_io import FolderCheckpointIO, split
+from meshformer.checkpoint.lightning_io import FolderCheckpointIO, split, without_optimizer
 from meshformer.checkpoint.optimizer import complete_groups, read_optimizer
 from meshformer.checkpoint.pieces import piece_of
 from meshformer.checkpoint.weights import load_weights
@@ -301,6 +301,8 @@ class MeshStrategy(ModelParallelStrategy):
         self.give_back()
         load_weights(task.model, path, partial=self.pipeline is not None, aliases=self.aliases, averaged=False)  # pyright: ignore[reportArgumentType]
         rest = read_rest(path)
+        if self._checkpoints.fresh_optimizer:
+            return without_optimizer(rest)
         for optimizer, saved in zip(self.optimizers, rest["optimizer_states"], strict=False):
             optimizer.load_state_dict(read_optimizer(path, optimizer, saved["param_groups"]))
         return rest

@@ -10,6 +10,7 @@ from pathlib import Path
 STAMP = "%Y-%m-%d_%H-%M-%S"
 MARKERS = ("run.json", "config.yaml")
 LISTED = 5
+PENDING = ".overrides.next"  # overrides.txt of a run that is about to go on
 
 
 class RunNotFound(ValueError):
