@@ -86,7 +86,7 @@ class Job:
         os.environ["MESHFORMER_FAULT"] = fault
         code = 1
         try:
-            train.TEXT_TOKENS = 16  # nobody reads it
+            train.TEXT_TOKENS = 400 if fault.startswith("closing") else 16  # nobody reads it; a long one leaves time to be killed in
             launch(config, self.folder, start_method="fork")
             code = 0
         except Stopped:
@@ -174,8 +174,8 @@ class Campaign:
         folder.with_name(folder.name + ".log").unlink(missing_ok=True)
         told: dict[str, Any] = {"number": number, "fault": kind, "layout": first, "resumed in": then}
         at = draw.randint(EVERY + 2, STEPS - 3)
-        spec = f"{kind}:{at}:1" if kind in ("nan", "hang") else "none:0:0"
-        job = Job(self.configs[first], folder, spec)
+        spec = f"{kind}:{at}:1" if kind in ("nan", "hang") else "closing:0:0" if kind == CLOSING else "none:0:0"
+        job = Job(merged(self.configs[first], SETTINGS.get(kind, {})), folder, spec)
         detail = FAULTS[kind](job, draw, at)
         in_time = job.wait(PATIENCE)
         newest = max((step_of(p) for p in checkpoints(folder)), default=0)
@@ -202,6 +202,12 @@ class Campaign:
             return told | {"outcome": LOST, "why": f"{len(found)} rows of {len(expected)}, losses {apart:.2g} apart"}
         shutil.rmtree(folder)
         return told | {"outcome": OLDER if kind in DAMAGE or newest < attempted else EXACT}
+
+
+def merged(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """A copy of `config` with `changes` of its innermost settings."""
+    inner = {key: merged(config[key], value) if isinstance(value, dict) else value for key, value in changes.items()}
+    return {**config, **inner}
 
 
 def losses(folder: Path) -> list[float]:
@@ -272,6 +278,34 @@ def sigterm(job: Job, draw: random.Random, at: int) -> str:
     return f"at step {at}"
 
 
+def sigterm_to_all(job: Job, draw: random.Random, at: int) -> str:
+    """What SLURM and Kubernetes do: every process hears it, the loaders' among them."""
+    until(job, at)
+    job.kill(signal.SIGTERM)
+    return f"at step {at}, to every process"
+
+
+def kill_at_the_end(job: Job, draw: random.Random, at: int) -> str:
+    """Behind the last checkpoint, before the record says finished."""
+    while not job.ended() and max((step_of(p) for p in checkpoints(job.folder)), default=0) < STEPS:
+        time.sleep(0.002)
+    time.sleep(draw.random() * 0.05)
+    job.kill(signal.SIGKILL)
+    return f"behind the checkpoint of step {STEPS}"
+
+
+def disk_full_for_a_while(job: Job, draw: random.Random, at: int) -> str:
+    """No file may grow beyond 1 KiB for a tenth of a second: rows, checkpoints and records may not, and the run was told to go on."""
+    at = min(at, STEPS // 2)
+    until(job, at)
+    for size in (1 << 10, resource.RLIM_INFINITY):
+        for pid in job.processes():
+            with contextlib.suppress(ProcessLookupError):
+                resource.prlimit(pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+        time.sleep(0.1)
+    return f"from step {at}, for 0.1 s"
+
+
 def full_disk(job: Job, draw: random.Random, at: int) -> str:
     """No file may grow beyond 16 KiB from now on: the files of the next checkpoint may not (a quota's words are others, its effect the same)."""
     until(job, at)
@@ -317,11 +351,17 @@ def two_checkpoints(job: Job, draw: random.Random, at: int) -> str:
 
 
 Inject = Callable[[Job, random.Random, int], str]
+CLOSING = "kill at the end"
 FAULTS: dict[str, Inject] = {
     "kill -9 of a rank": kill_rank, "kill all": kill_all, "kill in a save": kill_in_save, "SIGTERM": sigterm, "truncated file": two_checkpoints,
     "flipped bit": two_checkpoints, "missing file": two_checkpoints, "full disk": full_disk, "nan": nothing_yet, "hang": nothing_yet,
+    "stop with loaders": sigterm_to_all, CLOSING: kill_at_the_end, "full disk, go on": disk_full_for_a_while,
 }  # fmt: skip
 DAMAGE: dict[str, Callable[[Path, random.Random], str]] = {"truncated file": truncate, "flipped bit": flip, "missing file": remove}
+SETTINGS: dict[str, dict[str, Any]] = {  # of the run that the fault strikes
+    "stop with loaders": {"data": {"workers": 2}},
+    "full disk, go on": {"callbacks": {"checkpoint": {"on_failure": "warn"}}},
+}
 NEEDS_RANKS = ("kill -9 of a rank", "hang")
 
 
