@@ -198,7 +198,7 @@ def test_of_a_large_file_a_start_reads_some_blocks_in_turn_and_after_a_write_all
     folder, n = start()
     assert n == 20 and len(builds) == 1
     assert [start()[1] for _ in range(3)] == [4, 5, 5]  # 0 1 2 19, then 0 3 4 5 19, …
-    flip(folder / "large.bin", 9 * 1024)  # a write, which the system tells of
+    flip(folder / "large.bin", 15 * 1024)  # a write, which the system tells of
     assert start()[1] >= 20 and len(builds) == 2 and "checksum" in capfd.readouterr().err
     # A disk's own mistake leaves the times: it is found when its block's turn comes.
     flip(folder / "large.bin", 7 * 1024)

@@ -38,7 +38,7 @@ CUT, LONGEST, BATCH, ALONE = (
     4,
 )  # characters of a piece for `tokenizers`, of one that offers no place to cut; pieces at a
 # time; batches that are encoded before it is worth while to start other processes
-REMEMBERED = 100_000  # words
+REMEMBERED, TOGETHER = 100_000, 4000  # words: whose ids are kept, and that are encoded at once
 UNCUT, SIDE = 1 << 23, 200  # characters that a pretrained model's tokenizer is given at once, and that it is shown of each side of a cut
 # A space and what follows it up to the next: before a space that follows a non-space, the byte-level pre-tokenizer always cuts. Its spaces are
 # Unicode's, to which Python's \s adds four control characters.
@@ -204,9 +204,9 @@ class BpeTokenizer:
         words = [word for piece in pieces for word in _WORD.findall(piece)]
         if len(memory) > REMEMBERED:
             memory.clear()
-        new = list(set(words).difference(memory))
-        for word, encoding in zip(new, self._model.encode_batch_fast(new), strict=True):
-            memory[word] = array(dtype.char, encoding.ids).tobytes()
+        for new in _batches(set(words).difference(memory), TOGETHER):
+            for word, encoding in zip(new, self._model.encode_batch_fast(new), strict=True):
+                memory[word] = array(dtype.char, encoding.ids).tobytes()
         return np.frombuffer(b"".join(map(memory.__getitem__, words)), dtype)
 
     def decode(self, ids: Sequence[int] | npt.NDArray[Any]) -> str:
