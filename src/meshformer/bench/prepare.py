@@ -72,20 +72,21 @@ def report_prepare(options: argparse.Namespace) -> None:
 def _measure(program: str, text: Path, settings: list[str]) -> dict[str, Any]:
     """What the program prints, and ``peak``: MiB that it and the processes it started had at most, added up."""
     command = [sys.executable, "-c", program, str(text), *settings]
-    peaks: dict[int, int] = {}
+    peak = 0
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         while process.poll() is None:
-            _look(process.pid, peaks)
+            peak = max(peak, _peak(process.pid))
             time.sleep(0.02)
         found = json.load(process.stdout)  # pyright: ignore[reportArgumentType]
-    return {**found, "peak": sum(peaks.values()) / 1024}
+    return {**found, "peak": peak / 1024}
 
 
-def _look(process: int, peaks: dict[int, int]) -> None:
+def _peak(process: int) -> int:
+    """KiB at most so far of the process and of those of its children that live now."""
+    total = 0
     with suppress(OSError):  # it has ended
         status = Path(f"/proc/{process}/status").read_text()
-        if "VmHWM:" in status:
-            peaks[process] = int(status.partition("VmHWM:")[2].split()[0])
+        total = int(status.partition("VmHWM:")[2].split()[0]) if "VmHWM:" in status else 0
         for task in Path(f"/proc/{process}/task").iterdir():
-            for child in (task / "children").read_text().split():
-                _look(int(child), peaks)
+            total += sum(_peak(int(child)) for child in (task / "children").read_text().split())
+    return total
