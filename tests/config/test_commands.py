@@ -14,6 +14,7 @@ from meshformer.checkpoint.find import PARTS
 from meshformer.checkpoint.manifest import write_manifest
 from meshformer.cli import main
 from meshformer.config import ConfigError
+from meshformer.record.run_folder import PENDING
 from meshformer.recorded import read_overrides, write_overrides
 
 Calls = list[tuple[dict[str, Any], Path]]
@@ -30,6 +31,8 @@ def calls(tmp_path, monkeypatch) -> Calls:
 
     def launch(config: dict[str, Any], folder: Path, own_process: bool = False) -> dict[str, float]:
         made.append((config, folder))
+        if (folder / PENDING).exists():  # its first step begins
+            (folder / PENDING).replace(folder / "overrides.txt")
         checkpoint = folder / "checkpoints" / "step-00000002"
         checkpoint.mkdir(parents=True, exist_ok=True)
         for part in PARTS:
@@ -92,6 +95,13 @@ def test_resume_goes_on_in_the_same_folder(calls, capsys):
     assert read_overrides(folder)[0][0] == "seed=7" and "trainer.max_steps=5000" in read_overrides(folder)[0]
     assert main(["train", f"resume={folder.name[-4:]}"]) == 0
     assert calls[2][0]["trainer"]["max_steps"] == 5000 and calls[2][0]["strategy"]["name"] == "ddp"
+
+
+def test_a_resumed_runs_settings_are_written_once_its_first_step_begins(calls):
+    assert main(["train", "seed=7"]) == 0
+    folder = calls[0][1]
+    assert main(["train", "resume=last", "trainer.max_steps=5000"]) == 0
+    assert not (folder / PENDING).exists() and "trainer.max_steps=5000" in read_overrides(folder)[0]
 
 
 def test_resume_and_finetuning_may_choose_another_layout(calls):

@@ -116,7 +116,7 @@ def _model(config: Config, task: str) -> None:
 def _own_model(config: Config, task: str) -> None:
     """A module of the user's is called by the names of what the batch holds."""
     target = str(config["model"]["_target_"])
-    if task not in ("LanguageModelling", "MaskedLanguageModelling") or target.startswith("meshformer."):
+    if task not in ("LanguageModelling", "MaskedLanguageModelling") or target.startswith(("meshformer.", "torch.")):
         return
     forward = method(target, "forward")
     if forward is None or forward.open_ended:
