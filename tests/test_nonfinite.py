@@ -20,7 +20,7 @@ from harness import run_ranks
 from jobs import TINY, run_tiny, text_file
 from meshformer import cli
 from meshformer.callbacks import NonFinite, Spike
-from meshformer.callbacks.nonfinite import told
+from meshformer.callbacks.nonfinite import advice, told
 from meshformer.callbacks.samples import whole_model
 from meshformer.checkpoint.find import latest_checkpoint, step_of
 from meshformer.config.errors import ConfigError
@@ -319,6 +319,22 @@ def test_sentences() -> None:
     assert many.startswith("step 5: the gradient of head.weight and of 2 more is not finite (ranks 0, 2, learning rate 0.1).")
     with pytest.raises(ConfigError, match=r"callbacks\.nonfinite\.action=ignore"):
         NonFinite("ignore")  # pyright: ignore[reportArgumentType]
+
+
+class Followed:
+    """What of a trainer the advice looks at."""
+
+    def __init__(self, clip: float | None, precision: str) -> None:
+        self.gradient_clip_val, self.precision = clip, precision
+
+
+def test_advice_leaves_out_what_was_followed_already() -> None:
+    clip, exact = "trainer.gradient_clip_val=1", "trainer.precision=32-true"
+    cases = [(None, "bf16-mixed", [clip, exact]), (1.0, "bf16-mixed", [exact]), (None, "32-true", [clip]), (1.0, "32-true", [])]
+    for given, precision, missing in cases:
+        text = advice(Followed(given, precision))  # pyright: ignore[reportArgumentType]
+        assert [word for word in (clip, exact) if word in text] == missing, text
+        assert "a lower optimizer.lr" in text
 
 
 # --- nobody waits for the device

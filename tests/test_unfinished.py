@@ -64,16 +64,20 @@ def test_another_models_checkpoints_are_refused_and_nothing_is_changed(run, caps
     assert contents(run) == before
 
 
-@pytest.mark.parametrize("layout", [[], ["strategy=fsdp", "trainer.devices=1"]])
-def test_a_run_killed_in_its_closing_validation_is_finished_by_resume(layout, finished, run):
+def killed_at_the_end(run: Path) -> None:
+    """As a run stands that was killed behind its last checkpoint, in the closing validation."""
     record = json.loads((run / "run.json").read_text())
-    whole = read_metrics(run / "metrics.csv")
     (run / "run.json").write_text(json.dumps({**record, "state": "running", "ended": None, "final": {}}))
     lines = (run / "metrics.csv").read_text().splitlines(keepends=True)
-    place = lines[0].split(",").index("val/loss")
     cells = lines[-1].split(",")
-    cells[place] = ""
+    cells[lines[0].split(",").index("val/loss")] = ""
     (run / "metrics.csv").write_text("".join(lines[:-1]) + ",".join(cells))
+
+
+@pytest.mark.parametrize("layout", [[], ["strategy=fsdp", "trainer.devices=1"]])
+def test_a_run_killed_in_its_closing_validation_is_finished_by_resume(layout, finished, run):
+    record, whole = json.loads((run / "run.json").read_text()), read_metrics(run / "metrics.csv")
+    killed_at_the_end(run)
     assert main(["train", f"resume={run}", *layout]) == 0
     again = read_run(run)
     assert again["state"] == "finished" and again["segments"][0]["state"] == "failed"
@@ -81,6 +85,19 @@ def test_a_run_killed_in_its_closing_validation_is_finished_by_resume(layout, fi
     assert len(rows) == len(whole) and abs(rows[-1]["val/loss"] - whole[-1]["val/loss"]) < 5e-6
     assert abs(again["final"]["val/loss"] - record["final"]["val/loss"]) < 5e-6 and again["final"]["train/loss"] == record["final"]["train/loss"]
     assert main(["train", f"resume={run}"]) == 2  # finished is finished
+
+
+def test_a_point_killed_in_its_closing_validation_is_finished_by_its_sweep(tmp_path):
+    folder, (_, *words) = tmp_path / "sweep", command(tmp_path, STEPS)
+    assert main(["train", "-m", *words, f"hydra.sweep.dir={folder}", "seed=1,2"]) == 0
+    book = json.loads((folder / "sweep.json").read_text())
+    first, last = book["points"]
+    killed_at_the_end(folder / last["folder"])
+    (folder / "sweep.json").write_text(json.dumps({**book, "state": "running", "points": [first, {**last, "state": "running", "final": {}}]}))
+    assert main(["train", "-m", f"sweep.resume={folder}"]) == 0
+    again = json.loads((folder / "sweep.json").read_text())
+    assert again["state"] == "finished" and [point["state"] for point in again["points"]] == ["done", "done"]
+    assert again["points"][0] == first and abs(again["points"][1]["final"]["val/loss"] - last["final"]["val/loss"]) < 5e-6
 
 
 def test_a_job_that_refuses_its_settings_leaves_no_folder(tmp_path, monkeypatch):

@@ -35,7 +35,7 @@ from meshformer.checkpoint.pretrained import carriers
 from meshformer.checkpoint.pretrained.source import derive, tokenizer_of
 from meshformer.config import ConfigError, check, did_you_mean, resolve, validate
 from meshformer.config.check import SHAPES
-from meshformer.config.foreign import confine, read_config
+from meshformer.config.foreign import confine, read_config, refuse_links
 from meshformer.config.paths import conf_dir, run_of
 from meshformer.config.tasks import HEAD, has_own_head
 from meshformer.record import RunNotFound, find_run
@@ -243,9 +243,11 @@ def compose(overrides: Sequence[str] = (), config_name: str = "train", config_di
 def locate(spec: str, runs: str, key: str) -> Path:
     """The absolute folder of the run that `spec` means."""
     try:
-        return find_run(spec, runs).absolute()
+        run = find_run(spec, runs).absolute()
     except RunNotFound as error:
         raise ConfigError(str(error), key, spec) from None
+    refuse_links(run, key, spec)
+    return run
 
 
 def locate_foreign(spec: str, cache: str) -> Path | None:
@@ -264,6 +266,7 @@ def locate_weights(spec: str, runs: str, key: str) -> Path:
     if not path.exists():
         have = [found.name for found in candidates(run_of(path))]
         raise ConfigError("there is no such checkpoint", key, spec, fix=did_you_mean(path.name, have) if have else None)
+    refuse_links(run_of(path), key, spec)
     return path
 
 

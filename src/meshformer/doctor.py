@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from meshformer.compose import compose
+from meshformer.config.paths import default_cache
 from meshformer.config.resolve import cores, cpu_multiplies_bf16
 from meshformer.launch import launch
 from meshformer.printing import say
@@ -60,7 +61,7 @@ def facts() -> list[tuple[str, str]]:
     bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if devices else cpu_multiplies_bf16()
     rates = {"float32": torch.float32} | ({"bfloat16": torch.bfloat16} if bf16 else {})
     measured = ", ".join(f"{name} {measure_matrix_rate(device, dtype, 0.5) / 1e9:,.0f} GFLOP/s" for name, dtype in rates.items())
-    here, cache = Path.cwd(), Path(os.environ.get("MESHFORMER_DATA", "~/.cache/meshformer")).expanduser()
+    here, cache = Path.cwd(), Path(default_cache()).expanduser()
     versions = installed_versions()
     return [
         ("processor", f"{cpu}, {cores()} cores usable, {torch.backends.cpu.get_cpu_capability()}"),

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import os
 import shutil
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 
+from meshformer.config.paths import default_cache
 from meshformer.doctor import silence
 from meshformer.record import read_run
 
@@ -40,7 +40,7 @@ def example_runs(name: str, steps: int = STEPS) -> Path:
 
 def folder_of(name: str, steps: int) -> Path:
     """Where a set lies: in the user's cache, by its settings, so that an edit here trains anew."""
-    base = Path(os.environ.get("MESHFORMER_DATA", "~/.cache/meshformer")).expanduser()
+    base = Path(default_cache()).expanduser()
     return base / "examples" / f"{name}-{steps}-{hashlib.sha256(repr(list(runs_of(name, steps))).encode()).hexdigest()[:6]}"
 
 

@@ -21,8 +21,8 @@ from meshformer.command.folders import claim_folder, forget_folder, shared_folde
 from meshformer.command.recipe import FirstRun, pretraining
 from meshformer.command.slurm import MARK, earlier_start, job_mark
 from meshformer.config import ConfigError, Convert, Evaluate, Export, Generate, validate
-from meshformer.config.foreign import confine, default_cache, read_config
-from meshformer.config.paths import run_of
+from meshformer.config.foreign import confine, read_config
+from meshformer.config.paths import default_cache, run_of
 from meshformer.config.resolve import outside
 from meshformer.config.tasks import writes_text
 from meshformer.explain import EXPLAINED, explain

@@ -1,12 +1,11 @@
 """What is taken of a configuration that lies in a run folder. A folder may come from a stranger: its values are data, and reach nothing outside.
 
-Three rules, for every command that reads a config.yaml: no text in it is evaluated, paths to write to are the command's own, and a component
-that writes or sends where its settings say (a logger of another kind, say) is built only where the command names it.
+Four rules, for every command that reads a config.yaml: no text in it is evaluated, paths to write to are the command's own, a component
+that writes or sends where its settings say (a logger of another kind, say) is built only where the command names it, and no link leads out.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import yaml
 
 from meshformer.config.allow import check_target
 from meshformer.config.errors import ConfigError
+from meshformer.config.paths import link_out_of
 
 Config = dict[str, Any]
 # Callbacks that act on the training alone: they take no path, and write nothing.
@@ -26,11 +26,6 @@ TENSORBOARD = "lightning.pytorch.loggers.TensorBoardLogger"  # build.py says whe
 PRUNING = "meshformer.callbacks.Pruning"  # writes to the study of the sweep that started the run
 # What has no place outside of callbacks, logger and data.source: it may write, fetch or read where its settings say.
 REACHING = ("lightning.", "torchmetrics.", "meshformer.callbacks.", "meshformer.data.")
-
-
-def default_cache() -> str:
-    """Where corpora and prepared data are kept unless paths.data says otherwise."""
-    return os.environ.get("MESHFORMER_DATA", "~/.cache/meshformer")
 
 
 def read_config(run: Path) -> Config:
@@ -52,6 +47,13 @@ def read_config(run: Path) -> Config:
             raise ConfigError(f"{file} is damaged, or of another program: {name} is no group of settings", fix="Restore it from a copy.")
     refuse_interpolations(config, str(file))
     return config
+
+
+def refuse_links(run: Path, key: str, value: Any) -> None:
+    """ConfigError where a link in the run's folder leads out of it: through one, a file of the user's would be read, shown or written over."""
+    if (link := link_out_of(Path(run))) is not None:
+        message = f"{link} is a link to {link.resolve()}, outside of the run's folder"
+        raise ConfigError(message, key, value, fix="If the run is yours, put in the link's place what it points to.")
 
 
 def refuse_interpolations(node: Any, place: str, key: str = "") -> None:

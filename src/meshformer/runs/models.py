@@ -15,8 +15,8 @@ from meshformer.build import build_data, build_model, build_task
 from meshformer.checkpoint.find import latest_checkpoint
 from meshformer.checkpoint.weights import load_weights
 from meshformer.config import validate
-from meshformer.config.foreign import confine, default_cache, read_config
-from meshformer.config.paths import run_of
+from meshformer.config.foreign import confine, read_config, refuse_links
+from meshformer.config.paths import default_cache, run_of
 from meshformer.data import load_tokenizer
 from meshformer.model import Attention, Learned, Mask, Transformer, attend_reference, training_flops_per_token
 
@@ -37,6 +37,7 @@ def load_model(run: Path | str, allow: Sequence[str] = ()) -> Any:
 
 
 def _config(source: Path, allow: Sequence[str]) -> dict[str, Any]:
+    refuse_links(run_of(source), "run", str(source))
     config = {**read_config(run_of(source)), "callbacks": {}, "logger": {}, "allow": list(allow)}
     config = confine(config, {"runs": "runs", "data": os.path.expanduser(default_cache())})
     return validate(config)  # also gives an older run the settings that came since

@@ -15,6 +15,7 @@ import pandas as pd
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from meshformer.config.paths import leads_out
 from meshformer.printing import visible
 from meshformer.record import atomic_write_text
 from meshformer.runs.figures import STYLE, all_figures
@@ -135,6 +136,8 @@ def _settings(folder: Path, single: bool) -> list[dict[str, Any]]:
     samples = sorted((folder / "samples").glob("*.txt"))[-1:] if single else []
     found = []
     for file in (folder / "overrides.txt", folder / "config.yaml", *samples):
+        if leads_out(file, folder):
+            continue
         try:
             text = file.read_text(encoding="utf-8", errors="replace").strip()
         except OSError:

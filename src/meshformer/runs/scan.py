@@ -20,6 +20,7 @@ from typing import Any
 
 import yaml
 
+from meshformer.config.paths import default_cache, leads_out
 from meshformer.printing import visible
 from meshformer.record import RunNotFound, atomic_write_text, read_metrics, read_run
 from meshformer.record.run_folder import is_run, list_runs
@@ -82,7 +83,7 @@ def scan(path: Path | str, cache: bool = True) -> tuple[list[Run], list[str]]:
 
 def cache_file(root: Path) -> Path:
     """Where what was read below `root` is kept: $MESHFORMER_DATA/runs or ~/.cache/meshformer/runs, one file for each folder that is read."""
-    base = Path(os.environ.get("MESHFORMER_DATA", "~/.cache/meshformer")).expanduser()
+    base = Path(default_cache()).expanduser()
     return base / "runs" / f"{hashlib.sha256(str(root).encode()).hexdigest()[:16]}.jsonl"
 
 
@@ -122,6 +123,10 @@ def _read(folder: Path, name: str) -> tuple[Run | None, list[str]]:
     problems: list[str] = []
     file = folder / "config.yaml"
     try:
+        for file in (folder / name for name in FILES):
+            if leads_out(file, folder):
+                raise ValueError("a link out of the run's folder")
+        file = folder / "config.yaml"
         config = yaml.load(file.read_text(encoding="utf-8"), Loader)
         if not isinstance(config, dict):
             raise ValueError("empty or half written")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import shutil
 import tempfile
 import zipfile
@@ -20,6 +19,7 @@ from filelock import FileLock
 
 from meshformer.config.carrier import Carrier, fetch
 from meshformer.config.errors import ConfigError
+from meshformer.config.paths import default_cache
 
 
 class Pretrained(NamedTuple):
@@ -29,7 +29,7 @@ class Pretrained(NamedTuple):
 
 def cache_folder() -> Path:
     """Where paths.data points by default."""
-    return Path(os.environ.get("MESHFORMER_DATA", "~/.cache/meshformer")).expanduser()
+    return Path(default_cache()).expanduser()
 
 
 def folder(name: str, cache: Path | None = None) -> Path:

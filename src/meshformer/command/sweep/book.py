@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from meshformer.config import ConfigError
+from meshformer.config.foreign import refuse_links
 from meshformer.printing import argument
 from meshformer.record import atomic_write_text
 
@@ -49,6 +50,7 @@ class Book:
     @classmethod
     def read(cls, folder: Path) -> Book:
         """The record in `folder`. ConfigError when there is none."""
+        refuse_links(folder, "sweep.resume", str(folder))
         try:
             fields = json.loads((folder / FILE).read_text(encoding="utf-8"))
             book = cls(folder, fields["overrides"], fields["flags"], [Point(**point) for point in fields["points"]])
