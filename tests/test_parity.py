@@ -18,6 +18,7 @@ from harness import run_ranks
 from jobs import run_labelled, run_tiny, text_file, tiny_config
 from meshformer.callbacks.samples import whole_model
 from meshformer.data.windows import Batches
+from meshformer.model import head
 from meshformer.parallel import context, levers, pipeline, strategy, tensor
 from meshformer.tasks import LanguageModelling, Task
 
@@ -190,13 +191,15 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> References:
     return References(tmp_path_factory.mktemp("parity"))
 
 
-def check_equal(references: References, processes: int, overrides: list[str], ignore: bool = True) -> None:
+def check_equal(
+    references: References, processes: int, overrides: list[str], ignore: bool = True, change: Callable[[], None] | None = None
+) -> None:
     reference = references(overrides, ignore)
     name = f"{len(list(references.folder.iterdir()))}"
     overrides = [*overrides, f"trainer.devices={processes}"]
     if not any(override.startswith("task=") for override in overrides):
         tiny_config(references.folder, *PARITY, *overrides)  # once, for all ranks
-    ours = run_ranks(processes, rows, references.folder, name, overrides, ignore, timeout=240)[0]
+    ours = run_ranks(processes, rows, references.folder, name, overrides, ignore, change, timeout=240)[0]
     found = differences(ours, reference)
     assert max(found.values()) < TOLERANCE, found
     assert ours[0]["confusion"] == reference[0]["confusion"]
@@ -318,6 +321,29 @@ def test_accumulation_on_one_process_changes_nothing(references: References) -> 
     assert max(found.values()) < TOLERANCE, found
 
 
+def sum_the_loss_in_the_head() -> None:
+    """As where there are many logits."""
+    LanguageModelling.large, head.AT_ONCE = 0, 13 * 32  # stretches of 32 tokens
+
+
+IN_HEAD = [
+    ("single", 1, []),
+    ("ddp", 2, ["strategy=ddp"]),
+    ("fsdp", 2, ["strategy=fsdp"]),
+    ("context", 2, ["strategy=context"]),
+    ("pipeline", 2, ["strategy=pipeline"]),
+    ("tensor", 2, ["strategy=tensor"]),
+    ("tensor, the head of BERT", 2, ["strategy=tensor", *MODELS["the head of BERT"]]),
+    ("tensor × pipeline, untied", 4, ["strategy=tensor_pipeline", "strategy.microbatches=4", "model.tie_embeddings=false"]),
+    ("tensor, logits gathered", 2, ["strategy=tensor", "strategy.loss_parallel=false", "strategy.sequence_parallel=false"]),
+]
+
+
+@pytest.mark.parametrize(("processes", "overrides"), [case[1:] for case in IN_HEAD], ids=[case[0] for case in IN_HEAD])
+def test_a_loss_summed_in_the_head_is_that_of_the_logits(references: References, processes: int, overrides: list[str]) -> None:
+    check_equal(references, processes, overrides, change=sum_the_loss_in_the_head)
+
+
 # --- the suite would notice
 
 
@@ -359,6 +385,11 @@ def keep_the_gains_of_heads_apart() -> None:
     tensor.SequenceParallel = lambda **options: tensor.Replicated()  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def forget_the_vocabulary_of_other_ranks() -> None:
+    sum_the_loss_in_the_head()
+    tensor.head_loss = lambda *arguments, **cut: head.head_loss(*arguments)
+
+
 def reseed_by_rank() -> None:
     first = strategy.fill
     strategy.fill = lambda model, seed, aliases: first(model, seed + torch.distributed.get_rank(), aliases)
@@ -371,6 +402,7 @@ CONTROLS = [
     ("fsdp", forget_that_fsdp_averages),
     ("fsdp", reseed_by_rank),
     ("tensor", keep_the_gains_of_heads_apart),
+    ("tensor", forget_the_vocabulary_of_other_ranks),
     ("context", start_every_stretch_at_zero),
     ("pipeline", scale_by_a_hundredth),
     ("pipeline", forget_the_tied_matrix),

@@ -19,10 +19,9 @@ from meshformer.bench.speed import PlainTransformer
 from meshformer.build import build_callbacks, build_data, build_task, build_trainer
 from meshformer.callbacks.throughput import measure_matrix_rate, peak_memory
 from meshformer.compose import compose
-from meshformer.model import Transformer, attend_auto, attend_flex, attend_fused, attend_reference, training_flops_per_token
+from meshformer.model import Head, Transformer, attend_auto, attend_flex, attend_fused, attend_reference, training_flops_per_token
 from meshformer.model.position import Alibi, Learned, NoPosition, PositionalAttention, Rotary, Sinusoidal
 from meshformer.parallel.levers import apply_levers
-from meshformer.tasks.language_modelling import summed_cross_entropy
 from meshformer.train import quiet_libraries
 
 if TYPE_CHECKING:
@@ -292,12 +291,12 @@ def large_vocabulary(bench: Bench) -> None:
         return
     tokens, width, vocabulary = 8192, 768, 128256
     hidden = torch.randn(1, tokens, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    head = torch.nn.Linear(width, vocabulary, bias=False, device="cuda", dtype=torch.bfloat16)
+    head = Head(width, vocabulary, bias=False, device="cuda", dtype=torch.bfloat16)
     targets = torch.randint(vocabulary, (1, tokens), device="cuda")
-    summed_cross_entropy(head(hidden), targets).backward()  # compiles, and brings the gradients
+    head(hidden, targets).backward()  # compiles, and brings the gradients
     _clean(bench.device)
     before = torch.cuda.memory_allocated()
-    summed_cross_entropy(head(hidden), targets).backward()
+    head(hidden, targets).backward()
     used = (torch.cuda.max_memory_allocated() - before) / 2**30
     whole = 4 * tokens * vocabulary / 2**30
     bench.add("vocabulary", "loss forward and backward, head included", used, "GiB")

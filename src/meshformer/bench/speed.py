@@ -26,10 +26,12 @@ from meshformer.build import build_callbacks, build_data, build_task, build_trai
 from meshformer.callbacks import ProgressBar
 from meshformer.compose import compose
 from meshformer.config.resolve import cpu_multiplies_bf16
-from meshformer.model import Learned, Transformer, attend_fused, attend_reference
+from meshformer.model import Head, Learned, Transformer, attend_fused, attend_reference
+from meshformer.tasks.language_modelling import summed_cross_entropy
 from meshformer.train import keep_freed_memory, quiet_libraries
 
 WARM_UP, PROCESSES = 2, 5
+LOSS = (8192, 512, 50304)  # tokens, width and vocabulary of the loss that `memory` measures
 BLOCK_SECONDS, LEAST = 1.0, 3  # how long the Trainer and the bare loop run in turn, and how many steps at least
 SIZES = {
     "4 layers, 4 heads, width 128, context 64, batch 12": (4, 4, 128, 64, 12),
@@ -47,9 +49,31 @@ def report(options: argparse.Namespace) -> None:
 
 
 def report_memory(options: argparse.Namespace) -> None:
-    """The larger step in a process that gives freed memory back to the system, as glibc does, and in one that keeps it, as ours do."""
+    """The loss of a large vocabulary with and without all its logits; the larger step in a process that gives freed memory back to the system,
+    as glibc does, and in one that keeps it, as ours do."""
+    figures = {}
+    for kind in ("logits", "head"):
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
+            figures[kind] = fresh.submit(_loss_memory, kind, options.threads).result()
+    (all_logits, plain), (stretches, ours) = figures["logits"], figures["head"]
+    print(f"  loss of {LOSS[0]:,} tokens, width {LOSS[1]}, vocabulary {LOSS[2]:,}, fp32, forward and backward, at its peak:")
+    print(f"    all logits {all_logits:,.0f} MiB; by stretches of tokens {stretches:,.0f} MiB, {stretches / all_logits:.2f} of it")
+    print(f"    time by stretches {ours / plain:.2f} of that with all logits")
     for keeps in (False, True):
         multiprocessing.start_processes(_time_memory, (keeps, options.threads, options.seconds))
+
+
+def _loss_memory(kind: str, threads: int) -> tuple[float, float]:
+    """(MiB at the peak beyond what was there before, seconds) of the loss and its gradients."""
+    quiet_libraries()
+    torch.set_num_threads(threads)
+    tokens, width, vocabulary = LOSS
+    head = Head(width, vocabulary, bias=False)
+    x, targets = torch.randn(1, tokens, width, requires_grad=True), torch.randint(vocabulary, (1, tokens))
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    loss = head(x, targets) if kind == "head" else summed_cross_entropy(head(x), targets)
+    loss.backward()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, time.perf_counter() - start
 
 
 def _time_memory(rank: int, keeps: bool, threads: int, seconds: float) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .attention import Attend, Attention, Mask, attend_auto
 from .block import Block, FeedForward, feed_forward_width, gelu
 from .cache import KeyValueCache
+from .head import Head
 from .norm import make_norm
 from .position import Position, Rotary
 
@@ -141,7 +142,7 @@ class Transformer(nn.Module):
             self.norm = new_norm() if norm_position == "pre" else None  # post-norm blocks end in a norm already
         if outputs is not None and tie_embeddings:
             raise ValueError(f"outputs={outputs} asks for a head of its own, and tie_embeddings=True for the embedding's matrix")
-        self.head = nn.Linear(d_model, outputs or vocab_size, bias=head_bias) if head else None
+        self.head = Head(d_model, outputs or vocab_size, bias=head_bias) if head else None
         self.tie_weights()
         if not self.embedding.tokens.weight.is_meta:
             self.initialise(seed)
@@ -155,8 +156,10 @@ class Transformer(nn.Module):
         token_types_BT: Tensor | None = None,
         cache: KeyValueCache | None = None,
         length: int | None = None,
+        targets_BT: Tensor | None = None,
     ) -> Tensor:
-        """Logits (B, T, V), or hidden states (B, T, C) of a model without a head.
+        """Logits (B, T, V), or hidden states (B, T, C) of a model without a head; with `targets_BT` their summed cross-entropy, a scalar, for
+        which the logits are never held all at once (head.py). Targets of −100 are ignored.
 
         A part of the model, cut for a pipeline, may lack `embedding`: it is given hidden states (B, T, C) instead of tokens; or `norm` and
         `head`: it returns hidden states. `length` is T where the hidden states are a slice of the sequence (sequence parallel).
@@ -182,7 +185,9 @@ class Transformer(nn.Module):
             cache.advance(positions_BT, documents_BT)
         if self.norm is not None:
             x_BTC = self.norm(x_BTC)
-        return x_BTC if self.head is None else self.head(x_BTC)
+        if self.head is None:
+            return x_BTC
+        return self.head(x_BTC) if targets_BT is None else self.head(x_BTC, targets=targets_BT)
 
     def tie_weights(self) -> None:
         """One matrix for embedding and head (Press & Wolf 2017), where the model is tied."""

@@ -179,7 +179,7 @@ class Pipeline:
         cuts = {name: x.chunk(n) if x.shape[0] == size else [x] * n for name, x in batch.items()}
         self._micro, self._phase = [{name: parts[i] for name, parts in cuts.items()} for i in range(n)], phase
         for stage in self.stages:
-            stage.micro_inputs = [self.task.inputs(micro) for micro in self._micro]
+            stage.micro_inputs = [self.task.arguments(micro, phase) for micro in self._micro]
         arguments = (next(iter(self.task.inputs(batch).values())),) if self.has_first else ()
         losses: list[Tensor] = []
         number = torch.arange(n)

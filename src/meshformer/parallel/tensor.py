@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -25,7 +25,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from meshformer.model import HeadTransform, LoraLinear
+from meshformer.model import HeadTransform, LoraLinear, head_loss
 
 
 class Replicated(ParallelStyle):
@@ -62,6 +62,28 @@ class Rows(RowwiseParallel):
         _put(module, adapter, device_mesh, lora_A=Shard(1), lora_B=Replicate())
 
 
+class VocabularyColumns(ColwiseParallel):
+    """The head, cut along the vocabulary. Its logits are laid out as asked; where it sums the loss itself, each rank does so over its entries."""
+
+    def _apply(self, module: Any, device_mesh: DeviceMesh) -> nn.Module:
+        rank, size = device_mesh.get_local_rank(), device_mesh.size()
+        start = min(-(-module.out_features // size) * rank, module.out_features)
+
+        def loss(x_BTC: DTensor, targets_BT: Tensor) -> Tensor:
+            weight, bias = module.weight.to_local(), None if module.bias is None else module.bias.to_local()
+            x_BTC = x_BTC.to_local(grad_placements=(Partial(),))  # pyright: ignore[reportAssignmentType]
+            return head_loss(x_BTC, weight, bias, targets_BT, group=device_mesh.get_group(), start=start)
+
+        module.loss = loss
+        return super()._apply(module, device_mesh)
+
+    @staticmethod
+    def _prepare_output_fn(output_layouts: Any, use_local_output: bool, mod: nn.Module, outputs: Any, device_mesh: DeviceMesh) -> Any:
+        if not isinstance(outputs, DTensor):  # a loss
+            return outputs
+        return ColwiseParallel._prepare_output_fn(output_layouts, use_local_output, mod, outputs, device_mesh)
+
+
 def _taken(module: nn.Module) -> dict[str, nn.Parameter]:
     """The adapter of a layer, taken out of it: torch's own styles cut every parameter that they find by columns."""
     if not isinstance(module, LoraLinear):
@@ -91,7 +113,7 @@ def apply_tensor_parallel(model: Any, mesh: DeviceMesh, sequence_parallel: bool,
         whole |= dict.fromkeys(parts, norm)
     if model.head is not None:
         out = Shard(-1) if loss_parallel else Replicate()
-        whole["head"] = ColwiseParallel(input_layouts=between, output_layouts=out, use_local_output=not loss_parallel)
+        whole["head"] = VocabularyColumns(input_layouts=between, output_layouts=out, use_local_output=not loss_parallel)
     for block in model.blocks:
         parallelize_module(block, mesh, _block_plan(block, between, norm), src_data_rank=None)
     parallelize_module(model, mesh, whole, src_data_rank=None)

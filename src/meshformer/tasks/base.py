@@ -77,6 +77,10 @@ class Task(pl.LightningModule):
         """Arguments of the model's forward. The first is what enters the first pipeline stage."""
         raise NotImplementedError(f"{type(self).__name__} must define inputs(batch)")
 
+    def arguments(self, batch: dict[str, Tensor], phase: str) -> dict[str, Any]:
+        """`inputs`, and what else the model is given in this phase."""
+        return self.inputs(batch)
+
     def score(self, output: Tensor, batch: dict[str, Tensor], phase: str) -> tuple[Tensor, Tensor]:
         raise NotImplementedError(f"{type(self).__name__} must define score(output, batch, phase)")
 
@@ -84,7 +88,7 @@ class Task(pl.LightningModule):
         """(loss sum, count) of a batch; `phase` is train, val or test."""
         if self.pipeline is not None:
             return self.pipeline(batch, phase)
-        return self.scored(self.model(**self.inputs(batch)), batch, phase)
+        return self.scored(self.model(**self.arguments(batch, phase)), batch, phase)
 
     def scored(self, output: Tensor, batch: dict[str, Tensor], phase: str) -> tuple[Tensor, Tensor]:
         """`score`, with a loss that ranks computed together (loss parallel) as a plain tensor."""

@@ -3,38 +3,21 @@
 from __future__ import annotations
 
 import math
-from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from .evaluation import IGNORED, SUMMED_HERE, Evaluated
+from meshformer.model import Head
 
-LARGE = 2**26  # logits: at 256 MiB in fp32 a copy of them is worth a few seconds of compilation
+from .evaluation import IGNORED, SUMMED_HERE, Evaluated
 
 
 def summed_cross_entropy(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
-    """The sum of −log p(target), computed in fp32, over targets that are not ignored. A scalar.
-
-    Large logits on a GPU go through a compiled form, which converts them as it reads them; the eager form stores three copies in fp32.
-    """
-    large = logits_BTV.is_cuda and logits_BTV.numel() >= LARGE and not isinstance(logits_BTV, DTensor)
-    return (_compiled() if large and find_spec("triton") else _cross_entropy)(logits_BTV, targets_BT)
-
-
-def _cross_entropy(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
+    """The sum of −log p(target), computed in fp32, over targets that are not ignored. A scalar."""
     return F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), ignore_index=IGNORED, reduction="sum")
-
-
-@cache
-def _compiled() -> Any:
-    return torch.compile(_cross_entropy, dynamic=False)
 
 
 class LanguageModelling(Evaluated):
@@ -45,6 +28,7 @@ class LanguageModelling(Evaluated):
     """
 
     writes_text = True
+    large = 2**26  # logits of a batch: from 256 MiB in fp32 on the model's head sums the loss itself and never holds them all
 
     def inputs(self, batch: dict[str, Tensor]) -> dict[str, Any]:
         """batch: tokens (B, T); positions (B, T) where the sequence is a slice of a longer one or holds several; documents (B, T) where it holds
@@ -52,10 +36,22 @@ class LanguageModelling(Evaluated):
         documents = {"documents_BT": batch["documents"]} if "documents" in batch else {}  # a model of the user's may know none
         return {"tokens_BT": batch["tokens"], "positions_BT": batch.get("positions"), **documents}
 
+    def arguments(self, batch: dict[str, Tensor], phase: str) -> dict[str, Any]:
+        """With the targets where the model's head shall sum their loss: the logits are many, and nobody else wants to see them."""
+        head, targets_BT = getattr(self.model, "head", None), batch["targets"]
+        own = type(self).score in (LanguageModelling.score, MaskedLanguageModelling.score)
+        sums = own and not self.looks_at_logits(phase) and isinstance(head, Head) and targets_BT.numel() * head.out_features >= self.large
+        return {**self.inputs(batch), "targets_BT": targets_BT} if sums else self.inputs(batch)
+
+    def looks_at_logits(self, phase: str) -> bool:
+        """Whether `score` takes more than the loss from them."""
+        return False
+
     def score(self, output: Tensor, batch: dict[str, Tensor], phase: str) -> tuple[Tensor, Tensor]:
-        """output: logits (B, T, V); batch: targets (B, T). Returns the summed loss and the number of counted targets, both scalars."""
+        """output: logits (B, T, V), or their loss where the model summed it; batch: targets (B, T). Returns the summed loss and the number of
+        counted targets, both scalars."""
         targets_BT = batch["targets"]
-        return summed_cross_entropy(output, targets_BT), (targets_BT != IGNORED).sum()
+        return summed_cross_entropy(output, targets_BT) if output.ndim else output, (targets_BT != IGNORED).sum()
 
     def figures(self, phase: str, loss: Tensor, computed: dict[str, Tensor]) -> dict[str, Tensor]:
         values = {"loss": loss, "perplexity": loss.exp()}
@@ -78,8 +74,11 @@ class MaskedLanguageModelling(LanguageModelling):
     writes_text = False
     objective = "mask"
 
+    def looks_at_logits(self, phase: str) -> bool:
+        return phase != "train"
+
     def score(self, output: Tensor, batch: dict[str, Tensor], phase: str) -> tuple[Tensor, Tensor]:
-        if phase != "train":
+        if self.looks_at_logits(phase):
             self.update_metrics(phase, output.argmax(-1).flatten(), batch["targets"].flatten(), output.shape[-1])
         return super().score(output, batch, phase)
 

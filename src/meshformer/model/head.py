@@ -1,0 +1,119 @@
+"""From hidden states to logits; or, given targets, straight to their loss, without ever holding all the logits.
+
+Logits (B, T, V) in fp32, their softmax and its gradient are the largest tensors of a model with a large vocabulary. The gradient of the summed
+cross-entropy at one token's logits is softmax(logits) − one_hot(target): it needs no other token's. So the loss is taken over a stretch of tokens
+at a time, and the gradients of hidden states and weight with it, in the forward pass; the backward pass multiplies them by what it is given
+(Hsu et al. 2024, Liger Kernel; torch 2.13's `linear_cross_entropy` does the same, without a vocabulary cut over ranks).
+
+Shapes: N tokens, C channels, V vocabulary, or a rank's part of it.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+AT_ONCE = 2**25  # logits of one stretch: 128 MiB in fp32
+
+
+class Head(nn.Linear):
+    """Hidden states (B, T, C) → logits (B, T, V); with `targets` (B, T) → the summed cross-entropy, a scalar. See `head_loss`."""
+
+    def forward(self, input: Tensor, targets: Tensor | None = None) -> Tensor:
+        return super().forward(input) if targets is None else self.loss(input, targets)
+
+    def loss(self, x_BTC: Tensor, targets_BT: Tensor) -> Tensor:
+        return head_loss(x_BTC, self.weight, self.bias, targets_BT)
+
+
+def head_loss(
+    x_BTC: Tensor, weight_VC: Tensor, bias_V: Tensor | None, targets_BT: Tensor, ignored: int = -100, group: Any = None, start: int = 0
+) -> Tensor:
+    """The sum of −log p(target) over targets that are not `ignored`, computed in fp32; logits in the precision of `autocast`, where it is on.
+
+    `group`: the ranks over which the vocabulary is cut, of which this one holds the entries from `start` on. The loss is then that of the whole
+    vocabulary, and the gradient of x this rank's part of a sum. Its backward pass runs once: RuntimeError the second time.
+    """
+    device = x_BTC.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else weight_VC.dtype
+    rows = AT_ONCE // weight_VC.shape[0] if group is None else AT_ONCE // (weight_VC.shape[0] + 1)
+    # A power of two, so that stretches are mostly of one length.
+    rows = 1 << max(rows, 1).bit_length() - 1
+    settings = (dtype, rows, ignored, group, start, torch.is_grad_enabled())
+    return _HeadLoss.apply(x_BTC.flatten(0, -2), weight_VC, bias_V, targets_BT.flatten(), settings)  # pyright: ignore[reportReturnType]
+
+
+class _HeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_NC: Tensor, weight_VC: Tensor, bias_V: Tensor | None, targets_N: Tensor, settings: Any) -> Tensor:
+        dtype, rows, ignored, group, start, grads = settings
+        for_x, for_weight, for_bias = (grads and needed for needed in ctx.needs_input_grad[:3])
+        gradients: list[Tensor | None] = [
+            torch.empty_like(x_NC, dtype=dtype) if for_x else None,
+            torch.zeros_like(weight_VC, dtype=torch.float32) if for_weight else None,
+            torch.zeros_like(bias_V, dtype=torch.float32) if for_bias and bias_V is not None else None,
+        ]
+        of_x, of_weight, of_bias = gradients
+        weight = weight_VC.to(dtype)
+        bias = None if bias_V is None else bias_V.to(dtype)
+        terms = _compiled() if x_NC.is_cuda and group is None and find_spec("triton") else _terms
+        loss = torch.zeros((), device=x_NC.device)
+        device = x_NC.device.type
+        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+            for first in range(0, len(x_NC), rows):
+                x, targets = x_NC[first : first + rows].to(dtype), targets_N[first : first + rows]
+                part, of_logits = terms(F.linear(x, weight, bias), targets, ignored, group, start)
+                loss += part
+                if of_x is not None:
+                    of_x[first : first + rows] = of_logits @ weight
+                if of_weight is not None and dtype == torch.float32:
+                    of_weight.addmm_(of_logits.T, x)
+                elif of_weight is not None:
+                    of_weight += of_logits.T @ x
+                if of_bias is not None:
+                    of_bias += of_logits.sum(0, dtype=torch.float32)
+        ctx.gradients = gradients
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *given: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        gradients, ctx.gradients = ctx.gradients, None  # they are the largest tensors left: multiplied in place, so there is one backward pass
+        if gradients is None:
+            raise RuntimeError("the loss of a head has no second backward pass: compute it anew")
+        return (*(None if gradient is None else gradient.mul_(given[0]) for gradient in gradients), None, None)
+
+
+def _terms(logits_NV: Tensor, targets_N: Tensor, ignored: int, group: Any, start: int) -> tuple[Tensor, Tensor]:
+    """The summed loss of a stretch, and its gradient at these logits, in their precision."""
+    dtype, logits_NV = logits_NV.dtype, logits_NV.float()
+    counted_N1 = (targets_N != ignored)[:, None]
+    here_N1 = counted_N1 & (targets_N[:, None] >= start) & (targets_N[:, None] < start + logits_NV.shape[1])
+    place_N1 = (targets_N[:, None] - start).where(here_N1, 0)
+    largest_N1 = logits_NV.amax(1, keepdim=True)
+    if group is not None:
+        dist.all_reduce(largest_N1, dist.ReduceOp.MAX, group)
+    logits_NV = logits_NV - largest_N1
+    at_target_N1 = logits_NV.gather(1, place_N1).where(here_N1, 0)
+    exp_NV = logits_NV.exp_()
+    both_N2 = torch.cat((exp_NV.sum(1, keepdim=True), at_target_N1), 1)
+    if group is not None:
+        dist.all_reduce(both_N2, dist.ReduceOp.SUM, group)
+    total_N1, at_target_N1 = both_N2[:, :1], both_N2[:, 1:]
+    loss = (total_N1.log() - at_target_N1).where(counted_N1, 0).sum()
+    softmax_NV = exp_NV.div_(total_N1)
+    gradient_NV = softmax_NV.scatter(1, place_N1, softmax_NV.gather(1, place_N1) - here_N1.float())
+    return loss, gradient_NV.where(counted_N1, 0).to(dtype)
+
+
+@cache
+def _compiled() -> Any:
+    """One pass over the logits where the eager form makes several."""
+    return torch.compile(_terms, dynamic=False)
