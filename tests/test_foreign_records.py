@@ -324,12 +324,13 @@ def test_no_field_of_a_sweep_runs_or_reaches_outside(
 @pytest.mark.parametrize("folder", ["../outside", "/OUTSIDE", ".", "0/../../outside", "link"])
 def test_a_point_lies_in_its_sweep(folder: str, sweep: Path, plants: Plants, capsys: pytest.CaptureFixture[str]) -> None:
     """The folder of a point that starts anew is removed before."""
-    (sweep / "link").symlink_to(plants.outside)
+    if folder == "link":  # refused before its record is read
+        (sweep / "link").symlink_to(plants.outside)
     book = json.loads((sweep / "sweep.json").read_text())
     book["points"][1] |= {"state": "queued", "folder": folder.replace("/OUTSIDE", str(plants.outside))}
     (sweep / "sweep.json").write_text(json.dumps(book))
     assert main(["train", "-m", f"sweep.resume={sweep}"]) == 2
-    assert "names a folder outside of it" in capsys.readouterr().err
+    assert ("is a link to" if folder == "link" else "names a folder outside of it") in capsys.readouterr().err
     plants.check()
 
 
