@@ -10,16 +10,17 @@ Shapes: N tokens, C channels, V vocabulary, or a rank's part of it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+Combine = Callable[[Tensor, Literal["max", "sum"]], None]  # over the ranks among which a vocabulary is cut, in place
 AT_ONCE = 2**25  # logits of one stretch: 128 MiB in fp32
 
 
@@ -34,27 +35,33 @@ class Head(nn.Linear):
 
 
 def head_loss(
-    x_BTC: Tensor, weight_VC: Tensor, bias_V: Tensor | None, targets_BT: Tensor, ignored: int = -100, group: Any = None, start: int = 0
+    x_BTC: Tensor,
+    weight_VC: Tensor,
+    bias_V: Tensor | None,
+    targets_BT: Tensor,
+    ignored: int = -100,
+    combine: Combine | None = None,
+    start: int = 0,
+    widest: int | None = None,
 ) -> Tensor:
     """The sum of −log p(target) over targets that are not `ignored`, computed in fp32; logits in the precision of `autocast`, where it is on.
 
-    `group`: the ranks over which the vocabulary is cut, of which this one holds the entries from `start` on. The loss is then that of the whole
-    vocabulary, and the gradient of x this rank's part of a sum. Its backward pass runs once: RuntimeError the second time.
+    `combine`: where the vocabulary is cut over ranks, of which this one holds the entries from `start` on, takes numbers over all of them;
+    `widest`: the most entries that one of them holds, so that all take stretches of one length. The loss is then that of the whole vocabulary, and the gradient of x this rank's part of a sum. Its backward pass runs once: RuntimeError the second time.
     """
     device = x_BTC.device.type
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else weight_VC.dtype
-    rows = AT_ONCE // weight_VC.shape[0] if group is None else AT_ONCE // (weight_VC.shape[0] + 1)
     # A power of two, so that stretches are mostly of one length.
-    rows = 1 << max(rows, 1).bit_length() - 1
-    settings = (dtype, rows, ignored, group, start, torch.is_grad_enabled())
+    rows = 1 << max(AT_ONCE // (widest or weight_VC.shape[0]), 1).bit_length() - 1
+    settings = (dtype, rows, ignored, combine, start, torch.is_grad_enabled())
     return _HeadLoss.apply(x_BTC.flatten(0, -2), weight_VC, bias_V, targets_BT.flatten(), settings)  # pyright: ignore[reportReturnType]
 
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_NC: Tensor, weight_VC: Tensor, bias_V: Tensor | None, targets_N: Tensor, settings: Any) -> Tensor:
-        dtype, rows, ignored, group, start, grads = settings
+        dtype, rows, ignored, combine, start, grads = settings
         for_x, for_weight, for_bias = (grads and needed for needed in ctx.needs_input_grad[:3])
         gradients: list[Tensor | None] = [
             torch.empty_like(x_NC, dtype=dtype) if for_x else None,
@@ -64,13 +71,13 @@ class _HeadLoss(torch.autograd.Function):
         of_x, of_weight, of_bias = gradients
         weight = weight_VC.to(dtype)
         bias = None if bias_V is None else bias_V.to(dtype)
-        terms = _compiled() if x_NC.is_cuda and group is None and find_spec("triton") else _terms
+        terms = _compiled() if x_NC.is_cuda and combine is None and find_spec("triton") else _terms
         loss = torch.zeros((), device=x_NC.device)
         device = x_NC.device.type
         with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
             for first in range(0, len(x_NC), rows):
                 x, targets = x_NC[first : first + rows].to(dtype), targets_N[first : first + rows]
-                part, of_logits = terms(F.linear(x, weight, bias), targets, ignored, group, start)
+                part, of_logits = terms(F.linear(x, weight, bias), targets, ignored, combine, start)
                 loss += part
                 if of_x is not None:
                     of_x[first : first + rows] = of_logits @ weight
@@ -91,21 +98,21 @@ class _HeadLoss(torch.autograd.Function):
         return (*(None if gradient is None else gradient.mul_(given[0]) for gradient in gradients), None, None)
 
 
-def _terms(logits_NV: Tensor, targets_N: Tensor, ignored: int, group: Any, start: int) -> tuple[Tensor, Tensor]:
+def _terms(logits_NV: Tensor, targets_N: Tensor, ignored: int, combine: Combine | None, start: int) -> tuple[Tensor, Tensor]:
     """The summed loss of a stretch, and its gradient at these logits, in their precision."""
     dtype, logits_NV = logits_NV.dtype, logits_NV.float()
     counted_N1 = (targets_N != ignored)[:, None]
     here_N1 = counted_N1 & (targets_N[:, None] >= start) & (targets_N[:, None] < start + logits_NV.shape[1])
     place_N1 = (targets_N[:, None] - start).where(here_N1, 0)
     largest_N1 = logits_NV.amax(1, keepdim=True)
-    if group is not None:
-        dist.all_reduce(largest_N1, dist.ReduceOp.MAX, group)
+    if combine is not None:
+        combine(largest_N1, "max")
     logits_NV = logits_NV - largest_N1
     at_target_N1 = logits_NV.gather(1, place_N1).where(here_N1, 0)
     exp_NV = logits_NV.exp_()
     both_N2 = torch.cat((exp_NV.sum(1, keepdim=True), at_target_N1), 1)
-    if group is not None:
-        dist.all_reduce(both_N2, dist.ReduceOp.SUM, group)
+    if combine is not None:
+        combine(both_N2, "sum")
     total_N1, at_target_N1 = both_N2[:, :1], both_N2[:, 1:]
     loss = (total_N1.log() - at_target_N1).where(counted_N1, 0).sum()
     softmax_NV = exp_NV.div_(total_N1)

@@ -10,8 +10,10 @@ The plan keys on module names. Parameters that are not cut become DTensors too, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module, distribute_tensor
@@ -67,12 +69,13 @@ class VocabularyColumns(ColwiseParallel):
 
     def _apply(self, module: Any, device_mesh: DeviceMesh) -> nn.Module:
         rank, size = device_mesh.get_local_rank(), device_mesh.size()
-        start = min(-(-module.out_features // size) * rank, module.out_features)
+        widest = -(-module.out_features // size)
+        start = min(widest * rank, module.out_features)
 
         def loss(x_BTC: DTensor, targets_BT: Tensor) -> Tensor:
             weight, bias = module.weight.to_local(), None if module.bias is None else module.bias.to_local()
             x_BTC = x_BTC.to_local(grad_placements=(Partial(),))  # pyright: ignore[reportAssignmentType]
-            return head_loss(x_BTC, weight, bias, targets_BT, group=device_mesh.get_group(), start=start)
+            return head_loss(x_BTC, weight, bias, targets_BT, combine=over(device_mesh.get_group()), start=start, widest=widest)
 
         module.loss = loss
         return super()._apply(module, device_mesh)
@@ -82,6 +85,16 @@ class VocabularyColumns(ColwiseParallel):
         if not isinstance(outputs, DTensor):  # a loss
             return outputs
         return ColwiseParallel._prepare_output_fn(output_layouts, use_local_output, mod, outputs, device_mesh)
+
+
+def over(group: Any) -> Callable[[Tensor, str], None]:
+    """Takes the largest, or the sum, of numbers over the ranks of `group`, in place."""
+    operations = {"max": dist.ReduceOp.MAX, "sum": dist.ReduceOp.SUM}
+
+    def combine(x: Tensor, how: str) -> None:
+        dist.all_reduce(x, operations[how], group)
+
+    return combine
 
 
 def _taken(module: nn.Module) -> dict[str, nn.Parameter]:
