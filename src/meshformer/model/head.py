@@ -47,7 +47,8 @@ def head_loss(
     """The sum of −log p(target) over targets that are not `ignored`, computed in fp32; logits in the precision of `autocast`, where it is on.
 
     `combine`: where the vocabulary is cut over ranks, of which this one holds the entries from `start` on, takes numbers over all of them;
-    `widest`: the most entries that one of them holds, so that all take stretches of one length. The loss is then that of the whole vocabulary, and the gradient of x this rank's part of a sum. Its backward pass runs once: RuntimeError the second time.
+    `widest`: the most entries that one of them holds, so that all take stretches of one length. The loss is then that of the
+    whole vocabulary, and the gradient of x this rank's part of a sum. Its backward pass runs once: RuntimeError the second time.
     """
     device = x_BTC.device.type
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
