@@ -18,7 +18,14 @@ from meshformer.data import load_tokenizer
 from meshformer.evaluate import evaluate
 from meshformer.model import Transformer
 from meshformer.record.metrics_csv import read_metrics
-from meshformer.tasks import SentenceEmbedding, SequenceClassification, TokenClassification, embed
+from meshformer.tasks import (
+    LanguageModelling,
+    MaskedLanguageModelling,
+    SentenceEmbedding,
+    SequenceClassification,
+    TokenClassification,
+    embed,
+)
 from meshformer.tasks.classification import mean_over_text
 
 SMALL = {"vocab_size": 11, "n_layers": 2, "n_heads": 2, "d_model": 16, "context_length": 32, "causal": False, "tie_embeddings": False}
@@ -195,3 +202,42 @@ def test_a_task_without_data_module_measures_by_what_it_saw():
     batch = {**padded([[1], [2]], 1), "labels": torch.tensor([1, 1])}
     task.score(torch.tensor([[[0.0, 1.0]], [[1.0, 0.0]]]), batch, "val")
     assert float(task._computed()["accuracy"]) == 0.5
+
+
+class OwnForward(Transformer):
+    """As people write one: it takes what the task gives a small batch."""
+
+    def forward(self, tokens_BT, positions_BT=None):
+        return super().forward(tokens_BT, positions_BT=positions_BT)
+
+
+class OwnScore(LanguageModelling):
+    def score(self, output, batch, phase):
+        assert output.ndim == 3
+        return super().score(output, batch, phase)
+
+
+@pytest.mark.parametrize(
+    ("task", "model", "phase", "sums"),
+    [
+        (LanguageModelling, Transformer, "train", True),
+        (LanguageModelling, Transformer, "val", True),
+        (LanguageModelling, OwnForward, "train", False),
+        (OwnScore, Transformer, "train", False),
+        (MaskedLanguageModelling, Transformer, "train", True),
+        (MaskedLanguageModelling, Transformer, "val", False),
+    ],
+)
+def test_logits_are_left_out_only_where_nobody_looks_at_them(task, model, phase, sums, monkeypatch):
+    monkeypatch.setattr(LanguageModelling, "large", 4 * 11)
+    made = task(model=lambda: model(**SMALL))
+    made.configure_model()
+    tokens = torch.arange(4)[None]
+    batch = {"tokens": tokens, "targets": tokens}
+    assert ("targets_BT" in made.arguments(batch, phase)) is sums
+    short = {name: x[:, :3] for name, x in batch.items()}
+    assert "targets_BT" not in made.arguments(short, phase)
+    if phase == "train":
+        loss, count = made.losses(batch, phase)
+        expected = F.cross_entropy(made.model(tokens).flatten(0, 1), tokens.flatten(), reduction="sum")
+        assert torch.allclose(loss, expected) and count == 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
@@ -40,7 +41,9 @@ class LanguageModelling(Evaluated):
         """With the targets where the model's head shall sum their loss: the logits are many, and nobody else wants to see them."""
         head, targets_BT = getattr(self.model, "head", None), batch["targets"]
         own = type(self).score in (LanguageModelling.score, MaskedLanguageModelling.score)
-        sums = own and not self.looks_at_logits(phase) and isinstance(head, Head) and targets_BT.numel() * head.out_features >= self.large
+        many = isinstance(head, Head) and targets_BT.numel() * head.out_features >= self.large
+        # A forward of the user's may know no targets.
+        sums = many and own and not self.looks_at_logits(phase) and "targets_BT" in inspect.signature(self.model.forward).parameters
         return {**self.inputs(batch), "targets_BT": targets_BT} if sums else self.inputs(batch)
 
     def looks_at_logits(self, phase: str) -> bool:
