@@ -81,6 +81,7 @@ from meshformer.tasks import LanguageModelling
 class Held(LanguageModelling):
     def losses(self, batch, phase):
         while self.trainer.global_step == 3 and Path("hold").exists() and Path("hold").read_text() == self.trainer.default_root_dir[-1]:
+            Path("held").touch()
             time.sleep(0.05)
         return super().losses(batch, phase)
 
@@ -195,8 +196,10 @@ def test_a_search_survives_an_interruption_and_goes_on(work: Path) -> None:
     folder = work / "search"
     options = ["sweep.trials=3", "sweep.pruner=median", "trainer.val_check_interval=2", *HELD]
     (work / "hold").write_text("1")
+    (work / "held").unlink(missing_ok=True)  # of the grid before
     sweep = start(work, *search(work, folder, *options))
-    wait_for(sweep, lambda: saved(folder, 1))
+    wait_for(sweep, (work / "held").exists)
+    assert saved(folder, 1)
     sweep.send_signal(signal.SIGINT)
     assert sweep.stderr is not None
     while "stopping" not in sweep.stderr.readline():
