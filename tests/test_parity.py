@@ -277,11 +277,20 @@ def test_classification_equals_one_process(references: References, layout: str) 
 BF16 = ["trainer.precision=bf16-mixed", "optimizer.lr=0.02", "model.d_model=64", "data.context_length=32", "data.batch_size=32"]
 
 
-@pytest.mark.parametrize("layout", ["fsdp", "tensor", "context", "pipeline"])
-def test_bf16_layout_equals_one_bf16_process(references: References, layout: str) -> None:
-    ours = run_ranks(2, rows, references.folder, f"bf16-{layout}", [f"strategy={layout}", "trainer.devices=2", *BF16])[0]
+AUTOCAST = {"loss": 1e-3, "grad_norm": 1e-3, "val": 1e-3}
+# FSDP hands the embedding, gains and gradients over in bf16, which one process keeps in fp32. Both are as far from fp32 (8e-4 and 7e-4 of the
+# gradient norm), by different rounding, so from each other up to the sum.
+OWN = AUTOCAST | {"grad_norm": 2.5e-3}
+
+
+@pytest.mark.parametrize(
+    ("layout", "tolerance"),
+    [("fsdp", OWN), ("context", OWN), ("fsdp strategy.param_dtype=null", AUTOCAST), ("tensor", AUTOCAST), ("pipeline", AUTOCAST)],
+)
+def test_bf16_layout_equals_one_bf16_process(references: References, layout: str, tolerance: dict[str, float]) -> None:
+    ours = run_ranks(2, rows, references.folder, f"bf16-{layout}", [*f"strategy={layout}".split(), "trainer.devices=2", *BF16])[0]
     found = differences(ours, references(BF16))
-    assert max(found.values()) < 1e-3, found
+    assert all(found[name] < most for name, most in tolerance.items()), found
 
 
 def test_negative_control_in_bf16(references: References) -> None:

@@ -11,7 +11,7 @@ import pytest
 from meshformer.compose import compose_config, make_hydra, plain, settle
 from meshformer.config import ConfigError, resolve, validate
 from meshformer.config.check_layout import feed_forward_width
-from meshformer.config.degrees import AXES, Degrees
+from meshformer.config.degrees import AXES, Degrees, uses_fsdp
 from meshformer.config.paths import conf_dir
 from meshformer.config.resolve import cores, microbatch_counts
 
@@ -350,6 +350,32 @@ def test_a_layout_that_cannot_work_is_refused(layout, name, changes, key, words)
 )
 def test_a_layout_that_can_work_passes(layout, name, changes):
     settle(layout(name, changes))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "types"),
+    [
+        ("fsdp", {}, (None, None)),
+        ("fsdp", {"trainer.precision": "bf16-mixed"}, ("bfloat16", "float32")),
+        ("hsdp", {"trainer.precision": "bf16-mixed"}, ("bfloat16", "float32")),
+        ("context", {"trainer.precision": "bf16-mixed"}, ("bfloat16", "float32")),
+        ("fsdp_pipeline", {"trainer.precision": "bf16-mixed"}, ("bfloat16", "float32")),
+        ("fsdp", {"trainer.precision": "bf16-mixed", "strategy.param_dtype": None}, (None, None)),
+        ("fsdp", {"trainer.precision": "bf16-mixed", "strategy.reduce_dtype": "bfloat16"}, ("bfloat16", "bfloat16")),
+        ("fsdp", {"strategy.param_dtype": "bfloat16", "strategy.reduce_dtype": None}, ("bfloat16", "float32")),
+        ("fsdp", {"trainer.precision": "bf16-true"}, (None, "float32")),
+        # `auto` makes no layout use FSDP.
+        ("tensor", {"trainer.precision": "bf16-mixed"}, (None, None)),
+        ("pipeline", {"trainer.precision": "bf16-mixed"}, (None, None)),
+        ("mesh", {**FOUR, "strategy.shard": 1, "strategy.replicate": 2, "strategy.pipeline": 2, "trainer.precision": "bf16-mixed"}, (None, None)),
+        ("ddp", {"trainer.precision": "bf16-mixed"}, (None, None)),
+        ("single", {"trainer.precision": "bf16-mixed"}, (None, None)),
+    ],
+)  # fmt: skip
+def test_types_of_parameters_and_sums_are_fsdps_own(layout, name, changes, types):
+    strategy = settle(layout(name, changes))["strategy"]
+    assert (strategy["param_dtype"], strategy["reduce_dtype"]) == types
+    assert uses_fsdp(strategy) is uses_fsdp({**strategy, "param_dtype": None, "reduce_dtype": None})
 
 
 def test_cpu_offload_is_for_gpus(layout, monkeypatch):

@@ -8,6 +8,16 @@ from meshformer.model import RMSNorm, Transformer, cast_once
 from meshformer.model.norm import make_norm
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_layer_norm_takes_a_gain_of_less_precision_than_its_input(bias: bool):
+    torch.manual_seed(0)
+    x, norm, wide = torch.randn(3, 5, 8), make_norm("layer", 8, bias), nn.LayerNorm(8, bias=bias)
+    for p, q in zip(norm.parameters(), wide.parameters(), strict=True):
+        q.data.copy_(p.data.normal_().bfloat16())
+    assert torch.equal(norm.bfloat16()(x), wide(x))
+    assert norm(x.bfloat16()).dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-7), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
 @pytest.mark.parametrize("eps", [None, 1e-6, 0.1])
 def test_rms_norm_is_the_formula(dtype: torch.dtype, tolerance: float, eps: float | None):

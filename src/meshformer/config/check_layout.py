@@ -8,7 +8,7 @@ from __future__ import annotations
 from math import gcd
 from typing import Any
 
-from meshformer.config.degrees import AXES, Degrees
+from meshformer.config.degrees import AXES, Degrees, uses_fsdp
 from meshformer.config.errors import ConfigError
 from meshformer.config.resolve import microbatch_counts, outside, visible_gpus
 
@@ -100,10 +100,8 @@ def check_settings(config: Config) -> None:
 
 
 def _fsdp_alone(strategy: Config) -> None:
-    """What only FSDP reads; parallel/strategy.py uses it in these cases."""
-    pipeline = strategy["pipeline"] > 1
-    uses = strategy["shard"] * strategy["context"] > 1 or (strategy["replicate"] > 1 and not pipeline)
-    uses = uses or bool(strategy["param_dtype"] or strategy["reduce_dtype"] or strategy["cpu_offload"])
+    """What only FSDP reads."""
+    pipeline, uses = strategy["pipeline"] > 1, uses_fsdp(strategy)
     if not uses and strategy["reshard_after_forward"] == pipeline:  # auto has become the opposite by now
         message = "is about parameters that are gathered and would be ignored: no axis of this layout cuts them over the data"
         value = _plain(strategy["reshard_after_forward"])

@@ -82,3 +82,13 @@ class Degrees:
 
 
 AXES = tuple(field.name for field in fields(Degrees))
+
+
+def uses_fsdp(strategy: dict[str, Any]) -> bool:
+    """Whether FSDP holds the parameters: an axis cuts or copies them over the data, or a setting asks for what only FSDP does (`auto` asks for
+    nothing). Of a `strategy` config node whose degrees are settled."""
+    if strategy["name"] in ("single", "ddp"):
+        return False
+    asked = strategy["cpu_offload"] or any(strategy[key] not in ("auto", None) for key in ("param_dtype", "reduce_dtype"))
+    cut = strategy["shard"] * strategy["context"] > 1 or (strategy["replicate"] > 1 and strategy["pipeline"] == 1)
+    return asked or cut

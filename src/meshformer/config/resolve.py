@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from meshformer.config.degrees import AXES, Degrees
+from meshformer.config.degrees import AXES, Degrees, uses_fsdp
 from meshformer.config.errors import ConfigError
 
+PARAMETERS = {"bf16-true": "bfloat16"}  # precision -> type of the parameters themselves, where it is not float32
 CPU_PROCESSES = 2  # along the axis with -1 on a CPU, where nothing else says how many
 
 
@@ -83,6 +84,7 @@ def resolve(config: dict[str, Any], env: Mapping[str, str] | None = None) -> dic
         trainer["threads"] = max(1, cores() // trainer["devices"])
     if trainer["precision"] == "auto":
         trainer["precision"] = "bf16-mixed" if on_gpu or cpu_multiplies_bf16() else "32-true"
+    _settle_types(strategy, trainer["precision"])
     if config["optimizer"].get("dtype") == "auto" and trainer["precision"] == "32-true":
         # Muon in bf16, where the processor has it, turns rounding, by which layouts differ, into 1e-5 of the loss within ten steps.
         config["optimizer"]["dtype"] = "float32"
@@ -173,6 +175,16 @@ def _settle_strategy(strategy: dict[str, Any], trainer: dict[str, Any], batch_si
         # Where none suits the schedule, the check says so, about whichever divides.
         counts = counts or [n for n in microbatch_counts(samples, 1, "gpipe") if n <= 4 * pipeline]
         strategy["microbatches"] = counts[-1] if pipeline > 1 else 1
+
+
+def _settle_types(strategy: dict[str, Any], precision: str) -> None:
+    """FSDP's mixed precision: parameters gathered and computed with in bf16 where the run's precision is bf16-mixed, gradients summed in fp32
+    wherever they would come in bf16. Only a reduce_dtype that somebody wrote sums them in less."""
+    uses = uses_fsdp(strategy)
+    if strategy["param_dtype"] == "auto":
+        strategy["param_dtype"] = "bfloat16" if uses and precision == "bf16-mixed" else None
+    if strategy["reduce_dtype"] in ("auto", None):
+        strategy["reduce_dtype"] = "float32" if uses and "bfloat16" in (strategy["param_dtype"], PARAMETERS.get(precision)) else None
 
 
 def _take_from_outside(trainer: dict[str, Any], around: Outside) -> None:

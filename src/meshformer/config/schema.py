@@ -136,8 +136,8 @@ class Strategy:
     stages_per_rank: Literal["auto"] | PositiveInt = "auto"
     blocks_per_stage: list[PositiveInt] | None = None
     activation_checkpointing: Literal["none", "full", "selective"] = "none"
-    param_dtype: Literal["float32", "bfloat16"] | None = None
-    reduce_dtype: Literal["float32", "bfloat16"] | None = None
+    param_dtype: Literal["auto", "float32", "bfloat16"] | None = "auto"
+    reduce_dtype: Literal["auto", "float32", "bfloat16"] | None = "auto"
     reshard_after_forward: Literal["auto"] | bool = "auto"
     cpu_offload: bool = False
     reduce_gradients: Literal["last", "every"] = "last"

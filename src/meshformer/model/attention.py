@@ -185,6 +185,13 @@ def cast_once(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(device)) if casts else x
 
 
+def stay_wide(x: Tensor) -> Tensor:
+    """Under autocast x in fp32: what the residual stream begins with, also where a layout hands the embedding over in bf16."""
+    device = x.device.type
+    casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return x.float() if casts else x
+
+
 class Attention(nn.Module):
     """Multi-head (and grouped-query) attention with separate q, k, v, o projections. (B, T, C) → (B, T, C)."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -22,13 +23,23 @@ class RMSNorm(nn.RMSNorm):
         return x * torch.rsqrt(mean_square + eps).to(x.dtype) * self.weight.to(x.dtype)
 
 
+class LayerNorm(nn.LayerNorm):
+    """torch's, also where FSDP gathers gain and bias in less precision than x has, which torch's CPU kernel refuses."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.weight is None or torch.promote_types(self.weight.dtype, input.dtype) == self.weight.dtype:
+            return super().forward(input)
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        return F.layer_norm(input, self.normalized_shape, self.weight.to(input.dtype), bias, self.eps)
+
+
 def make_norm(kind: str, dim: int, bias: bool, eps: float | None = None) -> nn.Module:
     """`layer`: LayerNorm (Ba et al. 2016), x → (x − mean)/std · g (+ b). `rms`: RMSNorm.
 
     `eps` is added to the variance; None: 1e-5 for `layer`, 1e-6 for `rms`.
     """
     if kind == "layer":
-        return nn.LayerNorm(dim, eps=1e-5 if eps is None else eps, bias=bias)
+        return LayerNorm(dim, eps=1e-5 if eps is None else eps, bias=bias)
     if kind == "rms":
         return RMSNorm(dim, eps=1e-6 if eps is None else eps)
     raise ValueError(f"norm must be 'layer' or 'rms', not {kind!r}")

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .attention import Attend, Attention, Mask, attend_auto
+from .attention import Attend, Attention, Mask, attend_auto, stay_wide
 from .block import Block, FeedForward, feed_forward_width, gelu
 from .cache import KeyValueCache
 from .head import Head
@@ -33,7 +33,7 @@ class Embedding(nn.Module):
         self.norm = norm
 
     def forward(self, tokens_BT: Tensor, types_BT: Tensor | None, position: Position, positions_BT: Tensor) -> Tensor:
-        x_BTC = position.embed(self.tokens(tokens_BT), positions_BT)
+        x_BTC = position.embed(stay_wide(self.tokens(tokens_BT)), positions_BT)
         if self.types is not None:
             x_BTC = x_BTC + self.types(torch.zeros_like(tokens_BT) if types_BT is None else types_BT)
         return x_BTC if self.norm is None else self.norm(x_BTC)

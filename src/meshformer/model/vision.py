@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .attention import Attend, attend_auto
+from .attention import Attend, attend_auto, stay_wide
 from .position import Learned, Position
 from .transformer import Transformer
 
@@ -36,7 +36,7 @@ class PatchEmbedding(nn.Module):
             raise ValueError(f"the images have {H} × {W} pixels of {D} colours, and the model was made for {size}")
         P = self.patch_size
         patches_BND = images_BHWD.reshape(B, H // P, P, W // P, P, D).permute(0, 1, 3, 5, 2, 4).reshape(B, -1, D * P * P)
-        x_BTC = self.patches(patches_BND.to(self.patches.weight.dtype))
+        x_BTC = stay_wide(self.patches(patches_BND.to(self.patches.weight.dtype)))
         if self.class_token is not None:
             x_BTC = torch.cat((self.class_token.expand(B, 1, -1), x_BTC), dim=1)
         return position.embed(x_BTC, positions_BT)

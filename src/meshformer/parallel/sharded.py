@@ -18,9 +18,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, None: None}
 def shard(root: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh, strategy: dict[str, Any], reshard: bool) -> None:
     """Shards `root` in place over `mesh` (one axis, or replicate × shard), block by block, the rest with the root.
 
-    `strategy["param_dtype"]` is what parameters are gathered and computed in, `strategy["reduce_dtype"]` what gradients are summed in; the
-    parameters themselves stay as they are. `reshard`: give a block's parameters back after its forward pass and gather them again for the
-    backward pass.
+    `strategy["param_dtype"]` is what parameters are gathered and computed in, `strategy["reduce_dtype"]` what gradients are summed in, over
+    micro-batches and ranks (null: as they come); the parameters themselves stay as they are. Inputs do too: with bf16-mixed autocast is on as
+    in one process, so the residual stream, norms and loss keep their fp32, and parameters that arrive in bf16 are not cast again.
+    `reshard`: give a block's parameters back after its forward pass and gather them again for the backward pass.
     """
     types = MixedPrecisionPolicy(
         param_dtype=DTYPES[strategy["param_dtype"]], reduce_dtype=DTYPES[strategy["reduce_dtype"]], cast_forward_inputs=False

@@ -29,7 +29,7 @@ from meshformer.checkpoint.lightning_io import FolderCheckpointIO, split, withou
 from meshformer.checkpoint.optimizer import complete_groups, read_optimizer
 from meshformer.checkpoint.pieces import piece_of
 from meshformer.checkpoint.weights import load_weights
-from meshformer.config.degrees import Degrees
+from meshformer.config.degrees import Degrees, uses_fsdp
 
 from .context import ContextAxis
 from .levers import apply_levers
@@ -97,9 +97,7 @@ class MeshStrategy(ModelParallelStrategy):
 
     @property
     def _uses_fsdp(self) -> bool:
-        wanted = self.settings["param_dtype"] or self.settings["reduce_dtype"] or self.settings["cpu_offload"]
-        cut = self.degrees.shard * self.degrees.context > 1
-        return bool(wanted) or cut or (self.degrees.replicate > 1 and self.degrees.pipeline == 1)
+        return uses_fsdp(self.settings)
 
     # --- the model
 
