@@ -93,10 +93,7 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *given: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        gradients, ctx.gradients = (
-            ctx.gradients,
-            None,
-        )  # they are the largest tensors left: multiplied in place, so there is one backward pass
+        gradients, ctx.gradients = ctx.gradients, None  # they are the largest tensors left: multiplied in place, so there is one backward pass
         if gradients is None:
             raise RuntimeError("the loss of a head has no second backward pass: compute it anew")
         return (*(None if gradient is None else gradient.mul_(given[0]) for gradient in gradients), None, None)
