@@ -121,6 +121,15 @@ MODELS = {
         "model.activation=gelu_tanh", "model.head_transform=true", "model.head_bias=true", "model.head_dim=6", "model.attention_bias=false",
     ],
 }  # fmt: skip
+# The block-mask kernel, against the masked one in one process.
+FLEX = ["model/attention=flex", "model/position=alibi", "model.window=5"]
+FLEX_LAYOUTS = {
+    "single": (1, []),
+    "tensor": (2, ["strategy=tensor"]),
+    "context": (2, ["strategy=context"]),
+    "ulysses": (2, ["strategy=context", "strategy.context_method=ulysses"]),
+    "pipeline": (2, ["strategy=pipeline"]),
+}
 CUTS = {
     "tensor": (2, ["strategy=tensor"]),
     "context": (2, ["strategy=context"]),
@@ -179,7 +188,7 @@ class References:
         text_file(folder, letters="abcdefghijk")
 
     def __call__(self, overrides: list[str], ignore: bool = True) -> Rows:
-        own = [o for o in overrides if not o.startswith(("strategy", "trainer.accumulate", "trainer.compile"))]
+        own = [o for o in overrides if not o.startswith(("strategy", "trainer.accumulate", "trainer.compile", "model/attention"))]
         key = (*own, ignore)
         if key not in self.known:
             (self.known[key],) = run_ranks(1, rows, self.folder, f"one-{len(self.known)}", own, ignore)
@@ -264,6 +273,12 @@ def test_every_part_of_the_model_survives_the_cuts(references: References, model
     check_equal(references, processes, [*overrides, *MODELS[model]])
 
 
+@pytest.mark.parametrize("layout", FLEX_LAYOUTS)
+def test_the_block_mask_kernel_equals_the_masked_one_in_every_layout(references: References, layout: str) -> None:
+    processes, overrides = FLEX_LAYOUTS[layout]
+    check_equal(references, processes, [*FLEX, *overrides])
+
+
 CLASSES = ["task=sequence_classification", "data.label_column=label", "data.context_length=32"]
 
 
@@ -271,6 +286,10 @@ CLASSES = ["task=sequence_classification", "data.label_column=label", "data.cont
 def test_classification_equals_one_process(references: References, layout: str) -> None:
     check_equal(references, 2, [f"strategy={layout}", *CLASSES])
     assert "val/f1" in references(CLASSES)[-1] and references(CLASSES)[0]["confusion"]
+
+
+def test_the_block_mask_kernel_keeps_documents_apart_on_each_ranks_heads(references: References) -> None:
+    check_equal(references, 2, ["model/attention=flex", "strategy=tensor", *CLASSES])  # padding is a document of its own
 
 
 # Rounding to 8 bits is noise of 1e-3 in the gradient of a small batch, and steps of a high rate amplify it: a larger batch, a lower rate.

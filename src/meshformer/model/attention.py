@@ -6,10 +6,11 @@ The number of heads is never divided by anything: `view(B, T, -1, D)` infers it,
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache, cached_property
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from .cache import KeyValueCache
 from .norm import RMSNorm
-from .position import Position
+from .position import Position, falling_bias
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Mask:
     A key is visible when all of these hold: `causal` → its position is not after the query's; `window` w → it is fewer than w positions
     away; documents given → it is in the query's document (padding is a document of its own, so no row is ever empty).
     `*_positions` are (B or 1, T or S); `natural` says both are 0, 1, 2, … which allows the kernels' built-in causal mask.
+    `blocks` and `slopes_H` are there for `flex_attention` alone, see `with_blocks`.
     """
 
     causal: bool
@@ -37,6 +39,8 @@ class Mask:
     natural: bool = True
     q_documents_BT: Tensor | None = None
     k_documents_BS: Tensor | None = None
+    slopes_H: Tensor | None = None
+    blocks: Any = None
 
     @property
     def is_plain_causal(self) -> bool:
@@ -58,28 +62,48 @@ class Mask:
             visible_BTS = visible_BTS & (self.q_documents_BT[:, :, None] == self.k_documents_BS[:, None, :])
         return visible_BTS[:, None]
 
-    @cached_property
-    def blocks(self) -> Any:
-        """The same for `flex_attention`: which blocks of 128 queries × 128 keys hold something to see. Made once a mask, not once a layer."""
+    def with_blocks(self, slopes_H: Tensor | None = None) -> Mask:
+        """The same with what `flex_attention` takes: which blocks of 128 queries × 128 keys hold something to see, and slopes in place of a bias.
+
+        Made once a batch, before the first block runs, so that a compiled block is given it like any other input.
+        """
         from torch.nn.attention.flex_attention import create_block_mask
 
-        q_positions, k_positions = self.q_positions_BT, self.k_positions_BS
+        causal, window, ahead_of = self.causal, self.window, self._ahead()
         q_documents, k_documents = self.q_documents_BT, self.k_documents_BS
-        positions_batch = q_positions.shape[0] > 1
 
         def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            row = b if positions_batch else 0
-            ahead = k_positions[row, k] - q_positions[row, q]
-            seen = ahead <= 0 if self.causal else ahead == ahead
-            if self.window is not None:
-                seen = seen & (ahead.abs() < self.window)
+            ahead = ahead_of(b, q, k)
+            seen = ahead <= 0 if causal else ahead == ahead
+            if window is not None:
+                seen = seen & (ahead.abs() < window)
             if q_documents is not None and k_documents is not None:
                 seen = seen & (q_documents[b, q] == k_documents[b, k])
             return seen
 
-        batch = q_documents.shape[0] if q_documents is not None else q_positions.shape[0]
-        make = _compiled(create_block_mask) if q_positions.is_cuda else create_block_mask
-        return make(sees, batch, None, q_positions.shape[1], k_positions.shape[1], device=q_positions.device)
+        batch = max(1 if x is None else x.shape[0] for x in (self.q_positions_BT, self.k_positions_BS, q_documents))
+        make = _compiled(create_block_mask) if self.q_positions_BT.is_cuda else create_block_mask
+        sizes = (self.q_positions_BT.shape[1], self.k_positions_BS.shape[1])
+        blocks = make(sees, batch if batch > 1 else None, None, *sizes, device=self.q_positions_BT.device)
+        return replace(self, slopes_H=slopes_H, blocks=blocks)
+
+    def _ahead(self) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """How many positions key k lies ahead of query q, by their indices."""
+        if self.natural:
+            return lambda b, q, k: k - q
+        q_positions, k_positions = self.q_positions_BT, self.k_positions_BS
+        if q_positions.shape[0] == k_positions.shape[0] == 1:
+            return lambda b, q, k: k_positions[0, k] - q_positions[0, q]
+        return lambda b, q, k: k_positions[b, k] - q_positions[b, q]
+
+    def fall(self) -> Callable[..., Tensor] | None:
+        """`score_mod` of `flex_attention`: each head's score less its slope times the distance."""
+        slopes, ahead_of = self.slopes_H, self._ahead()
+        return None if slopes is None else lambda score, b, h, q, k: score - slopes[h] * ahead_of(b, q, k).abs()
+
+    def bias(self) -> Tensor | None:
+        """The slopes as a stored bias, for the kernels that know no other form."""
+        return None if self.slopes_H is None else falling_bias(self.slopes_H, self.q_positions_BT, self.k_positions_BS)
 
     def added(self, dtype: torch.dtype) -> Tensor | None:
         """The same as a number to add to scores, (B or 1, 1, T, S): 0 where the query may look, −∞ elsewhere; None when it may look everywhere.
@@ -105,6 +129,7 @@ def attend_reference(
         k_BKSD = k_BKSD.repeat_interleave(groups, dim=1)
         v_BKSD = v_BKSD.repeat_interleave(groups, dim=1)
     scores_BHTS = (q_BHTD / math.sqrt(q_BHTD.shape[-1])) @ k_BKSD.transpose(-2, -1)
+    bias = mask.bias() if bias is None else bias
     if bias is not None:
         scores_BHTS = scores_BHTS + bias
     hidden = mask.added(scores_BHTS.dtype)
@@ -117,6 +142,7 @@ def attend_reference(
 def attend_fused(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask: Mask, bias: Tensor | None = None, dropout: float = 0.0) -> Tensor:
     """The same through `scaled_dot_product_attention` (Dao et al. 2022): the T × S weights are never stored. Returns (B, H, T, D)."""
     attn_mask = None
+    bias = mask.bias() if bias is None else bias
     plain_causal = mask.is_plain_causal and bias is None
     if not plain_causal:
         attn_mask = mask.visible()
@@ -130,32 +156,61 @@ def attend_fused(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask: Mask, bia
 def attend_flex(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask: Mask, bias: Tensor | None = None, dropout: float = 0.0) -> Tensor:
     """The same through `flex_attention` (Dong et al. 2024), which skips blocks of keys that no query of a block sees. Returns (B, H, T, D).
 
-    Compiled on a GPU, as it must be to be fast; torch has no gradient of it on a CPU. It has no dropout, and a bias, stored whole, leaves it
-    nothing to save: both are left to `scaled_dot_product_attention`.
+    It has no dropout, a bias that is stored whole leaves it nothing to save, its kernel takes heads of 16 or more, and compiled for a CPU it
+    has no gradient: those are left to `scaled_dot_product_attention`.
     """
-    if bias is not None or dropout or mask.hides_nothing:
+    stored = bias is not None or (mask.hides_nothing and mask.slopes_H is None)
+    if stored or dropout or (_needs_kernel(q_BHTD) and q_BHTD.shape[-1] < 16) or _lacks_gradient(q_BHTD):
         return attend_fused(q_BHTD, k_BKSD, v_BKSD, mask, bias, dropout)
-    from torch.nn.attention.flex_attention import flex_attention
-
-    kernel: Any = _compiled(flex_attention) if q_BHTD.is_cuda and not torch.compiler.is_compiling() else flex_attention
+    blocks = (mask if mask.blocks is not None else mask.with_blocks(mask.slopes_H)).blocks
     # Autocast may leave queries and keys in fp32, behind their norm: this kernel takes one type.
     q_BHTD, k_BKSD = q_BHTD.to(v_BKSD.dtype), k_BKSD.to(v_BKSD.dtype)
+    if not _needs_kernel(q_BHTD):
+        return _flex_unfused(q_BHTD, k_BKSD, v_BKSD, mask.fall(), blocks)
+    from torch.nn.attention.flex_attention import flex_attention
+
+    kernel: Any = flex_attention if torch.compiler.is_compiling() else _compiled(flex_attention)
     gqa = q_BHTD.shape[1] != k_BKSD.shape[1]
-    return kernel(q_BHTD, k_BKSD, v_BKSD, block_mask=mask.blocks, enable_gqa=gqa)
+    return kernel(q_BHTD, k_BKSD, v_BKSD, score_mod=mask.fall(), block_mask=blocks, enable_gqa=gqa)
+
+
+def _needs_kernel(q: Tensor) -> bool:
+    return q.device.type != "cpu"
+
+
+def _lacks_gradient(q: Tensor) -> bool:
+    return q.device.type == "cpu" and torch.compiler.is_compiling() and torch.is_grad_enabled()
+
+
+def _flex_unfused(q: Tensor, k: Tensor, v: Tensor, score_mod: Callable[..., Tensor] | None, blocks: Any) -> Tensor:
+    """`flex_attention` by its own formula, for a CPU: the public function refuses gradients there, which the operator behind it has."""
+    from torch._higher_order_ops.flex_attention import flex_attention as operator
+
+    unchanged = lambda score, b, h, q, k: score  # noqa: E731
+    return operator(q, k, v, score_mod or unchanged, blocks.as_tuple(), 1 / math.sqrt(q.shape[-1]), {"OUTPUT_LOGSUMEXP": True})[0]
 
 
 @cache
 def _compiled(function: Callable[..., Any]) -> Any:
-    return torch.compile(function, dynamic=False)
+    return torch.compile(function)
 
 
 def attend_auto(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask: Mask, bias: Tensor | None = None, dropout: float = 0.0) -> Tensor:
     """The fastest of the three for this device, type, length and mask. Returns (B, H, T, D)."""
-    if bias is None and not dropout and _blocks_are_faster(q_BHTD, v_BKSD, mask):
+    if mask.blocks is not None:
         kernel = attend_flex
     else:
         kernel = attend_reference if _written_out_is_faster(q_BHTD, k_BKSD.shape[2]) else attend_fused
     return kernel(q_BHTD, k_BKSD, v_BKSD, mask, bias, dropout)
+
+
+def wants_blocks(attend: Attend, mask: Mask, slopes_H: Tensor | None, x_BTC: Tensor, head_dim: int) -> bool:
+    """Whether `attend` would take `flex_attention` for hidden states x, and the mask must say so before the blocks run."""
+    kernel: Any = inspect.unwrap(attend)  # what the context axis put around it
+    kernel = getattr(kernel, "func", kernel)  # a configuration gives a partial
+    if (mask.hides_nothing or (mask.is_plain_causal and kernel is not attend_flex)) and slopes_H is None:
+        return False
+    return kernel is attend_flex or (kernel is attend_auto and _blocks_are_faster(x_BTC, mask, head_dim))
 
 
 def _written_out_is_faster(q: Tensor, keys: int) -> bool:
@@ -170,26 +225,31 @@ def _written_out_is_faster(q: Tensor, keys: int) -> bool:
     return q.device.type == "cpu" and q.dtype == torch.bfloat16 and keys <= 1024
 
 
-def _blocks_are_faster(q: Tensor, v: Tensor, mask: Mask) -> bool:
-    """On a GPU, in half precision, where the mask is more than the triangle that the flash kernel knows and long enough to have blocks to skip
-    (`python -m meshformer.bench gpu --parts long`). Not inside a compiled block, where the block mask would be made anew in each layer."""
-    if not q.is_cuda or torch.compiler.is_compiling():
-        return False
-    return v.element_size() == 2 and q.shape[2] == v.shape[2] >= 1024 and q.shape[3] >= 16 and not mask.is_plain_causal and not mask.hides_nothing
+def _blocks_are_faster(x: Tensor, mask: Mask, head_dim: int) -> bool:
+    """On a GPU, in half precision, where there is more than the triangle that the flash kernel knows, long enough to have blocks to skip
+    (`python -m meshformer.bench gpu --parts long`)."""
+    T, S = mask.q_positions_BT.shape[1], mask.k_positions_BS.shape[1]
+    return x.is_cuda and product_type(x).itemsize == 2 and T >= 128 and S >= 1024 and head_dim >= 16
+
+
+def product_type(x: Tensor) -> torch.dtype:
+    """The type in which matrix products of x are computed: autocast's where it is on."""
+    return torch.get_autocast_dtype(x.device.type) if _casts(x) else x.dtype
 
 
 def cast_once(x: Tensor) -> Tensor:
     """Under autocast x in the type of its products. Each linear layer that reads x would else cast it again, and keep a copy for its gradient."""
-    device = x.device.type
-    casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return x.to(torch.get_autocast_dtype(device)) if casts else x
+    return x.to(product_type(x))
 
 
 def stay_wide(x: Tensor) -> Tensor:
     """Under autocast x in fp32: what the residual stream begins with, also where a layout hands the embedding over in bf16."""
+    return x.float() if _casts(x) else x
+
+
+def _casts(x: Tensor) -> bool:
     device = x.device.type
-    casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return x.float() if casts else x
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 class Attention(nn.Module):

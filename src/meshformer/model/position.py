@@ -33,9 +33,25 @@ class Position(nn.Module):
         assert k_BKTD is not None
         return q_BHTD, k_BKTD
 
-    def bias(self, q_positions_BT: Tensor, k_positions_BS: Tensor) -> Tensor | None:
-        """(B, H, T, S), added to the scores before the softmax."""
+    def slopes(self, device: torch.device) -> Tensor | None:
+        """(H,) m_h, where score_ij falls by m_h·|i − j|: a kernel that computes it on the way (flex) stores no bias."""
         return None
+
+    def bias(self, q_positions_BT: Tensor, k_positions_BS: Tensor) -> Tensor | None:
+        """(B, H, T, S), added to the scores before the softmax; by default what the slopes say."""
+        slopes_H = self.slopes(q_positions_BT.device)
+        return None if slopes_H is None else falling_bias(slopes_H, q_positions_BT, k_positions_BS)
+
+    @property
+    def has_own_bias(self) -> bool:
+        """A class that writes its own `bias` means that one, whatever slopes it inherits."""
+        return type(self).bias is not Position.bias
+
+
+def falling_bias(slopes_H: Tensor, q_positions_BT: Tensor, k_positions_BS: Tensor) -> Tensor:
+    """−m_h·|i − j|, (B, H, T, S)."""
+    distance_B1TS = (q_positions_BT[:, None, :, None] - k_positions_BS[:, None, None, :]).abs()
+    return -slopes_H[:, None, None] * distance_B1TS
 
 
 class NoPosition(Position):
@@ -111,11 +127,9 @@ class Rotary(Position):
 class Alibi(Position):
     """score_ij − m_h·|i − j| with one slope a head, m_h = 2^(−8h/H), h = 1 … H (Press et al. 2022, section 3)."""
 
-    def bias(self, q_positions_BT: Tensor, k_positions_BS: Tensor) -> Tensor:
-        head = torch.arange(1, self.n_heads + 1, device=q_positions_BT.device, dtype=torch.float32)
-        slope_H11 = torch.exp2(-8.0 * head / self.n_heads)[:, None, None]
-        distance_B1TS = (q_positions_BT[:, None, :, None] - k_positions_BS[:, None, None, :]).abs()
-        return -slope_H11 * distance_B1TS
+    def slopes(self, device: torch.device) -> Tensor:
+        head = torch.arange(1, self.n_heads + 1, device=device, dtype=torch.float32)
+        return torch.exp2(-8.0 * head / self.n_heads)
 
 
 class PositionalAttention(Position):

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .attention import Attend, Attention, Mask, attend_auto, stay_wide
+from .attention import Attend, Attention, Mask, attend_auto, stay_wide, wants_blocks
 from .block import Block, FeedForward, feed_forward_width, gelu
 from .cache import KeyValueCache
 from .head import Head
@@ -170,15 +170,12 @@ class Transformer(nn.Module):
         if positions_BT is None:
             start = cache.length if cache is not None else 0
             positions_BT = torch.arange(start, start + T, device=tokens_BT.device)[None]
-        k_positions_BS, k_documents_BS = positions_BT, documents_BT
-        if cache is not None:
-            k_positions_BS, k_documents_BS = cache.seen_positions(positions_BT), cache.seen_documents(documents_BT)
-        mask = Mask(self.causal, self.window, positions_BT, k_positions_BS, natural, documents_BT, k_documents_BS)
-        tables, bias = self.position.tables(positions_BT), self.position.bias(positions_BT, k_positions_BS)
+        mask, tables = self.make_mask(positions_BT, documents_BT, natural, cache), self.position.tables(positions_BT)
 
         x_BTC = tokens_BT
         if self.embedding is not None:
             x_BTC = self.embedding(tokens_BT, token_types_BT, self.position, positions_BT)
+        mask, bias = self._add_scores(mask, x_BTC, cache)
         for block in self.blocks:
             x_BTC = block(x_BTC, mask, self.position, tables, bias, cache)
         if cache is not None:
@@ -188,6 +185,23 @@ class Transformer(nn.Module):
         if self.head is None:
             return x_BTC
         return self.head(x_BTC) if targets_BT is None else self.head(x_BTC, targets=targets_BT)
+
+    def make_mask(self, positions_BT: Tensor, documents_BT: Tensor | None, natural: bool, cache: KeyValueCache | None) -> Mask:
+        """What the tokens at hand may see: each other, and what the cache holds. The context axis puts the keys of all ranks here."""
+        k_positions_BS, k_documents_BS = positions_BT, documents_BT
+        if cache is not None:
+            k_positions_BS, k_documents_BS = cache.seen_positions(positions_BT), cache.seen_documents(documents_BT)
+        return Mask(self.causal, self.window, positions_BT, k_positions_BS, natural, documents_BT, k_documents_BS)
+
+    def _add_scores(self, mask: Mask, x_BTC: Tensor, cache: KeyValueCache | None) -> tuple[Mask, Tensor | None]:
+        """The mask with blocks and slopes where the kernel takes those, else the position's bias; once for all layers."""
+        layer: Attention = next(iter(self.blocks)).attention
+        slopes_H = None if self.position.has_own_bias else self.position.slopes(x_BTC.device)
+        if cache is None and not (layer.dropout and self.training) and wants_blocks(layer.attend, mask, slopes_H, x_BTC, layer.head_dim):
+            mask = mask.with_blocks(slopes_H)
+            if not self.position.has_own_bias:
+                return mask, None
+        return mask, self.position.bias(mask.q_positions_BT, mask.k_positions_BS)
 
     def tie_weights(self) -> None:
         """One matrix for embedding and head (Press & Wolf 2017), where the model is tied."""

@@ -10,6 +10,7 @@ Shapes as in model/attention.py; t is one rank's share of T.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import wraps
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from torch.distributed import _functional_collectives as collectives
 from torch.distributed.device_mesh import DeviceMesh
 
 from meshformer.model.attention import Attend, Mask
-from meshformer.model.position import Position
+
+from .tensor import share_heads
 
 # torch 2.13 renamed the first two, with the same arguments.
 all_gather = getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor
@@ -31,7 +33,6 @@ class ContextAxis:
     def __init__(self, mesh: DeviceMesh, method: str):
         self.group, self.rank, self.size = mesh.get_group(), mesh.get_local_rank(), mesh.size()
         self.method = method
-        self._seen: tuple[Mask, Mask] | None = None
         self._natural = True
 
     def cut(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -44,45 +45,36 @@ class ContextAxis:
         return {name: x.chunk(self.size, dim=1)[self.rank].contiguous() if x.ndim == 2 else x for name, x in batch.items()}
 
     def apply(self, model: Any) -> None:
-        """Puts this axis around the attention kernel and the score bias of every block, in place."""
+        """Puts this axis around the attention kernel of every block and around the mask, in place."""
         for block in model.blocks:
             block.attention.attend = self._across(block.attention.attend)
-        if type(model.position).bias is Position.bias:
-            return  # there is none
-        whole = model.position.bias
+        make_mask = model.make_mask
 
-        def bias(q_positions_BT: Tensor, k_positions_BS: Tensor) -> Tensor | None:
-            keys_BS = self._gather(k_positions_BS)
-            if self.method == "all_gather":
-                return whole(q_positions_BT, keys_BS)
-            bias_BHTS = whole(self._gather(q_positions_BT), keys_BS)
-            return None if bias_BHTS is None else bias_BHTS.chunk(self.size, dim=1)[self.rank]
+        def whole_mask(positions_BT: Tensor, documents_BT: Tensor | None, natural: bool, cache: Any) -> Mask:
+            """The mask over all keys and, for Ulysses, all queries: made once a forward pass, for all layers."""
+            keys_BS, documents_BS = self._gather(positions_BT), None if documents_BT is None else self._gather(documents_BT)
+            if self.method == "ulysses":
+                return make_mask(keys_BS, documents_BS, self._natural, cache)
+            mask = make_mask(positions_BT, documents_BT, natural, cache)
+            return replace(mask, natural=False, k_positions_BS=keys_BS, k_documents_BS=documents_BS)
 
-        model.position.bias = bias
+        model.make_mask = whole_mask
+        if self.method == "ulysses":
+            share_heads(model.position, self.rank, self.size)
 
     def _gather(self, x_Bt: Tensor) -> Tensor:
-        return all_gather(x_Bt.contiguous(), 1, self.group)
-
-    def _whole(self, mask: Mask) -> Mask:
-        """The mask over all keys (and, for Ulysses, all queries); the same for every layer of a forward pass."""
-        if self._seen is None or self._seen[0] is not mask:
-            whole = replace(mask, k_positions_BS=self._gather(mask.k_positions_BS))
-            if mask.k_documents_BS is not None:
-                whole = replace(whole, k_documents_BS=self._gather(mask.k_documents_BS))
-            if self.method == "ulysses":
-                documents = None if mask.q_documents_BT is None else self._gather(mask.q_documents_BT)
-                whole = replace(whole, q_positions_BT=whole.k_positions_BS, q_documents_BT=documents, natural=self._natural)
-            self._seen = (mask, whole)
-        return self._seen[1]
+        return collectives.wait_tensor(all_gather(x_Bt.contiguous(), 1, self.group))
 
     def _across(self, attend: Attend) -> Attend:
+        @wraps(attend)
         def gathered(q_BHtD: Tensor, k_BKtD: Tensor, v_BKtD: Tensor, mask: Mask, bias: Tensor | None, dropout: float) -> Tensor:
             both_2BKTD = all_gather_autograd(torch.stack((k_BKtD, v_BKtD)), 3, self.group)
-            return attend(q_BHtD, both_2BKTD[0], both_2BKTD[1], self._whole(mask), bias, dropout)
+            return attend(q_BHtD, both_2BKTD[0], both_2BKTD[1], mask, bias, dropout)
 
+        @wraps(attend)
         def ulysses(q_BHtD: Tensor, k_BKtD: Tensor, v_BKtD: Tensor, mask: Mask, bias: Tensor | None, dropout: float) -> Tensor:
             q, k, v = (self._heads_for_time(x) for x in (q_BHtD, k_BKtD, v_BKtD))
-            return self._time_for_heads(attend(q, k, v, self._whole(mask), bias, dropout))
+            return self._time_for_heads(attend(q, k, v, mask, bias, dropout))
 
         return gathered if self.method == "all_gather" else ulysses
 

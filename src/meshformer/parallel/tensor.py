@@ -137,7 +137,7 @@ def apply_tensor_parallel(model: Any, mesh: DeviceMesh, sequence_parallel: bool,
             parallelize_module(module, mesh, Replicated(), src_data_rank=None)
     for name in frozen:  # torch 2.13's SequenceParallel makes parameters anew, with gradients
         model.get_parameter(name).requires_grad_(False)
-    _slice_heads_of_bias(model, mesh)
+    share_heads(model.position, mesh.get_local_rank(), mesh.size())
 
 
 def _block_plan(block: Any, between: Any, norm: ParallelStyle) -> dict[str, ParallelStyle]:
@@ -167,12 +167,13 @@ def _has(module: nn.Module, name: str) -> bool:
     return module is not None
 
 
-def _slice_heads_of_bias(model: Any, mesh: DeviceMesh) -> None:
-    """A bias of the scores (ALiBi) is computed for all heads; a rank adds the part of its own."""
-    whole, rank, size = model.position.bias, mesh.get_local_rank(), mesh.size()
+def share_heads(position: Any, rank: int, size: int) -> None:
+    """A bias of the scores, or the slopes that give it (ALiBi), is computed for all heads; a rank adds the part of its own. In place."""
+    name, heads = ("bias", 1) if position.has_own_bias else ("slopes", 0)
+    whole = getattr(position, name)
 
-    def of_own_heads(q_positions_BT: Tensor, k_positions_BS: Tensor) -> Tensor | None:
-        bias_BHTS = whole(q_positions_BT, k_positions_BS)
-        return None if bias_BHTS is None else bias_BHTS.chunk(size, dim=1)[rank]
+    def of_own_heads(*args: Any) -> Tensor | None:
+        of_all = whole(*args)
+        return None if of_all is None else of_all.chunk(size, dim=heads)[rank]
 
-    model.position.bias = of_own_heads
+    setattr(position, name, of_own_heads)
