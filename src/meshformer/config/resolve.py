@@ -84,7 +84,7 @@ def resolve(config: dict[str, Any], env: Mapping[str, str] | None = None) -> dic
         trainer["threads"] = max(1, cores() // trainer["devices"])
     if trainer["precision"] == "auto":
         trainer["precision"] = "bf16-mixed" if on_gpu or cpu_multiplies_bf16() else "32-true"
-    _settle_types(strategy, trainer["precision"])
+    _settle_types(strategy, trainer["precision"], on_gpu or config["model"]["_target_"].startswith("meshformer."))
     if config["optimizer"].get("dtype") == "auto" and trainer["precision"] == "32-true":
         # Muon in bf16, where the processor has it, turns rounding, by which layouts differ, into 1e-5 of the loss within ten steps.
         config["optimizer"]["dtype"] = "float32"
@@ -177,12 +177,15 @@ def _settle_strategy(strategy: dict[str, Any], trainer: dict[str, Any], batch_si
         strategy["microbatches"] = counts[-1] if pipeline > 1 else 1
 
 
-def _settle_types(strategy: dict[str, Any], precision: str) -> None:
+def _settle_types(strategy: dict[str, Any], precision: str, mixes: bool) -> None:
     """FSDP's mixed precision: parameters gathered and computed with in bf16 where the run's precision is bf16-mixed, gradients summed in fp32
-    wherever they would come in bf16. Only a reduce_dtype that somebody wrote sums them in less."""
+    wherever they would come in bf16. Only a reduce_dtype that somebody wrote sums them in less.
+
+    `mixes`: the model takes gains in bf16 beside fp32 activations. torch's own norms refuse that on a CPU, and a user's model may have them.
+    """
     uses = uses_fsdp(strategy)
     if strategy["param_dtype"] == "auto":
-        strategy["param_dtype"] = "bfloat16" if uses and precision == "bf16-mixed" else None
+        strategy["param_dtype"] = "bfloat16" if uses and mixes and precision == "bf16-mixed" else None
     if strategy["reduce_dtype"] in ("auto", None):
         strategy["reduce_dtype"] = "float32" if uses and "bfloat16" in (strategy["param_dtype"], PARAMETERS.get(precision)) else None
 

@@ -46,6 +46,22 @@ class Replicated(ParallelStyle):
         return distribute_module(module, device_mesh, None, inward, outward)  # pyright: ignore[reportArgumentType]
 
 
+class OnPieces(ParallelStyle):
+    """A linear layer on each rank's part of the sequence, by the whole weight: plain tensors in and out, gradients are sums over that part.
+
+    Written out, since a DTensor of torch 2.11 that is cut along time refuses the layer's view.
+    """
+
+    def _apply(self, module: Any, device_mesh: DeviceMesh) -> nn.Module:
+        def forward(x: Tensor) -> Tensor:
+            weight, bias = (None if p is None else p.to_local(grad_placements=(Partial(),)) for p in (module.weight, module.bias))
+            return nn.functional.linear(x, weight, bias)  # pyright: ignore[reportArgumentType]
+
+        distribute_module(module, device_mesh)
+        module.forward = forward
+        return module
+
+
 class Columns(ColwiseParallel):
     """Of an adapter B is cut like the weight, by output features, and A is whole: the forward pass exchanges nothing."""
 
@@ -122,8 +138,10 @@ def apply_tensor_parallel(model: Any, mesh: DeviceMesh, sequence_parallel: bool,
         if sequence_parallel:
             whole["embedding"] = PrepareModuleOutput(output_layouts=Replicate(), desired_output_layouts=Shard(1))
     if model.norm is not None:
-        parts = ["norm.dense", "norm.norm"] if isinstance(model.norm, HeadTransform) else ["norm"]
-        whole |= dict.fromkeys(parts, norm)
+        if isinstance(model.norm, HeadTransform):
+            whole |= {"norm.dense": OnPieces() if sequence_parallel else norm, "norm.norm": norm}
+        else:
+            whole["norm"] = norm
     if model.head is not None:
         out = Shard(-1) if loss_parallel else Replicate()
         whole["head"] = VocabularyColumns(input_layouts=between, output_layouts=out, use_local_output=not loss_parallel)
