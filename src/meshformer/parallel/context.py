@@ -46,6 +46,7 @@ class ContextAxis:
     def apply(self, model: Any) -> None:
         """Puts this axis around the attention kernel and the score bias of every block, in place."""
         for block in model.blocks:
+            block.register_forward_pre_hook(self._widened)  # around what is compiled: a graph shall not depend on which layer was first
             block.attention.attend = self._across(block.attention.attend)
         if type(model.position).bias is Position.bias:
             return  # there is none
@@ -75,14 +76,19 @@ class ContextAxis:
             self._seen = (mask, whole)
         return self._seen[1]
 
+    def _widened(self, _: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The arguments of a block, its mask as `_whole` makes it."""
+        x_BtC, mask, *rest = inputs
+        return x_BtC, self._whole(mask), *rest
+
     def _across(self, attend: Attend) -> Attend:
         def gathered(q_BHtD: Tensor, k_BKtD: Tensor, v_BKtD: Tensor, mask: Mask, bias: Tensor | None, dropout: float) -> Tensor:
             both_2BKTD = all_gather_autograd(torch.stack((k_BKtD, v_BKtD)), 3, self.group)
-            return attend(q_BHtD, both_2BKTD[0], both_2BKTD[1], self._whole(mask), bias, dropout)
+            return attend(q_BHtD, both_2BKTD[0], both_2BKTD[1], mask, bias, dropout)
 
         def ulysses(q_BHtD: Tensor, k_BKtD: Tensor, v_BKtD: Tensor, mask: Mask, bias: Tensor | None, dropout: float) -> Tensor:
             q, k, v = (self._heads_for_time(x) for x in (q_BHtD, k_BKtD, v_BKtD))
-            return self._time_for_heads(attend(q, k, v, self._whole(mask), bias, dropout))
+            return self._time_for_heads(attend(q, k, v, mask, bias, dropout))
 
         return gathered if self.method == "all_gather" else ulysses
 
