@@ -48,8 +48,8 @@ SECRET = re.compile(r"\$\{oc\.env:\s*([^,}\s]*(?:secret|token|passw|api_?key|acc
 # What a resumed run may change (CONTRACTS 6); everything else would make it another run.
 RESUMABLE = (
     "strategy", "trainer.devices", "trainer.num_nodes", "trainer.accelerator", "trainer.threads", "trainer.max_steps", "trainer.max_epochs",
-    "trainer.accumulate_grad_batches", "trainer.progress", "callbacks", "logger", "paths", "launch", "data.source.cache", "data.workers",
-    "data.eval_batch_size", "allow",
+    "trainer.accumulate_grad_batches", "trainer.progress", "trainer.compile", "callbacks", "logger", "paths", "launch", "data.source.cache",
+    "data.workers", "data.eval_batch_size", "allow",
 )  # fmt: skip
 EVALUABLE = ("trainer.threads", "trainer.precision", "trainer.accelerator", "trainer.limit_val_batches", "data", "paths", "allow")
 FREE = ("attention", "dropout", "init_std", "zero_init")  # settings of a model that its weights do not decide

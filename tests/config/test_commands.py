@@ -56,7 +56,7 @@ def test_train_makes_a_folder_and_hands_over_a_plain_dict(calls, tmp_path, capsy
     assert "hydra" not in recorded and recorded["trainer"]["max_steps"] == 50 and recorded["model"]["d_model"] == 384
     assert type(config) is dict and type(config["model"]["position"]) is dict and config["trainer"]["devices"] == 1
     assert not (folder / ".hydra").exists()
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().err == "compile: no, the run is short\n"
 
 
 def test_a_folder_given_by_the_user_is_taken(calls, tmp_path):

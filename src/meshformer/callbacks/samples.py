@@ -50,7 +50,8 @@ def continuation(task: Any, tokenizer: Any, prompt: str, max_tokens: int, **opti
         ids = [0]
     prompt_BT = torch.as_tensor([list(map(int, ids))], device=model.head.weight.device)
     # the precision plugin's context (bf16 autocast, say) is what the model was trained under
-    with task.trainer.precision_plugin.forward_context():
+    # a compiled block would be compiled anew for each length of the cache
+    with task.trainer.precision_plugin.forward_context(), torch.compiler.set_stance("force_eager"):
         out_BT = generate(model, prompt_BT, max_tokens, **options)
     return tokenizer.decode(out_BT[0].tolist())
 

@@ -21,6 +21,7 @@ from meshformer.command.folders import claim_folder, forget_folder, shared_folde
 from meshformer.command.recipe import FirstRun, pretraining
 from meshformer.command.slurm import MARK, earlier_start, job_mark
 from meshformer.config import ConfigError, Convert, Evaluate, Export, Generate, validate
+from meshformer.config.compilation import compiles
 from meshformer.config.foreign import confine, read_config
 from meshformer.config.paths import default_cache, run_of
 from meshformer.config.resolve import outside
@@ -119,6 +120,9 @@ def _train(args: argparse.Namespace, hydra: Hydra, cfg: DictConfig, config: Conf
             write_settings(folder, config, overrides)
         else:  # a resumed run's files change when its first step begins: until then its job may still refuse
             atomic_write_text(folder / PENDING, overrides)
+        if run is None and cfg.trainer.compile == "auto" and config["trainer"]["progress"]:
+            chosen, reason = compiles(config)
+            say(f"compile: {'yes' if chosen else 'no'}, {reason}", error=True)
     with read_write(cfg.hydra.run):
         cfg.hydra.run.dir = str(folder)
     callbacks = Callbacks(cfg)
@@ -226,6 +230,7 @@ def _use_run(command: str, hydra: Hydra, config_name: str, overrides: list[str],
         "num_nodes": 1,
         "threads": compose.value_of(changes, "trainer.threads", "auto"),
         "accumulate_grad_batches": 1,
+        "compile": False,
     }
     config["trainer"]["limit_val_batches"] = compose.value_of(changes, "trainer.limit_val_batches")
     if command == "generate":  # it needs the run folder alone: the texts may be gone

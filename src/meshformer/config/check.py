@@ -10,6 +10,7 @@ from typing import Any
 
 from meshformer.config.bounds import check_bounds, check_cache, check_memory
 from meshformer.config.check_layout import check_batch, check_cut, check_processes, check_settings
+from meshformer.config.compilation import lacking
 from meshformer.config.errors import ConfigError
 from meshformer.config.foreign import read_config
 from meshformer.config.paths import run_of
@@ -44,6 +45,7 @@ def check(config: Config) -> None:
         check_labelled_files,
         _model,
         check_cut,
+        _compile,
         check_memory,
         check_task,
         _rates,
@@ -58,6 +60,12 @@ def check(config: Config) -> None:
 def _precision(config: Config) -> None:
     if config["trainer"]["precision"] == "16-mixed" and config["trainer"]["accelerator"] == "cpu":
         raise ConfigError("half precision needs a GPU", "trainer.precision", "16-mixed", fix="Use bf16-mixed, 32-true or auto.")
+
+
+def _compile(config: Config) -> None:
+    missing = lacking(config["trainer"]["accelerator"])
+    if config["trainer"]["compile"] and missing is not None:
+        raise ConfigError(f"torch.compile needs {missing}", "trainer.compile", "true", fix="Install it, or use trainer.compile=false.")
 
 
 def _length(config: Config) -> None:

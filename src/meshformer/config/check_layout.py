@@ -194,7 +194,7 @@ def _pipeline(config: Config) -> None:
             raise ConfigError(message, "strategy.activation_checkpointing", "selective", fix=fix)
         if config["trainer"]["compile"]:
             message = "a compiled block has one backward pass, and strategy.schedule=interleaved_zero_bubble needs two"
-            raise ConfigError(message, "trainer.compile", "true", fix="Use strategy.schedule=interleaved_1f1b.")
+            raise ConfigError(message, "trainer.compile", "true", fix="Use trainer.compile=false, or strategy.schedule=interleaved_1f1b.")
     _microbatches(config)
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from meshformer.config.compilation import compiles
 from meshformer.config.degrees import AXES, Degrees, uses_fsdp
 from meshformer.config.errors import ConfigError
 
@@ -88,6 +89,8 @@ def resolve(config: dict[str, Any], env: Mapping[str, str] | None = None) -> dic
     if config["optimizer"].get("dtype") == "auto" and trainer["precision"] == "32-true":
         # Muon in bf16, where the processor has it, turns rounding, by which layouts differ, into 1e-5 of the loss within ten steps.
         config["optimizer"]["dtype"] = "float32"
+    if trainer["compile"] == "auto":
+        trainer["compile"], _ = compiles(config)
     return config
 
 

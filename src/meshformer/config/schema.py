@@ -53,7 +53,7 @@ class Trainer:
     accumulate_grad_batches: PositiveInt = 1
     progress: bool = True
     deterministic: bool = False
-    compile: bool = False
+    compile: Literal["auto"] | bool = False  # where a recorded run is older than the setting
 
 
 @dataclass

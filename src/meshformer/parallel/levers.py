@@ -36,8 +36,8 @@ def apply_levers(blocks: Iterable[Any], activation_checkpointing: str, compile: 
     """`activation_checkpointing`: `none`; `full`: a block keeps its input alone and is computed again in the backward pass (Chen et al. 2016);
     `selective`: it also keeps the results of the operations in KEPT."""
     for block in blocks:
-        if compile:
-            block.forward = torch.compile(block.forward, backend=BACKEND)
+        if compile:  # blocks of one class share the compiled code, and a part that cannot be compiled is an error, not a silent loss
+            block.forward = torch.compile(block.forward, backend=BACKEND, fullgraph=True)
         if activation_checkpointing == "full":
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         elif activation_checkpointing == "selective":

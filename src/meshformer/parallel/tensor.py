@@ -137,6 +137,8 @@ def apply_tensor_parallel(model: Any, mesh: DeviceMesh, sequence_parallel: bool,
         whole["embedding.tokens"] = RowwiseParallel(input_layouts=Replicate(), output_layouts=Replicate())
         if sequence_parallel:
             whole["embedding"] = PrepareModuleOutput(output_layouts=Replicate(), desired_output_layouts=Shard(1))
+        else:  # the first block gets what the others do, not a tensor still under way, for which it would be compiled apart
+            model.embedding.register_forward_hook(lambda module, inputs, x_BTC: x_BTC.clone())
     if model.norm is not None:
         if isinstance(model.norm, HeadTransform):
             whole |= {"norm.dense": OnPieces() if sequence_parallel else norm, "norm.norm": norm}
