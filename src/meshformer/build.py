@@ -225,6 +225,12 @@ def _validation_batches(config: Config) -> int | None:
     return limit if limit is None or config["data"]["eval_batch_size"] is not None else limit * accumulation
 
 
+def _same_graph(config: Config) -> bool:
+    """Whether every backward pass is of one graph and reduces gradients: our models and tasks, no accumulation. (A user's may branch.)"""
+    own = all(config[part]["_target_"].startswith("meshformer.") for part in ("model", "task"))
+    return own and config["trainer"]["accumulate_grad_batches"] == 1
+
+
 def build_trainer(config: Config, folder: Path, max_steps: int, callbacks: list[pl.Callback], loggers: list[Any]) -> pl.Trainer:
     trainer = config["trainer"]
     accumulation = trainer["accumulate_grad_batches"]
@@ -232,7 +238,7 @@ def build_trainer(config: Config, folder: Path, max_steps: int, callbacks: list[
         accelerator=trainer["accelerator"],
         devices=trainer["devices"],
         num_nodes=trainer["num_nodes"],
-        strategy=make_strategy(config["strategy"], trainer["compile"], config["data"]["context_length"]),
+        strategy=make_strategy(config["strategy"], trainer["compile"], config["data"]["context_length"], _same_graph(config)),
         precision=trainer["precision"],
         max_steps=max_steps,
         max_epochs=-1,

@@ -15,7 +15,7 @@ from meshformer.config.errors import ConfigError
 from meshformer.config.paths import run_of
 from meshformer.data import load_tokenizer
 from meshformer.printing import say
-from meshformer.train import quiet_libraries
+from meshformer.train import choose_tf32, quiet_libraries
 
 
 def evaluate(config: dict[str, Any], options: dict[str, Any]) -> dict[str, float]:
@@ -25,6 +25,7 @@ def evaluate(config: dict[str, Any], options: dict[str, Any]) -> dict[str, float
     """
     quiet_libraries()
     torch.set_num_threads(config["trainer"]["threads"])
+    choose_tf32(config["trainer"]["matmul_precision"])
     source = Path(options["run"])
     images = config["data"]["kind"] == "images"
     data = build_data(config, None if images else load_tokenizer(run_of(source) / "tokenizer.json"))

@@ -79,6 +79,7 @@ def _launch_agent(config: dict[str, Any], folder: Path, processes: int, start_me
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    from torch.numa.binding import AffinityMode, NumaOptions
 
     multiprocessing.set_forkserver_preload(["meshformer.train"])  # imported once, before the ranks are forked
     if start_method == "forkserver":
@@ -96,7 +97,9 @@ def _launch_agent(config: dict[str, Any], folder: Path, processes: int, start_me
         monitor_interval=0.1,
         start_method=start_method,
         signals_to_handle="SIGHUP,SIGQUIT",  # the others are ours: see _PassingOn
+        numa_options=NumaOptions(AffinityMode.NODE),  # without any torch asks how many GPUs there are, which starts CUDA: no fork survives that
     )
+    agent.numa_options = None
     if config["launch"]["max_restarts"]:
         # torch 2.13 keeps one store over all restarts, so new ranks find the addresses of the dead. Without sharing, each start has its own.
         os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"

@@ -25,12 +25,14 @@ from meshformer.checkpoint.find import checkpoints, latest_checkpoint
 from meshformer.checkpoint.folder import misfits, read_rest, refuse_misfits, tensor_sizes
 from meshformer.checkpoint.pretrained.source import tokenizer_of
 from meshformer.checkpoint.weights import PREFIX, load_weights
+from meshformer.config.check import BF16, no_bf16
 from meshformer.config.errors import ConfigError, Stopped
 from meshformer.config.foreign import read_config
 from meshformer.config.tasks import has_own_head
 from meshformer.data import SampledData, load_tokenizer
 from meshformer.model import Transformer, training_flops_per_token
 from meshformer.model.lora import ADAPTERS
+from meshformer.optim.muon import multiplies_bfloat16
 from meshformer.parallel.levers import apply_levers
 from meshformer.parallel.strategy import MeshStrategy
 from meshformer.printing import argument, say
@@ -69,6 +71,7 @@ def _train(config: Config, folder: Path, signals: StopSignals) -> dict[str, floa
     quiet_libraries()
     keep_freed_memory()
     torch.set_num_threads(config["trainer"]["threads"])
+    choose_tf32(config["trainer"]["matmul_precision"])
     folder = Path(folder)
     continued = config["resume"] or config["fork"]
     init_from = config["stage"]["init_from"] if not continued else None  # a continued run has its weights already
@@ -89,6 +92,7 @@ def _train(config: Config, folder: Path, signals: StopSignals) -> dict[str, floa
     trainer = build_trainer(config, folder, max_steps, [*callbacks, Preemption(signals)], loggers)
     task: Any = build_task(config, max_steps)
     strategy: Any = trainer.strategy
+    refuse_emulation(strategy.root_device, config["trainer"]["precision"])
     weights = latest_checkpoint(Path(init_from), key="stage.init_from") if init_from else None
     new_parts, reinit = (*(HEAD_PARTS if has_own_head(config) else ()), *ADAPTERS), config["stage"].get("reinit", ())
     torch.manual_seed(config["seed"])  # of models that draw their weights as torch's modules do
@@ -300,6 +304,18 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     if not sys.warnoptions:
         warnings.filterwarnings("ignore", module=r"(lightning|torch)\b.*")
+
+
+def refuse_emulation(device: torch.device, precision: str) -> None:
+    """ConfigError for bf16 on a GPU without it, where the configuration could not know (config/resolve.py)."""
+    if device.type == "cuda" and precision in BF16 and not multiplies_bfloat16(device.type):
+        raise no_bf16(precision)
+
+
+def choose_tf32(precision: str) -> None:
+    """Whether a GPU multiplies fp32 matrices in TF32 (`high`) or in fp32 (`highest`); convolutions too, for which torch's default is TF32."""
+    torch.set_float32_matmul_precision(precision)
+    torch.backends.cudnn.allow_tf32 = precision != "highest"
 
 
 def keep_freed_memory() -> None:

@@ -20,7 +20,14 @@ GATHERS, SUMS = ("all_gather_single", "all_gather_into_tensor"), ("reduce_scatte
 
 def sent(folder: Path, *overrides: str) -> dict[str, Any]:
     """Types that this rank communicated in while it trained, and those of its parameters, of their gradients and of the residual stream."""
-    seen: dict[str, set[str]] = {"gathered": set(), "summed": set(), "parameters": set(), "gradients": set(), "stream": set(), "optimizer": set()}
+    seen: dict[str, set[str]] = {
+        "gathered": set(),
+        "summed": set(),
+        "parameters": set(),
+        "gradients": set(),
+        "stream": set(),
+        "optimizer": set(),
+    }
 
     def note(kind: str, name: str) -> None:
         original: Callable[..., Any] = getattr(dist, name)

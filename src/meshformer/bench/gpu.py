@@ -120,7 +120,7 @@ class Bench:
         return [
             "data=text", f"data.files={self.text}", f"paths.data={self.scratch / 'cache'}", "~callbacks.samples", "trainer.log_every_n_steps=1",
             f"trainer.max_steps={STEPS}", "trainer.val_check_interval=100000", "trainer.limit_val_batches=2", "trainer.precision=32-true",
-            "schedule=constant", "optimizer=sgd", "optimizer.lr=0.1", "callbacks.checkpoint.every_n_steps=100000",
+            "trainer.matmul_precision=highest", "schedule=constant", "optimizer=sgd", "optimizer.lr=0.1", "callbacks.checkpoint.every_n_steps=100000",
             f"trainer.threads={4 if self.device == 'cuda' else 1}", *overrides,
         ]  # fmt: skip
 

@@ -22,7 +22,7 @@ from meshformer.compose import compose
 from meshformer.model import Head, Transformer, attend_auto, attend_flex, attend_fused, attend_reference, training_flops_per_token
 from meshformer.model.position import Alibi, Learned, NoPosition, PositionalAttention, Rotary, Sinusoidal
 from meshformer.parallel.levers import apply_levers
-from meshformer.train import quiet_libraries
+from meshformer.train import choose_tf32, quiet_libraries
 
 if TYPE_CHECKING:
     from meshformer.bench.gpu import Bench
@@ -38,6 +38,7 @@ SHAPES: dict[str, tuple[dict[str, Any], bool]] = {  # model settings; whether th
 
 def right_kernels(bench: Bench) -> None:
     """`fused` against `reference`, and `reference` here against the CPU: loss and gradients, for each position encoding and kind of mask."""
+    choose_tf32("highest")
     for shape, (settings, packed) in SHAPES.items():
         for name, position in POSITIONS.items():
             make = partial(Transformer, 84, 2, 4, 64, 128, position=position, **settings)

@@ -11,7 +11,9 @@ from lightning.pytorch.callbacks import Callback
 
 
 class Throughput(Callback):
-    """Columns train/tokens_per_second (all ranks together, validation and checkpoints not counted), train/mfu and train/peak_memory_gib (rank 0's).
+    """Columns train/tokens_per_second (all ranks together, validation and checkpoints not counted), train/mfu; of rank 0 train/data_wait_ms (how
+    long the host waited for a step's batches: a GPU may have been busy meanwhile) and train/peak_memory_gib, on a GPU also
+    train/reserved_memory_gib (what torch's allocator took from the device at most, with what lies idle in it).
 
     MFU (Chowdhery et al. 2022, appendix B) = FLOPs of the model's matrix products a second / the rate at which this device multiplies large
     matrices of this type, measured for `measure_seconds` when training starts: no table of peak numbers is involved. State: none.
@@ -20,24 +22,26 @@ class Throughput(Callback):
     def __init__(self, measure_seconds: float = 0.2):
         self.measure_seconds = measure_seconds
         self.matrix_rate: float | None = None  # FLOP/s of one device
-        self._since, self._since_step, self._paused_at = 0.0, 0, 0.0
+        self._since, self._since_step, self._paused_at, self._waited = 0.0, 0, 0.0, 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         dtype = torch.bfloat16 if "bf16" in str(trainer.precision) else torch.float16 if "16" in str(trainer.precision) else torch.float32
         self.matrix_rate = measure_matrix_rate(pl_module.device, dtype, self.measure_seconds)
-        self._since, self._since_step = time.perf_counter(), trainer.global_step
+        self._since, self._since_step, self._waited = time.perf_counter(), trainer.global_step, _waited(trainer)
 
     def measure(self, trainer: pl.Trainer, pl_module: Any) -> dict[str, float]:
         now, step = time.perf_counter(), trainer.global_step
-        tokens = (step - self._since_step) * pl_module.tokens_per_step
-        rate = tokens / max(now - self._since, 1e-9)
-        self._since, self._since_step = now, step
+        steps, waited = step - self._since_step, _waited(trainer)
+        rate = steps * pl_module.tokens_per_step / max(now - self._since, 1e-9)
         assert self.matrix_rate is not None
-        values = {"train/tokens_per_second": rate}
+        values = {"train/tokens_per_second": rate, "train/data_wait_ms": 1e3 * (waited - self._waited) / max(steps, 1)}
+        self._since, self._since_step, self._waited = now, step, waited
         if hasattr(pl_module, "flops_per_token"):  # not a model of the user's
             values["train/mfu"] = rate * pl_module.flops_per_token / (self.matrix_rate * trainer.world_size)
         if (peak := peak_memory(pl_module.device)) is not None:
             values["train/peak_memory_gib"] = peak / 2**30
+        if pl_module.device.type == "cuda":
+            values["train/reserved_memory_gib"] = torch.cuda.max_memory_reserved(pl_module.device) / 2**30
         return values
 
     # Time that is not training (validation, samples, checkpoints) moves the start of the interval forward.
@@ -61,11 +65,13 @@ def measure_matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float
     """FLOP/s of square matrix products of `dtype` on `device`: the fastest of repeated products over about `seconds`.
 
     The size grows until one product takes a twentieth of the time, so that neither a GPU's launch cost nor a CPU that emulates
-    the type decides the result.
+    the type decides the result. Of random numbers: a GPU multiplies equal ones faster, at less power. Leaves nothing behind, neither in a GPU's
+    memory and its peaks nor in the global random state.
     """
+    draw = torch.Generator(device).manual_seed(0)
 
     def once(n: int, times: int) -> float:
-        a, b = torch.ones(n, n, device=device, dtype=dtype), torch.ones(n, n, device=device, dtype=dtype)
+        a, b = (torch.empty(n, n, device=device, dtype=dtype).uniform_(-1, 1, generator=draw) for _ in range(2))
         out = a @ b
         best = float("inf")
         for _ in range(times):
@@ -81,7 +87,15 @@ def measure_matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float
         n *= 2
     n = max(128, n // 2)
     best = once(n, max(2, int(seconds / max(once(n, 1), 1e-6))))
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
     return 2 * n**3 / best
+
+
+def _waited(trainer: Any) -> float:
+    """Seconds; 0 for data of the user's that does not say."""
+    return getattr(trainer.datamodule, "waited", 0.0)
 
 
 def peak_memory(device: torch.device) -> int | None:

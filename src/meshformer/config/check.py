@@ -14,6 +14,7 @@ from meshformer.config.compilation import lacking
 from meshformer.config.errors import ConfigError
 from meshformer.config.foreign import read_config
 from meshformer.config.paths import run_of
+from meshformer.config.resolve import gpus_multiply_bf16
 from meshformer.config.stock import check_stock
 from meshformer.config.suggest import did_you_mean
 from meshformer.config.tasks import HEAD, check_labelled_files, check_task, has_own_head
@@ -25,6 +26,7 @@ SHAPES = (
     "_target_", "n_layers", "n_heads", "n_kv_heads", "d_model", "d_ff", "norm", "norm_position", "embedding_norm", "token_types", "activation",
     "bias", "qk_norm", "tie_embeddings", "head_dim", "norm_eps", "attention_bias", "head", "head_bias", "head_transform",
 )  # fmt: skip
+BF16 = ("bf16-mixed", "bf16-true")
 MODEL_PARTS = ("embedding", "position", "blocks", "norm", "head")  # of a Transformer
 ABSENT = {"head": True, "head_bias": False, "head_transform": False}  # values where a run is older than the setting; else null
 
@@ -60,6 +62,14 @@ def check(config: Config) -> None:
 def _precision(config: Config) -> None:
     if config["trainer"]["precision"] == "16-mixed" and config["trainer"]["accelerator"] == "cpu":
         raise ConfigError("half precision needs a GPU", "trainer.precision", "16-mixed", fix="Use bf16-mixed, 32-true or auto.")
+    if config["trainer"]["accelerator"] == "gpu" and config["trainer"]["precision"] in BF16 and not gpus_multiply_bf16():
+        raise no_bf16(config["trainer"]["precision"])
+
+
+def no_bf16(precision: str) -> ConfigError:
+    """Of a GPU older than Ampere (a V100, a T4)."""
+    message = "this machine's GPU has no bfloat16 matrix units, and would emulate them"
+    return ConfigError(message, "trainer.precision", precision, fix="Use 32-true, or 16-mixed with strategy=single or ddp.")
 
 
 def _compile(config: Config) -> None:

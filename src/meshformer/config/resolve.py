@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import glob
 import importlib.util
 import math
@@ -9,6 +10,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from meshformer.config.degrees import AXES, Degrees, uses_fsdp
 from meshformer.config.errors import ConfigError
 
 PARAMETERS = {"bf16-true": "bfloat16"}  # precision -> type of the parameters themselves, where it is not float32
+BF16_FROM = 8  # compute capability: Ampere
 CPU_PROCESSES = 2  # along the axis with -1 on a CPU, where nothing else says how many
 
 
@@ -84,7 +87,7 @@ def resolve(config: dict[str, Any], env: Mapping[str, str] | None = None) -> dic
     if trainer["threads"] == "auto":
         trainer["threads"] = max(1, cores() // trainer["devices"])
     if trainer["precision"] == "auto":
-        trainer["precision"] = "bf16-mixed" if on_gpu or cpu_multiplies_bf16() else "32-true"
+        trainer["precision"] = "bf16-mixed" if (gpus_multiply_bf16() if on_gpu else cpu_multiplies_bf16()) else "32-true"
     _settle_types(strategy, trainer["precision"], on_gpu or config["model"]["_target_"].startswith("meshformer."))
     if config["optimizer"].get("dtype") == "auto" and trainer["precision"] == "32-true":
         # Muon in bf16, where the processor has it, turns rounding, by which layouts differ, into 1e-5 of the loss within ten steps.
@@ -101,7 +104,7 @@ def visible_gpus(env: Mapping[str, str] | None = None) -> int:
         return 0
     shown = env.get("CUDA_VISIBLE_DEVICES")
     if shown is not None:
-        return len([entry for entry in shown.split(",") if entry.strip() not in {"", "-1"}])
+        return len(list(takewhile(lambda entry: entry.strip() not in {"", "-1"}, shown.split(","))))  # CUDA sees none behind an invalid one
     return len(glob.glob("/dev/nvidia[0-9]*"))
 
 
@@ -121,6 +124,30 @@ def cpu_multiplies_bf16() -> bool:
         return re.search(r"\b(amx_bf16|avx512_bf16)\b", Path("/proc/cpuinfo").read_text()) is not None
     except OSError:
         return False
+
+
+def gpus_multiply_bf16() -> bool:
+    """Whether the NVIDIA devices have bfloat16 matrix units, which came with compute capability 8; one without is enough for False.
+
+    The driver's own library is asked, since CUDA, once started, survives no fork. Where it cannot be, True: the job looks again (train.py).
+    """
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return True
+    count, device, major, minor = ctypes.c_uint(), ctypes.c_void_p(), ctypes.c_int(), ctypes.c_int()
+    if nvml.nvmlInit_v2():
+        return True
+    try:
+        nvml.nvmlDeviceGetCount_v2(ctypes.byref(count))
+        for index in range(count.value):
+            known = not nvml.nvmlDeviceGetHandleByIndex_v2(index, ctypes.byref(device))
+            known = known and not nvml.nvmlDeviceGetCudaComputeCapability(device, ctypes.byref(major), ctypes.byref(minor))
+            if known and major.value < BF16_FROM:
+                return False
+    finally:
+        nvml.nvmlShutdown()
+    return True
 
 
 def _torch_has_cuda() -> bool:

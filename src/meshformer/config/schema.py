@@ -46,6 +46,7 @@ class Trainer:
     threads: Literal["auto"] | PositiveInt = "auto"
     max_epochs: PositiveInt | None = None
     precision: Literal["auto", "32-true", "bf16-mixed", "bf16-true", "16-mixed"] = "auto"
+    matmul_precision: Literal["highest", "high"] = "highest"
     log_every_n_steps: PositiveInt = 10
     val_check_interval: PositiveInt = 500
     limit_val_batches: PositiveInt | None = None

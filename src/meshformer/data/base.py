@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,6 +14,31 @@ from torch.utils.data import DataLoader
 
 from meshformer.config.errors import ConfigError
 from meshformer.data.windows import Batch, Batches, GlobalBatchSampler, Order, collated
+
+
+class Timed:
+    """A loader that adds up in ``data.waited`` what its reader waits for batches."""
+
+    def __init__(self, loader: Batches | DataLoader[Batch], data: SampledData) -> None:
+        self.loader, self.data = loader, data
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        batches = iter(self.loader)
+        while True:
+            begun = time.perf_counter()
+            batch = next(batches, None)
+            self.data.waited += time.perf_counter() - begun
+            if batch is None:
+                return
+            yield batch
+
+    def __getattr__(self, name: str) -> Any:  # what Lightning asks a DataLoader for: its sampler, its workers
+        if name == "loader":  # asked while a copy is made, before there is one
+            raise AttributeError(name)
+        return getattr(self.loader, name)
 
 
 class SampledData(LightningDataModule):
@@ -27,6 +54,7 @@ class SampledData(LightningDataModule):
 
     ``samples`` is the position in the data: training samples consumed so far, over all epochs and processes. The trainer side sets it
     after each optimizer step; it is saved in the checkpoint, and the next ``train_dataloader()`` goes on from there.
+    ``waited`` counts the seconds that this process has waited for its training batches.
     ``classes`` names the classes of labelled data; ``mean_length`` is the tokens of an average sample, None where the model decides.
     """
 
@@ -42,6 +70,7 @@ class SampledData(LightningDataModule):
         self.workers = workers
         self.accumulation = accumulation
         self.samples = 0
+        self.waited = 0.0
 
     # Abstract, all five: TextData, SequenceData and ImageData say what they are.
 
@@ -71,8 +100,11 @@ class SampledData(LightningDataModule):
         """Optimizer steps in one epoch, whatever the number of ranks."""
         return self._sampler(data_rank=0, data_world=1, accumulation=1).steps_per_epoch
 
-    def train_dataloader(self) -> Batches | DataLoader[Batch]:
+    def train_dataloader(self) -> Timed:
         """This rank's micro-batches, from ``samples`` on."""
+        return Timed(self._train_loader(), self)
+
+    def _train_loader(self) -> Batches | DataLoader[Batch]:
         sampler = self._sampler(*self._data_axis(), self.accumulation, self.samples)
         samples = self.training_set()
         if self.workers == 0:

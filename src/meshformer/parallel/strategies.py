@@ -17,14 +17,16 @@ class DataParallel(DDPStrategy):
         return all_reduced(tensor, group, reduce_op)
 
 
-def make_strategy(strategy: dict[str, Any], compile: bool = False, context_length: int = 1) -> Strategy | str:
+def make_strategy(strategy: dict[str, Any], compile: bool = False, context_length: int = 1, static_graph: bool = False) -> Strategy | str:
     """`single` and `ddp` are Lightning's own, everything else is the mesh strategy with other degrees.
 
-    `strategy["timeout"]` is in seconds: how long a rank waits for a silent peer.
+    `strategy["timeout"]` is in seconds: how long a rank waits for a silent peer. `static_graph`: every step computes the same graph and reduces
+    gradients. DDP dies in an internal assert where its first backward pass is a micro-batch that does not (`no_sync`).
     """
     if strategy["name"] == "single":
         return "auto"  # with one device: SingleDeviceStrategy on whatever the accelerator is
     if strategy["name"] == "ddp":
         # Ranks keep sums of their own (metrics): DDP must not overwrite them with rank 0's at every forward. The model has no buffers.
-        return DataParallel(timeout=timedelta(seconds=strategy["timeout"]), gradient_as_bucket_view=True, broadcast_buffers=False)
+        timeout = timedelta(seconds=strategy["timeout"])
+        return DataParallel(timeout=timeout, gradient_as_bucket_view=True, broadcast_buffers=False, static_graph=static_graph)
     return MeshStrategy(strategy, compile, context_length)

@@ -38,6 +38,10 @@ NAME = {
     "train/grad_norm": "gradient norm",
     "train/lr": "learning rate",
     "train/tokens_per_second": "tokens a second",
+    "train/mfu": "share of the matrix rate (MFU)",
+    "train/data_wait_ms": "wait for data (ms a step)",
+    "train/peak_memory_gib": "peak memory of a process (GiB)",
+    "train/reserved_memory_gib": "reserved memory of a GPU (GiB)",
 }
 TOLERANCE = 5e-6  # what the project's tests hold every layout to, in fp32
 
