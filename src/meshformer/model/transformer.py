@@ -10,7 +10,7 @@ import hashlib
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -195,7 +195,7 @@ class Transformer(nn.Module):
 
     def _add_scores(self, mask: Mask, x_BTC: Tensor, cache: KeyValueCache | None) -> tuple[Mask, Tensor | None]:
         """The mask with blocks and slopes where the kernel takes those, else the position's bias; once for all layers."""
-        layer: Attention = next(iter(self.blocks)).attention
+        layer: Any = next(iter(self.blocks)).attention
         slopes_H = None if self.position.has_own_bias else self.position.slopes(x_BTC.device)
         if cache is None and not (layer.dropout and self.training) and wants_blocks(layer.attend, mask, slopes_H, x_BTC, layer.head_dim):
             mask = mask.with_blocks(slopes_H)
