@@ -235,7 +235,7 @@ def _blocks_are_faster(x: Tensor, mask: Mask, head_dim: int) -> bool:
 def product_type(x: Tensor) -> torch.dtype:
     """The type in which matrix products of x are computed: autocast's where it is on."""
     device = x.device.type
-    casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    casts = device != "meta" and torch.is_autocast_enabled(device)  # torch 2.11 cannot trace the question whether a device has autocast
     return torch.get_autocast_dtype(device) if casts else x.dtype
 
 
