@@ -24,9 +24,11 @@ from torch import Tensor, multiprocessing, nn
 
 from meshformer.build import build_callbacks, build_data, build_task, build_trainer
 from meshformer.callbacks import ProgressBar
+from meshformer.callbacks.throughput import measure_matrix_rate
 from meshformer.compose import compose
 from meshformer.config.resolve import cpu_multiplies_bf16
-from meshformer.model import Head, Learned, Transformer, attend_fused, attend_reference
+from meshformer.model import Head, Learned, Transformer, attend_auto, attend_fused, attend_reference, training_flops_per_token
+from meshformer.parallel.levers import apply_levers
 from meshformer.tasks.language_modelling import summed_cross_entropy
 from meshformer.train import keep_freed_memory, quiet_libraries
 
@@ -42,10 +44,18 @@ SIZES = {
 def report(options: argparse.Namespace) -> None:
     quiet_libraries()
     keep_freed_memory()  # plain PyTorch gains by it as we do
+    rates = matrix_rates(options.seconds / 10)
+    print("this machine multiplies matrices at " + ", ".join(f"{rate / 1e9:,.0f} GFLOP/s in {name}" for name, rate in rates.items()))
     for name, size in SIZES.items():
         print(f"\n{name}")
         trainer_against_bare_loop(size, options.seconds)
-        types_against_plain_pytorch(size, options.seconds)
+        types_against_plain_pytorch(size, options.seconds, rates)
+
+
+def matrix_rates(seconds: float) -> dict[str, float]:
+    """FLOP/s of large matrix products, by type: bf16 where the processor has units for it."""
+    types = {"fp32": torch.float32} | ({"bf16": torch.bfloat16} if cpu_multiplies_bf16() else {})
+    return {name: measure_matrix_rate(torch.device("cpu"), dtype, seconds) for name, dtype in types.items()}
 
 
 def report_memory(options: argparse.Namespace) -> None:
@@ -291,27 +301,37 @@ NETWORKS: dict[str, tuple[bool, dict[str, Any]]] = {
 }
 
 
-def types_against_plain_pytorch(size: tuple[int, ...], seconds: float) -> None:
-    """Forward, backward and AdamW in turn for each variant; tokens a second as a ratio to the same network in plain PyTorch in fp32."""
+def types_against_plain_pytorch(size: tuple[int, ...], seconds: float, rates: dict[str, float]) -> None:
+    """Forward, backward and AdamW in turn for each variant; tokens a second as a ratio to the same network in plain PyTorch in fp32, and the share
+    of the machine's matrix rate in that type which the network's products are (MFU)."""
     for network, (modern, settings) in NETWORKS.items():
         print(f"  {network}")
-        _one_network(size, seconds, modern, settings)
+        _one_network(size, seconds, modern, settings, rates)
 
 
-def _one_network(size: tuple[int, ...], seconds: float, modern: bool, settings: dict[str, Any]) -> None:
+def _one_network(size: tuple[int, ...], seconds: float, modern: bool, settings: dict[str, Any], rates: dict[str, float]) -> None:
     layers, heads, width, context, batch = size
+    flops = training_flops_per_token(Transformer(84, layers, heads, width, context, **settings), context)
 
-    def ours(attend: Any) -> nn.Module:
-        return Transformer(84, layers, heads, width, context, attention=attend, **settings)
+    def ours(attend: Any, compiled: bool = False) -> nn.Module:
+        model = Transformer(84, layers, heads, width, context, attention=attend, **settings)
+        apply_levers(model.blocks, "none", compiled)
+        return model
 
     variants: dict[str, tuple[nn.Module, bool]] = {
         "plain PyTorch, fp32": (PlainTransformer(84, layers, heads, width, context, modern), False),
         "ours, fp32, fused": (ours(attend_fused), False),
     }
     if cpu_multiplies_bf16():
-        variants |= {"ours, bf16, fused": (ours(attend_fused), True), "ours, bf16, written out": (ours(attend_reference), True)}
+        variants |= {
+            "plain PyTorch, bf16": (PlainTransformer(84, layers, heads, width, context, modern), True),
+            "ours, bf16, fused": (ours(attend_fused), True),
+            "ours, bf16, written out": (ours(attend_reference), True),
+        }
     else:
         print("    bf16: this processor has no bf16 matrix units (amx_bf16 or avx512_bf16) and would emulate it; not timed")
+    best = list(rates)[-1]
+    variants[f"ours, {best}, compiled"] = (ours(attend_auto, compiled=True), best == "bf16")
     sizes = {sum(p.numel() for p in model.parameters()) for model, _ in variants.values()}
     assert len(sizes) == 1, "not the same network"
     steps = {name: _stepper(model, bf16, batch, context) for name, (model, bf16) in variants.items()}
@@ -327,7 +347,10 @@ def _one_network(size: tuple[int, ...], seconds: float, modern: bool, settings: 
     base = statistics.median(times["plain PyTorch, fp32"])
     for name, measured in times.items():
         seconds_a_step = statistics.median(measured)
-        print(f"    {name:<26}{batch * context / seconds_a_step:>10,.0f} tokens/s  {base / seconds_a_step:.2f} times plain PyTorch")
+        tokens = batch * context / seconds_a_step
+        share = tokens * flops / rates["bf16" if variants[name][1] else "fp32"]
+        ratio = f"{base / seconds_a_step:.2f} times plain PyTorch"
+        print(f"    {name:<26}{tokens:>10,.0f} tokens/s  {ratio}  {share:.2f} of the matrix rate", flush=True)
 
 
 def _stepper(model: nn.Module, bf16: bool, batch: int, context: int) -> Callable[[], None]:

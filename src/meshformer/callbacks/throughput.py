@@ -83,10 +83,10 @@ def measure_matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float
         return best
 
     n = 128
-    while n < 8192 and once(n, 1) < seconds / 40:
+    while n < 8192 and once(n, 3) < seconds / 40:  # of three: a moment in which others had the machine shall not stop it
         n *= 2
     n = max(128, n // 2)
-    best = once(n, max(2, int(seconds / max(once(n, 1), 1e-6))))
+    best = once(n, max(2, int(seconds / max(once(n, 3), 1e-6))))
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
