@@ -58,7 +58,8 @@ def build_part(layout: str, sizes: dict[str, Any], rank: int = 0) -> Any:
 
 
 def of_one_rank(layout: str, sizes: dict[str, Any]) -> dict[str, float]:
-    """In a process of its own: `seconds` to make the part, those in which the processor worked for it (`cpu`), and bytes: of the part (`own`), of the process `before` it and at its `peak`."""
+    """In a process of its own: `seconds` to make the part, in which the processor worked for `cpu` seconds; and bytes of the part (`own`), of the
+    process `before` it and at its `peak`."""
     torch.set_num_threads(1)  # a rank's share of a machine
     build_part(layout, {})  # so that what torch imports late is not counted
     before, begun, worked = _kib("VmRSS"), time.perf_counter(), time.process_time()

@@ -42,7 +42,7 @@ def normal(shape: Sequence[int], std: float, key: str, part: Sequence[slice] | N
             below, beyond = min(row + height, shape[0]), min(column + width, shape[1])
             tile = torch.empty(below - row, beyond - column, *shape[2:], device="cpu").normal_(0.0, std, generator=generator)
             rows, columns = slice(max(row, top), min(below, bottom)), slice(max(column, left), min(beyond, right))
-            values[_moved(rows, top), _moved(columns, left)] = tile[_moved(rows, row), _moved(columns, column), *part[2:]]
+            values[_moved(rows, top), _moved(columns, left)] = tile[(_moved(rows, row), _moved(columns, column), *part[2:])]
     return values
 
 

@@ -37,6 +37,7 @@ from .context import ContextAxis
 from .levers import apply_levers
 from .mesh import make_mesh
 from .pipeline import Pipeline, Stage, balanced, cut, local, stage_costs
+from .products import overlap
 from .sharded import give_back, shard, without_reduction
 from .tensor import apply_tensor_parallel
 
@@ -136,6 +137,8 @@ class MeshStrategy(ModelParallelStrategy):
             parts = cut(model, self.blocks_per_stage, numbers)
         if degrees.context > 1:
             self.context = ContextAxis(self.axis("context"), settings["context_method"])
+        if settings["async_tensor_parallel"]:
+            overlap(self.axis("tensor"))
         for part in parts:  # views share blocks with nobody, and the whole model is the only part where there is no pipeline
             if degrees.tensor > 1:
                 apply_tensor_parallel(part, self.axis("tensor"), settings["sequence_parallel"], settings["loss_parallel"])
