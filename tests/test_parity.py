@@ -18,7 +18,7 @@ from harness import run_ranks
 from jobs import run_labelled, run_tiny, text_file, tiny_config
 from meshformer.callbacks.samples import whole_model
 from meshformer.data.windows import Batches
-from meshformer.model import head
+from meshformer.model import draw, head
 from meshformer.parallel import context, levers, pipeline, strategy, tensor
 from meshformer.tasks import LanguageModelling, Task
 
@@ -141,6 +141,7 @@ CUTS = {
 def rows(folder: Path, name: str, overrides: list[str], ignore: bool = True, break_it: Callable[[], None] | None = None) -> Rows:
     """Trains in folder/name; the rows, the first of which also holds the model's first weights. In a process of its own."""
     levers.BACKEND = "aot_eager"
+    draw.WHOLE, draw.TILE = 200, 7  # first values of these small matrices are drawn in several tiles, whose edges no cut meets
     if ignore:
         batches = Batches.__iter__
 

@@ -34,6 +34,7 @@ from meshformer.model import Transformer, training_flops_per_token
 from meshformer.model.lora import ADAPTERS
 from meshformer.optim.muon import multiplies_bfloat16
 from meshformer.parallel.levers import apply_levers
+from meshformer.parallel.products import in_float8
 from meshformer.parallel.strategy import MeshStrategy
 from meshformer.printing import argument, say
 from meshformer.record.run_folder import PENDING, atomic_write_text
@@ -103,11 +104,15 @@ def _train(config: Config, folder: Path, signals: StopSignals) -> dict[str, floa
             task.model = None
             torch.manual_seed(config["seed"])
             task.configure_model()
+        if config["trainer"]["float8"]:
+            in_float8(task.model)
         strategy.init_from, strategy.new_parts, strategy.reinit = weights, new_parts, reinit
     else:
         task.configure_model()
         if weights:
             load_weights(task.model, weights, new=new_parts, reinit=reinit)
+        if config["trainer"]["float8"]:
+            in_float8(task.model)
         apply_levers(getattr(task.model, "blocks", ()), config["strategy"]["activation_checkpointing"], config["trainer"]["compile"])
     if resume_from:
         check_weights(task.model, resume_from)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from meshformer.bench import gpu, layouts, learning, prepare, runs, safety, speed, sweeps, transfer
+from meshformer.bench import drawing, gpu, layouts, learning, prepare, runs, safety, speed, sweeps, transfer
 
 MEASUREMENTS = {
     "speed": speed.report,
@@ -22,6 +22,7 @@ MEASUREMENTS = {
     "finetune": learning.report_finetune,
     "layouts": layouts.report_layouts,
     "pipeline": layouts.report_pipeline,
+    "drawing": drawing.report_drawing,
     "runs": runs.report_runs,
     "prepare": prepare.report_prepare,
     "sweep_overhead": sweeps.report_sweep_overhead,

@@ -5,6 +5,8 @@ On a resolved configuration; each function raises ConfigError for the first thin
 
 from __future__ import annotations
 
+import subprocess
+from importlib.util import find_spec
 from math import gcd
 from typing import Any
 
@@ -18,6 +20,7 @@ PLANNED = "meshformer.model.Transformer"  # the class that can be cut along tens
 OF_AXIS = {
     "sequence_parallel": ("tensor", True),
     "loss_parallel": ("tensor", False),
+    "async_tensor_parallel": ("tensor", False),
     "context_method": ("context", "all_gather"),
     "schedule": ("pipeline", "1f1b"),
     "microbatches": ("pipeline", 1),
@@ -30,6 +33,9 @@ OF_MESH = {
 }  # fmt: skip
 
 
+FLOAT8_CAPABILITY = (8, 9)  # of the GPUs that multiply float8 matrices
+
+
 def check_processes(config: Config) -> None:
     """The degrees against trainer.devices, trainer.num_nodes and the visible GPUs."""
     trainer, strategy = config["trainer"], config["strategy"]
@@ -37,8 +43,12 @@ def check_processes(config: Config) -> None:
     if strategy["name"] == "single" and devices * nodes != 1:
         key, value = ("trainer.devices", devices) if devices != 1 else ("trainer.num_nodes", nodes)
         if (around := outside()) is not None:
-            message = f"{around.variables} in the environment say that a launcher started {around.world} processes, and strategy=single is one"
-            raise ConfigError(message, fix=f"Use strategy=ddp, or, where they are left over, unset {around.variables.replace(' and ', ' ')}.")
+            message = (
+                f"{around.variables} in the environment say that a launcher started {around.world} processes, and strategy=single is one"
+            )
+            raise ConfigError(
+                message, fix=f"Use strategy=ddp, or, where they are left over, unset {around.variables.replace(' and ', ' ')}."
+            )
         raise ConfigError("strategy=single is one process", key, value, fix="Use strategy=ddp, or leave it out.")
     if strategy["name"] in ("single", "ddp"):
         _refuse_axes(strategy)
@@ -74,6 +84,8 @@ def check_settings(config: Config) -> None:
     """Settings that this layout would ignore or cannot serve."""
     trainer, strategy = config["trainer"], config["strategy"]
     name = strategy["name"]
+    if trainer["float8"]:
+        _float8(config)
     for setting, (axis, usual) in OF_AXIS.items():
         if strategy[axis] == 1 and strategy[setting] != usual:
             message = f"is about the {axis} axis and would be ignored, as strategy.{axis} is 1"
@@ -92,11 +104,76 @@ def check_settings(config: Config) -> None:
     if strategy["cpu_offload"] and trainer["accelerator"] == "cpu":
         raise ConfigError("on a CPU there is nothing to offload from", "strategy.cpu_offload", "true", fix="Leave it out.")
     _fsdp_alone(strategy)
+    if strategy["async_tensor_parallel"]:
+        _async_tensor_parallel(trainer, strategy)
     target = config["model"]["_target_"]
     for axis in ("tensor", "context", "pipeline"):
         if strategy[axis] > 1 and target != PLANNED:
             message = f"only {PLANNED} has a plan for strategy.{axis}={strategy[axis]}"
             raise ConfigError(message, "model._target_", target, fix="Use strategy=fsdp or ddp.")
+
+
+def _float8(config: Config) -> None:
+    """parallel/products.py has torchao do it."""
+    trainer, model, strategy = config["trainer"], config["model"], config["strategy"]
+    width, heads = model.get("d_model") or 16, model.get("n_heads") or 1
+    head = model.get("head_dim") or width // heads
+    sizes = {
+        "d_model": width,
+        "d_ff": model.get("d_ff") or 16,
+        "n_heads": heads * head,
+        "n_kv_heads": (model.get("n_kv_heads") or heads) * head,
+    }
+    odd = [key for key, size in sizes.items() if size % 16]
+    newest = _capability()
+    refusals = [
+        (trainer["accelerator"] != "gpu", "only GPUs multiply float8 matrices", "Leave it out."),
+        (newest is not None and newest < FLOAT8_CAPABILITY, "this machine's GPUs multiply no float8 matrices", "Leave it out."),
+        (find_spec("torchao") is None, "needs the package torchao, which is not installed", "Install it with pip install torchao."),
+        (not trainer["compile"], "is slower than bfloat16 unless it is compiled", "Add trainer.compile=true."),
+        (
+            not trainer["precision"].startswith("bf16"),
+            f"stands beside bfloat16, not {trainer['precision']}",
+            "Use trainer.precision=bf16-mixed.",
+        ),
+        (strategy["tensor"] > 1, "is not for products that strategy.tensor shares out", "Leave it out, or use strategy=fsdp."),
+        (not model["_target_"].startswith("meshformer.model."), "is for the blocks of this package's models", "Leave it out."),
+        ((config["stage"].get("lora") or {}).get("rank"), "is not for layers with adapters", "Leave it or stage.lora.rank out."),
+        (
+            odd,
+            f"multiplies sizes that divide by 16, which that of model.{odd[0] if odd else ''} does not",
+            "Leave it out, or use another size.",
+        ),
+    ]
+    for wrong, message, fix in refusals:
+        if wrong:
+            raise ConfigError(message, "trainer.float8", "true", fix=fix)
+
+
+def _capability() -> tuple[int, int] | None:
+    """The least compute capability of this machine's GPUs; None where the driver's own tool is not there to tell."""
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.split()
+        return min((int(major), int(minor)) for major, minor in (line.split(".") for line in lines))
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return None
+
+
+def _async_tensor_parallel(trainer: Config, strategy: Config) -> None:
+    refusals = [
+        (trainer["accelerator"] != "gpu", "overlaps products with transfers between GPUs, and this run is on a CPU", "Leave it out."),
+        (not trainer["compile"], "is torch.compile's work", "Add trainer.compile=true."),
+        (not strategy["sequence_parallel"], "overlaps the exchanges of sequence parallel", "Leave strategy.sequence_parallel=false out."),
+        (
+            trainer["devices"] % strategy["tensor"],
+            f"needs each group of strategy.tensor={strategy['tensor']} inside a node, and a node has trainer.devices={trainer['devices']}",
+            "Use a degree that divides it.",
+        ),
+    ]
+    for wrong, message, fix in refusals:
+        if wrong:
+            raise ConfigError(message, "strategy.async_tensor_parallel", "true", fix=fix)
 
 
 def _fsdp_alone(strategy: Config) -> None:

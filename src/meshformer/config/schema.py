@@ -27,7 +27,7 @@ MISSING = "???"
 # Nodes whose objects receive further arguments from build.py: there an argument may be absent. The others must be complete.
 FILLED_BY_BUILD = ("model", "task", "callbacks", "logger")
 # Names that torch and its papers use for pipeline schedules whose first and last stage are on one rank.
-V_SHAPED = re.compile(r"zbv|dualpipe|^v_|bubble_?v", re.IGNORECASE)
+V_SHAPED = re.compile(r"zbv|dual_?pipe|^v_|bubble_?v", re.IGNORECASE)
 HYDRA_KEYS = {"_target_", "_partial_", "_recursive_", "_convert_"}
 
 
@@ -55,6 +55,7 @@ class Trainer:
     progress: bool = True
     deterministic: bool = False
     compile: Literal["auto"] | bool = False  # where a recorded run is older than the setting
+    float8: bool = False
 
 
 @dataclass
@@ -131,6 +132,7 @@ class Strategy:
     timeout: PositiveFloat = 600
     sequence_parallel: bool = True
     loss_parallel: bool = False
+    async_tensor_parallel: bool = False
     context_method: Literal["all_gather", "ulysses"] = "all_gather"
     schedule: Literal["gpipe", "1f1b", "interleaved_1f1b", "interleaved_zero_bubble"] = "1f1b"
     microbatches: Literal["auto"] | PositiveInt = "auto"

@@ -47,7 +47,6 @@ class ContextAxis:
     def apply(self, model: Any) -> None:
         """Puts this axis around the attention kernel of every block and around the mask, in place."""
         for block in model.blocks:
-            block.register_forward_pre_hook(self._widened)  # around what is compiled: a graph shall not depend on which layer was first
             block.attention.attend = self._across(block.attention.attend)
         make_mask = model.make_mask
 
@@ -65,11 +64,6 @@ class ContextAxis:
 
     def _gather(self, x_Bt: Tensor) -> Tensor:
         return collectives.wait_tensor(all_gather(x_Bt.contiguous(), 1, self.group))
-
-    def _widened(self, _: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The arguments of a block, its mask as `_whole` makes it."""
-        x_BtC, mask, *rest = inputs
-        return x_BtC, self._whole(mask), *rest
 
     def _across(self, attend: Attend) -> Attend:
         @wraps(attend)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,13 @@ from meshformer.checkpoint.optimizer import complete_groups, read_optimizer
 from meshformer.checkpoint.pieces import piece_of
 from meshformer.checkpoint.weights import load_weights
 from meshformer.config.degrees import Degrees, uses_fsdp
+from meshformer.model.draw import fill_part
 
 from .context import ContextAxis
 from .levers import apply_levers
 from .mesh import make_mesh
 from .pipeline import Pipeline, Stage, balanced, cut, local, stage_costs
+from .products import overlap
 from .sharded import give_back, shard, without_reduction
 from .tensor import apply_tensor_parallel
 
@@ -64,10 +67,13 @@ class MeshStrategy(ModelParallelStrategy):
         ParallelStrategy.setup_environment(self)
         self._setup_distributed()
         if self._device_mesh is None:
-            self._device_mesh = make_mesh(self.degrees, self.root_device.type)
+            self.make_mesh()
             # Checkpoints are agreed upon by the hosts, possibly while training communicates in other groups.
             self._hosts: Any = dist.new_group(backend="gloo", timeout=self._timeout)
         assert self.lightning_module is not None
+
+    def make_mesh(self) -> None:
+        self._device_mesh = make_mesh(self.degrees, self.root_device.type)
 
     def _get_process_group_backend(self) -> str:
         # With parameters on the host (cpu_offload, asynchronous checkpoints) collectives on host tensors are needed too.
@@ -129,6 +135,8 @@ class MeshStrategy(ModelParallelStrategy):
             parts = cut(model, self.blocks_per_stage, numbers)
         if degrees.context > 1:
             self.context = ContextAxis(self.axis("context"), settings["context_method"])
+        if settings["async_tensor_parallel"]:
+            overlap(self.axis("tensor"))
         for part in parts:  # views share blocks with nobody, and the whole model is the only part where there is no pipeline
             if degrees.tensor > 1:
                 apply_tensor_parallel(part, self.axis("tensor"), settings["sequence_parallel"], settings["loss_parallel"])
@@ -333,9 +341,8 @@ def all_reduced(tensor: Any, group: Any, reduce_op: Any) -> Any:
 
 @torch.no_grad()
 def fill(model: Any, seed: int, aliases: dict[str, str]) -> None:
-    """First values: each parameter's whole value is a function of (seed, name) alone, of which a rank takes its piece. No communication."""
+    """First values: each parameter's whole value is a function of (seed, name) alone, of which a rank draws its piece. No communication."""
     for name, p in model.named_parameters():
-        value = model.initial_value(aliases.get(name, name), p.shape, seed)
         piece = piece_of(p)
         if piece is not None:
-            piece.data.copy_(value[piece.slices])
+            fill_part(piece.data, piece.slices, p.shape, partial(model.initial_value, aliases.get(name, name), p.shape, seed))

@@ -1,0 +1,92 @@
+"""How long one of eight ranks takes to make its part of a model of 8 billion parameters, and how much memory. The other seven are torch's fake
+process group, which communicates nothing: one machine shows it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from meshformer.build import build_model
+from meshformer.compose import compose
+from meshformer.parallel.pipeline import local
+from meshformer.parallel.strategies import make_strategy
+
+RANKS = 8
+LARGE = {
+    "vocab_size": 128_256, "n_layers": 32, "n_heads": 32, "n_kv_heads": 8, "d_model": 4096, "d_ff": 14_336, "activation": "swiglu",
+    "tie_embeddings": False, "zero_init": False,
+}  # fmt: skip
+LAYOUTS = ("fsdp", "tensor")
+_CHILD = "import json, sys; from meshformer.bench.drawing import of_one_rank; print(json.dumps(of_one_rank(*json.loads(sys.argv[1]))))"
+
+
+class _Task(nn.Module):
+    """What the strategy asks of a task when it builds a model."""
+
+    def __init__(self, model: nn.Module, seed: int):
+        super().__init__()
+        self.model, self.seed = model, seed
+
+
+def build_part(layout: str, sizes: dict[str, Any], rank: int = 0) -> Any:
+    """The part that `rank` of strategy=`layout` keeps of a Transformer with these `sizes`, with its first values, as the mesh strategy makes it on
+    a CPU. Leaves torch's fake process group behind."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    small = ["model=custom", "model.n_layers=1", "model.n_heads=8", "model.d_model=64"]
+    config = compose([*small, f"strategy={layout}", f"trainer.devices={RANKS}", "trainer.accelerator=cpu"])
+    config["model"] |= {"vocab_size": 64, **sizes}  # by now, as the check knows that eight such parts do not fit this machine
+    if not dist.is_initialized():
+        dist.init_process_group("fake", rank=rank, world_size=RANKS, store=FakeStore())
+    strategy: Any = make_strategy(config["strategy"], context_length=config["data"]["context_length"])
+    strategy.parallel_devices = [torch.device("cpu")] * RANKS
+    strategy.make_mesh()
+    with torch.device("meta"):
+        task: Any = _Task(build_model(config), config["seed"])
+    strategy._lightning_module = task
+    strategy._build(task)
+    return task.model
+
+
+def of_one_rank(layout: str, sizes: dict[str, Any]) -> dict[str, float]:
+    """In a process of its own: `seconds` to make the part, in which the processor worked for `cpu` seconds; and bytes of the part (`own`), of the
+    process `before` it and at its `peak`."""
+    torch.set_num_threads(1)  # a rank's share of a machine
+    build_part(layout, {})  # so that what torch imports late is not counted
+    before, begun, worked = _kib("VmRSS"), time.perf_counter(), time.process_time()
+    model = build_part(layout, sizes)
+    seconds, cpu = time.perf_counter() - begun, time.process_time() - worked
+    counted = [(p.numel(), local(p).numel() * p.element_size()) for p in model.parameters()]
+    parameters, own = (sum(column) for column in zip(*counted, strict=True))
+    return {"seconds": seconds, "cpu": cpu, "parameters": parameters, "own": own, "before": 1024 * before, "peak": 1024 * _kib("VmHWM")}
+
+
+def _kib(field: str) -> int:
+    return int(Path("/proc/self/status").read_text().partition(f"{field}:")[2].split()[0])
+
+
+def measure(layout: str, sizes: dict[str, Any]) -> dict[str, float]:
+    """`of_one_rank` in a new process."""
+    done = subprocess.run([sys.executable, "-c", _CHILD, json.dumps([layout, sizes])], stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def report_drawing(options: argparse.Namespace) -> None:
+    """Of one thread: seconds, and the largest memory of the process as multiples of what the rank keeps, with and without the libraries."""
+    for layout in LAYOUTS:
+        found = measure(layout, LARGE)
+        own, peak = found["own"], found["peak"]
+        print(
+            f"  strategy={layout:<7} {found['parameters'] / 1e9:.2f} billion parameters over {RANKS} ranks: {own / 2**30:.2f} GiB of each "
+            f"in {found['seconds']:.1f} s ({found['cpu']:.1f} s of the processor); {peak / own:.2f} times that memory, "
+            f"{(peak - found['before']) / own:.2f} without the libraries"
+        )

@@ -1,0 +1,32 @@
+"""Matrix products that only GPUs have: in float8, and, under tensor parallel, overlapped with the exchange of what they multiply. Both need
+torch.compile. config/check_layout.py refuses them elsewhere; neither has been measured by us."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+
+from meshformer.config.check_layout import FLOAT8_CAPABILITY
+from meshformer.config.errors import ConfigError
+
+
+def in_float8(model: Any) -> None:
+    """The linear layers of the blocks multiply in float8, forward and backward, scaled by tensor (torchao). Weights and their names stay."""
+    if torch.cuda.get_device_capability() < FLOAT8_CAPABILITY:
+        raise ConfigError("this GPU multiplies no float8 matrices", "trainer.float8", "true", fix="Leave it out.")
+    from torchao.float8 import convert_to_float8_training  # pyright: ignore[reportMissingImports]
+
+    convert_to_float8_training(model.blocks)
+
+
+def overlap(mesh: DeviceMesh) -> None:
+    """Products before a scatter and after a gather over `mesh` (the tensor axis) are cut into pieces that are sent while the next is computed."""
+    import torch._inductor.config
+    import torch.distributed._symmetric_memory as symmetric
+
+    torch._inductor.config._micro_pipeline_tp = True
+    enable = getattr(symmetric, "enable_symm_mem_for_group", None)
+    if enable is not None and not hasattr(enable, "__deprecated__"):  # newer torch enables every group by itself
+        enable(mesh.get_group().group_name)
