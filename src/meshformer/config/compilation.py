@@ -51,7 +51,9 @@ def _unsuited(config: Config) -> str | None:
     """Why this run is better not compiled, however long it is."""
     model, trainer, stage = config["model"], config["trainer"], config["stage"]
     parts = [model.get(name) for name in ("attention", "position")]
-    if model["_target_"] not in OURS or not all(str(part["_target_"]).startswith("meshformer.") for part in parts if isinstance(part, dict)):
+    if model["_target_"] not in OURS or not all(
+        str(part["_target_"]).startswith("meshformer.") for part in parts if isinstance(part, dict)
+    ):
         return "the model has parts of your own"
     if (missing := lacking(trainer["accelerator"])) is not None:
         return f"it needs {missing}"
@@ -68,12 +70,12 @@ def _unsuited(config: Config) -> str | None:
     return None
 
 
-def _operations(config: Config) -> float:
+def _operations(config: Config) -> int:
     """Of the blocks in the whole run, as Kaplan et al. (2020) estimate them: 6 for each entry of a matrix and each token."""
     model, data = config["model"], config["data"]
     width = model["d_model"]
     tokens = data["context_length"]
-    if data["kind"] == "images":
+    if model.get("image_size") and model.get("patch_size"):
         tokens = (model["image_size"] // model["patch_size"]) ** 2
     entries = model["n_layers"] * (4 * width**2 + 2 * width * (model.get("d_ff") or 4 * width))
-    return 6.0 * entries * tokens * data["batch_size"] * config["trainer"]["max_steps"]
+    return 6 * entries * tokens * data["batch_size"] * config["trainer"]["max_steps"]
