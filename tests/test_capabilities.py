@@ -246,25 +246,6 @@ def test_batches_are_pinned_and_groups_made_for_the_device(device: torch.device,
     assert MeshStrategy._get_process_group_backend(SimpleNamespace(root_device=device)) == backend  # pyright: ignore[reportArgumentType]
 
 
-@pytest.mark.parametrize(
-    ("changes", "blocks"),
-    [
-        ({}, True),
-        ({"is_cuda": False}, False),
-        ({"size": 4}, False),
-        ({"tokens": 512}, False),
-        ({"width": 8}, False),
-        ({"plain": True}, False),
-    ],
-    ids=["long and masked", "cpu", "fp32", "short", "narrow heads", "plain triangle"],
-)
-def test_the_kernel_for_block_masks_is_for_gpus_in_half_precision(changes: dict[str, Any], blocks: bool) -> None:
-    like = {"is_cuda": True, "size": 2, "tokens": 2048, "width": 64, "plain": False} | changes
-    x: Any = SimpleNamespace(is_cuda=like["is_cuda"], shape=(1, 1, like["tokens"], like["width"]), element_size=lambda: like["size"])
-    mask: Any = SimpleNamespace(is_plain_causal=like["plain"], hides_nothing=False)
-    assert attention._blocks_are_faster(x, x, mask) is blocks
-
-
 def test_on_a_cpu_nothing_of_the_model_is_compiled_or_asks(absent: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(head, "_compiled", lambda: pytest.fail("compiled"))
     monkeypatch.setattr(attention, "_compiled", lambda kernel: pytest.fail("compiled"))
@@ -291,11 +272,12 @@ PLACES = {
     "bench/__main__.py": "the choice of the user",
     "bench/gpu.py": "a command for a GPU (tests/test_gpu_bench.py)",
     "bench/gpu_parts.py": "the same",
-    "callbacks/throughput.py": "here", "config/resolve.py": "here", "data/base.py": "here", "doctor.py": "here", "model/attention.py": "here",
+    "callbacks/throughput.py": "here", "config/resolve.py": "here", "data/base.py": "here", "doctor.py": "here", "model/attention.py": "here, and what `auto` picks (tests/model/test_flex.py)",
     "model/head.py": "here", "optim/muon.py": "here", "optim/shardwise.py": "here", "parallel/strategy.py": "here", "tasks/base.py": "here",
     "train.py": "here",
     "command/sweep/local.py": "which GPUs a job of a sweep is shown (tests/test_sweep_parts.py)", "command/sweep/run.py": "the same",
     "config/check_layout.py": "words of a message", "parallel/levers.py": "the name of an operation",
+    "parallel/products.py": "refused without a GPU (tests/parallel/test_products.py)",
 }  # fmt: skip
 
 

@@ -65,8 +65,8 @@ def of_one_rank(layout: str, sizes: dict[str, Any]) -> dict[str, float]:
     before, begun, worked = _kib("VmRSS"), time.perf_counter(), time.process_time()
     model = build_part(layout, sizes)
     seconds, cpu = time.perf_counter() - begun, time.process_time() - worked
-    counted = [(p.numel(), local(p).numel() * p.element_size()) for p in model.parameters()]
-    parameters, own = (sum(column) for column in zip(*counted, strict=True))
+    held = [(p.numel(), local(p).numel() * p.element_size()) for p in model.parameters()]
+    parameters, own = (sum(column) for column in zip(*held, strict=True))
     return {"seconds": seconds, "cpu": cpu, "parameters": parameters, "own": own, "before": 1024 * before, "peak": 1024 * _kib("VmHWM")}
 
 
