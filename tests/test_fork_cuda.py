@@ -91,7 +91,13 @@ COMMANDS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("words", "forks"), COMMANDS.values(), ids=COMMANDS)
+SLOW = ("ranks from a fork server",)  # the sweep's jobs have such ranks
+
+
+@pytest.mark.parametrize(
+    ("words", "forks"),
+    [pytest.param(*case, id=name, marks=[pytest.mark.slow] if name in SLOW else []) for name, case in COMMANDS.items()],
+)
 def test_nobody_asks_cuda_before_a_fork(tmp_path: Path, words: list[str], forks: int) -> None:
     found = told(tmp_path, *words)
     assert found.count("forks") >= forks

@@ -13,7 +13,7 @@ WIDE = {
 }  # the embedding alone is 6.7 times a rank's part
 
 
-@pytest.mark.parametrize("layout", ["fsdp", "tensor"])
+@pytest.mark.parametrize("layout", ["fsdp", pytest.param("tensor", marks=pytest.mark.slow)])
 def test_a_rank_draws_in_little_more_than_its_part(layout: str) -> None:
     found = measure(layout, WIDE)
     assert found["own"] == pytest.approx(4 * found["parameters"] / 8, rel=0.01)

@@ -27,7 +27,7 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     monkeypatch.setattr(sys.modules["meshformer.config.check"], "lacking", lambda accelerator: None)  # of what compiling needs
     monkeypatch.setattr(check_layout, "find_spec", lambda name: name)
-    monkeypatch.setattr(check_layout, "_capability", lambda: (9, 0))
+    monkeypatch.setattr(check_layout, "compute_capability", lambda: (9, 0))
 
 
 @pytest.mark.parametrize(
@@ -77,20 +77,14 @@ def test_float8_of_other_layers_is_refused(two_gpus: None, section: str, change:
 
 
 def test_float8_needs_the_package_and_the_card(two_gpus: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(check_layout, "_capability", lambda: (8, 0))
+    monkeypatch.setattr(check_layout, "compute_capability", lambda: (8, 0))
     with pytest.raises(ConfigError, match="this machine's GPUs multiply no float8"):
         compose(FLOAT8)
-    monkeypatch.setattr(check_layout, "_capability", lambda: None)  # not known: the process that has the card looks again
+    monkeypatch.setattr(check_layout, "compute_capability", lambda: None)  # not known: the process that has the card looks again
     compose(FLOAT8)
     monkeypatch.setattr(check_layout, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="pip install torchao"):
         compose(FLOAT8)
-
-
-@pytest.mark.parametrize(("said", "least"), [("9.0\n8.9\n", (8, 9)), ("10.0\n9.0\n", (9, 0)), ("[N/A]\n", None), ("", None)])
-def test_the_least_capability_is_read_from_the_driver(monkeypatch: pytest.MonkeyPatch, said: str, least: Any) -> None:
-    monkeypatch.setattr(check_layout.subprocess, "run", lambda *a, **k: SimpleNamespace(stdout=said))
-    assert check_layout._capability() == least
 
 
 def test_float8_converts_the_blocks_of_a_card_that_can(monkeypatch: pytest.MonkeyPatch) -> None:

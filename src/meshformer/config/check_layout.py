@@ -5,14 +5,13 @@ On a resolved configuration; each function raises ConfigError for the first thin
 
 from __future__ import annotations
 
-import subprocess
 from importlib.util import find_spec
 from math import gcd
 from typing import Any
 
 from meshformer.config.degrees import AXES, Degrees, uses_fsdp
 from meshformer.config.errors import ConfigError
-from meshformer.config.resolve import microbatch_counts, outside, visible_gpus
+from meshformer.config.resolve import compute_capability, microbatch_counts, outside, visible_gpus
 
 Config = dict[str, Any]
 PLANNED = "meshformer.model.Transformer"  # the class that can be cut along tensor, context and pipeline
@@ -125,10 +124,10 @@ def _float8(config: Config) -> None:
         "n_kv_heads": (model.get("n_kv_heads") or heads) * head,
     }
     odd = [key for key, size in sizes.items() if size % 16]
-    newest = _capability()
+    least = compute_capability()
     refusals = [
         (trainer["accelerator"] != "gpu", "only GPUs multiply float8 matrices", "Leave it out."),
-        (newest is not None and newest < FLOAT8_CAPABILITY, "this machine's GPUs multiply no float8 matrices", "Leave it out."),
+        (least is not None and least < FLOAT8_CAPABILITY, "this machine's GPUs multiply no float8 matrices", "Leave it out."),
         (find_spec("torchao") is None, "needs the package torchao, which is not installed", "Install it with pip install torchao."),
         (not trainer["compile"], "is slower than bfloat16 unless it is compiled", "Add trainer.compile=true."),
         (
@@ -148,16 +147,6 @@ def _float8(config: Config) -> None:
     for wrong, message, fix in refusals:
         if wrong:
             raise ConfigError(message, "trainer.float8", "true", fix=fix)
-
-
-def _capability() -> tuple[int, int] | None:
-    """The least compute capability of this machine's GPUs; None where the driver's own tool is not there to tell."""
-    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-    try:
-        lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.split()
-        return min((int(major), int(minor)) for major, minor in (line.split(".") for line in lines))
-    except (OSError, ValueError, subprocess.SubprocessError):
-        return None
 
 
 def _async_tensor_parallel(trainer: Config, strategy: Config) -> None:

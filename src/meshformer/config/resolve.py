@@ -127,27 +127,33 @@ def cpu_multiplies_bf16() -> bool:
 
 
 def gpus_multiply_bf16() -> bool:
-    """Whether the NVIDIA devices have bfloat16 matrix units, which came with compute capability 8; one without is enough for False.
+    """Whether the NVIDIA devices have bfloat16 matrix units; one without is enough for False. True where nobody tells: the job looks again."""
+    least = compute_capability()
+    return least is None or least[0] >= BF16_FROM
 
-    The driver's own library is asked, since CUDA, once started, survives no fork. Where it cannot be, True: the job looks again (train.py).
+
+def compute_capability() -> tuple[int, int] | None:
+    """The least compute capability of this machine's NVIDIA devices; None where it cannot be told.
+
+    The driver's own library is asked, since CUDA, once started, survives no fork.
     """
     try:
         nvml = ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:
-        return True
-    count, device, major, minor = ctypes.c_uint(), ctypes.c_void_p(), ctypes.c_int(), ctypes.c_int()
+        return None
     if nvml.nvmlInit_v2():
-        return True
+        return None
+    count, device, major, minor = ctypes.c_uint(), ctypes.c_void_p(), ctypes.c_int(), ctypes.c_int()
+    found = []
     try:
         nvml.nvmlDeviceGetCount_v2(ctypes.byref(count))
         for index in range(count.value):
             known = not nvml.nvmlDeviceGetHandleByIndex_v2(index, ctypes.byref(device))
-            known = known and not nvml.nvmlDeviceGetCudaComputeCapability(device, ctypes.byref(major), ctypes.byref(minor))
-            if known and major.value < BF16_FROM:
-                return False
+            if known and not nvml.nvmlDeviceGetCudaComputeCapability(device, ctypes.byref(major), ctypes.byref(minor)):
+                found.append((major.value, minor.value))
     finally:
         nvml.nvmlShutdown()
-    return True
+    return min(found, default=None)
 
 
 def _torch_has_cuda() -> bool:
