@@ -126,7 +126,6 @@ class Stage(nn.Module):
         super().__init__()
         self.part, self.context = part, context
         self.micro_inputs: list[dict[str, Any]] = []
-        self.layout: dict[str, Any] | None = None  # of logits that are cut along the vocabulary
 
     def forward(self, x: Tensor, number: Tensor) -> Tensor:
         (_, tokens_BT), *others = self.micro_inputs[int(number)].items()
@@ -134,16 +133,8 @@ class Stage(nn.Module):
         length = None if self.part.embedding is not None else tokens_BT.shape[1]
         with self.context():
             output = self.part(x, length=length, **inputs)
-        # Schedules compare strides with those of a copy; with torch 2.11 the smaller piece of an uneven vocabulary is a part of a wider tensor.
-        self.layout = None
-        if isinstance(output, DTensor):
-            self.layout = {"device_mesh": output.device_mesh, "placements": output.placements, "shape": output.shape, "stride": output.stride()}
-            output = output.to_local().contiguous()
-        return output
-
-    def whole(self, output: Tensor) -> Tensor:
-        """What `part` gave: the piece that `forward` returned in its layout."""
-        return output if self.layout is None else DTensor.from_local(output, run_check=False, **self.layout)
+        # Schedules of torch 2.11 compare strides with a first pass's, and logits gathered from uneven pieces are a part of a wider tensor.
+        return output.contiguous()
 
 
 class _Deposit(torch.autograd.Function):
@@ -238,7 +229,7 @@ class Pipeline:
     def _loss(self, output: Tensor, number: Tensor) -> Tensor:
         i = int(number)
         with self.stages[-1].context():
-            loss, self._counts[i] = self.task.scored(self.stages[-1].whole(output), self._micro[i], self._phase)
+            loss, self._counts[i] = self.task.scored(output, self._micro[i], self._phase)
         for other in [k for k in self._counts if k >= len(self._micro)]:
             del self._counts[other]  # of a batch that had more micro-batches
         return loss
