@@ -52,7 +52,7 @@ def launched(*arguments: object) -> None:
         ("train trainer=5", ["trainer=5", "no such option", "default"]),
         ("train optimizer=true", ["optimizer=true", "no such option", "adamw, muon, sgd"]),
         ("train model.position=rotary", ["model.position=rotary", "a group of settings", "model/position=rotary"]),
-        ("train model.attention=nope", ["model.attention=nope", "one of auto, fused, reference"]),
+        ("train model.attention=nope", ["model.attention=nope", "one of auto, flex, fused, reference"]),
         ("train seed=99999999999999999999999", ["seed=99999999999999999999999", "too large", "2^63"]),
         ("train model.init_std=-1", ["model.init_std=-1", "at least 0"]),
         ("train model.norm_eps=-1", ["model.norm_eps=-1", "at least 0 and below 1"]),

@@ -138,10 +138,13 @@ CUTS = {
 }
 
 
-def rows(folder: Path, name: str, overrides: list[str], ignore: bool = True, break_it: Callable[[], None] | None = None) -> Rows:
+def rows(
+    folder: Path, name: str, overrides: list[str], ignore: bool = True, break_it: Callable[[], None] | None = None, tiles: bool = False
+) -> Rows:
     """Trains in folder/name; the rows, the first of which also holds the model's first weights. In a process of its own."""
     levers.BACKEND = "aot_eager"
-    draw.WHOLE, draw.TILE = 200, 7  # first values of these small matrices are drawn in several tiles, whose edges no cut meets
+    if tiles:  # first values of these small matrices are drawn in several, whose edges no cut meets
+        draw.WHOLE, draw.TILE = 200, 7
     if ignore:
         batches = Batches.__iter__
 
@@ -188,11 +191,11 @@ class References:
         self.folder, self.known = folder, {}
         text_file(folder, letters="abcdefghijk")
 
-    def __call__(self, overrides: list[str], ignore: bool = True) -> Rows:
+    def __call__(self, overrides: list[str], ignore: bool = True, tiles: bool = False) -> Rows:
         own = [o for o in overrides if not o.startswith(("strategy", "trainer.accumulate", "trainer.compile", "model/attention"))]
-        key = (*own, ignore)
+        key = (*own, ignore, tiles)
         if key not in self.known:
-            (self.known[key],) = run_ranks(1, rows, self.folder, f"one-{len(self.known)}", own, ignore)
+            (self.known[key],) = run_ranks(1, rows, self.folder, f"one-{len(self.known)}", own, ignore, None, tiles)
         return self.known[key]
 
 
@@ -202,14 +205,19 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> References:
 
 
 def check_equal(
-    references: References, processes: int, overrides: list[str], ignore: bool = True, change: Callable[[], None] | None = None
+    references: References,
+    processes: int,
+    overrides: list[str],
+    ignore: bool = True,
+    change: Callable[[], None] | None = None,
+    tiles: bool = False,
 ) -> None:
-    reference = references(overrides, ignore)
+    reference = references(overrides, ignore, tiles)
     name = f"{len(list(references.folder.iterdir()))}"
     overrides = [*overrides, f"trainer.devices={processes}"]
     if not any(override.startswith("task=") for override in overrides):
         tiny_config(references.folder, *PARITY, *overrides)  # once, for all ranks
-    ours = run_ranks(processes, rows, references.folder, name, overrides, ignore, change, timeout=240)[0]
+    ours = run_ranks(processes, rows, references.folder, name, overrides, ignore, change, tiles, timeout=240)[0]
     found = differences(ours, reference)
     assert max(found.values()) < TOLERANCE, found
     assert ours[0]["confusion"] == reference[0]["confusion"]
@@ -232,7 +240,7 @@ CASES = [(*layout, *how) for layout in LAYOUTS for how in ((1, True), (2, False)
 )
 def test_layout_equals_one_process(references: References, processes: int, overrides: list[str], accumulation: int, tied: bool) -> None:
     settings = [f"model.tie_embeddings={str(tied).lower()}", f"trainer.accumulate_grad_batches={accumulation}"]
-    check_equal(references, processes, [*overrides, *settings])
+    check_equal(references, processes, [*overrides, *settings], tiles=not tied)
 
 
 @pytest.mark.parametrize("layout", ["fsdp", "pipeline"])
@@ -300,7 +308,7 @@ BF16 = ["trainer.precision=bf16-mixed", "optimizer.lr=0.02", "model.d_model=64",
 AUTOCAST = {"loss": 1e-3, "grad_norm": 1e-3, "val": 1e-3}
 # FSDP hands the embedding, gains and gradients over in bf16, which one process keeps in fp32. Both are as far from fp32 (8e-4 and 7e-4 of the
 # gradient norm), by different rounding, so from each other up to the sum.
-OWN = AUTOCAST | {"grad_norm": 2.5e-3}
+OWN = AUTOCAST | {"grad_norm": 2e-3}
 
 
 @pytest.mark.parametrize(
