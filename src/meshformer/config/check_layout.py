@@ -30,8 +30,6 @@ OF_MESH = {
     "param_dtype": None, "reduce_dtype": None, "reshard_after_forward": True, "cpu_offload": False,
     "reduce_gradients": "last",
 }  # fmt: skip
-
-
 FLOAT8_CAPABILITY = (8, 9)  # of the GPUs that multiply float8 matrices
 
 
@@ -42,12 +40,8 @@ def check_processes(config: Config) -> None:
     if strategy["name"] == "single" and devices * nodes != 1:
         key, value = ("trainer.devices", devices) if devices != 1 else ("trainer.num_nodes", nodes)
         if (around := outside()) is not None:
-            message = (
-                f"{around.variables} in the environment say that a launcher started {around.world} processes, and strategy=single is one"
-            )
-            raise ConfigError(
-                message, fix=f"Use strategy=ddp, or, where they are left over, unset {around.variables.replace(' and ', ' ')}."
-            )
+            message = f"{around.variables} in the environment say that a launcher started {around.world} processes, and strategy=single is one"
+            raise ConfigError(message, fix=f"Use strategy=ddp, or, where they are left over, unset {around.variables.replace(' and ', ' ')}.")
         raise ConfigError("strategy=single is one process", key, value, fix="Use strategy=ddp, or leave it out.")
     if strategy["name"] in ("single", "ddp"):
         _refuse_axes(strategy)

@@ -18,7 +18,6 @@ from meshformer.config.compilation import compiles
 from meshformer.config.degrees import AXES, Degrees, uses_fsdp
 from meshformer.config.errors import ConfigError
 
-PARAMETERS = {"bf16-true": "bfloat16"}  # precision -> type of the parameters themselves, where it is not float32
 BF16_FROM = 8  # compute capability: Ampere
 CPU_PROCESSES = 2  # along the axis with -1 on a CPU, where nothing else says how many
 
@@ -222,8 +221,9 @@ def _settle_types(strategy: dict[str, Any], precision: str, mixes: bool) -> None
     uses = uses_fsdp(strategy)
     if strategy["param_dtype"] == "auto":
         strategy["param_dtype"] = "bfloat16" if uses and mixes and precision == "bf16-mixed" else None
+    in_bf16 = strategy["param_dtype"] == "bfloat16" or precision == "bf16-true"
     if strategy["reduce_dtype"] in ("auto", None):
-        strategy["reduce_dtype"] = "float32" if uses and "bfloat16" in (strategy["param_dtype"], PARAMETERS.get(precision)) else None
+        strategy["reduce_dtype"] = "float32" if uses and in_bf16 else None
 
 
 def _take_from_outside(trainer: dict[str, Any], around: Outside) -> None:
