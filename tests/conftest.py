@@ -11,6 +11,16 @@ import torch
 
 torch.set_num_threads(1)
 
+# Files go to the workers whole, in the order in which they are collected: were a long one the last, all other workers would wait for it.
+LONGEST = (
+    "test_sweep.py", "test_parity.py", "test_preemption.py", "test_launch.py", "test_foreign.py", "test_resume_layouts.py", "test_unfinished.py",
+    "test_faults.py", "test_gpu_bench.py", "test_doctor.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:

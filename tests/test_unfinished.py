@@ -130,8 +130,15 @@ def test_a_run_without_checkpoints_offers_nothing_to_go_on_from(tmp_path, capfd)
     assert "run folder" in told and "resume=" not in told and "evaluate" not in told and "generate" not in told
 
 
-@pytest.mark.parametrize("layout", [[], ["strategy=ddp"]])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    ("number", "layout"),
+    [
+        (signal.SIGTERM, []),
+        (signal.SIGUSR1, ["strategy=ddp"]),
+        pytest.param(signal.SIGUSR1, [], marks=pytest.mark.slow),  # each signal and each layout is there once
+        pytest.param(signal.SIGTERM, ["strategy=ddp"], marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_to_the_whole_group_saves_with_loaders(number, layout, tmp_path):
     run = tmp_path / "run"
     long = ["trainer.max_steps=100000", "callbacks.checkpoint.every_n_steps=100000"]

@@ -83,7 +83,12 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("overrides", "expected"), CASES.values(), ids=CASES)
+SLOW = ("a reduction that is left open", "sums in bf16, asked for")  # tests/config/test_layouts.py has what the settings become
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"), [pytest.param(*case, id=name, marks=[pytest.mark.slow] * (name in SLOW)) for name, case in CASES.items()]
+)
 def test_what_is_communicated(folder: Path, overrides: list[str], expected: dict[str, set[str]]) -> None:
     found = run_ranks(2, sent, folder, *overrides)[0]
     assert {kind: found[kind] for kind in expected} == expected
