@@ -8,7 +8,7 @@ import pytest
 
 from meshformer.bench.gpu import Bench
 
-SHORT = ("kernels", "waiting", "speed", "long")
+SHORT = ("kernels", "waiting", "speed", "long", "saving")
 LONG = ("right", "resume", "bf16", "vocabulary")  # whole runs, minutes of them
 
 

@@ -38,6 +38,25 @@ def test_rms_norm_is_the_formula(dtype: torch.dtype, tolerance: float, eps: floa
         assert torch.allclose(a.double(), b, atol=tolerance * b.abs().max().item(), rtol=0)
 
 
+def test_layer_norms_kernel_has_the_gradient_of_the_formula(monkeypatch: pytest.MonkeyPatch):
+    norm = RMSNorm(8, eps=1e-3).double()
+    norm.weight.data.normal_()
+    x = torch.randn(4, 3, 8, dtype=torch.float64).transpose(0, 1).requires_grad_(True)  # not contiguous, as queries are
+    assert torch.autograd.gradcheck(norm, (x,))
+    found = torch.autograd.grad(norm(x).sin().sum(), (x, norm.weight))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    for a, b in zip(found, torch.autograd.grad(norm(x).sin().sum(), (x, norm.weight)), strict=True):
+        assert torch.allclose(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("gain", "x"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)])
+def test_gradients_have_the_types_of_what_they_belong_to(gain: torch.dtype, x: torch.dtype):
+    norm, given = RMSNorm(8).to(gain), torch.randn(2, 8, dtype=x, requires_grad=True)
+    norm(given).sum().backward()
+    assert norm.weight.grad is not None and norm.weight.grad.dtype == gain
+    assert given.grad is not None and given.grad.dtype == x
+
+
 def test_a_row_of_zeros_has_a_finite_norm_and_gradient():
     x = torch.zeros(2, 8, requires_grad=True)
     out = RMSNorm(8)(x)

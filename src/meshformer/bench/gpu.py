@@ -226,6 +226,7 @@ PARTS: dict[str, Callable[[Bench], None]] = {
     "speed": gpu_parts.speed,
     "long": gpu_parts.long_context,
     "vocabulary": gpu_parts.large_vocabulary,
+    "saving": gpu_parts.saving,
 }
 
 

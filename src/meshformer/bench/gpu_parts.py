@@ -18,6 +18,7 @@ from torch import Tensor
 from meshformer.bench.speed import PlainTransformer
 from meshformer.build import build_callbacks, build_data, build_task, build_trainer
 from meshformer.callbacks.throughput import measure_matrix_rate, peak_memory
+from meshformer.checkpoint.lightning_io import FolderCheckpointIO
 from meshformer.compose import compose
 from meshformer.model import Head, Transformer, attend_auto, attend_flex, attend_fused, attend_reference, training_flops_per_token
 from meshformer.model.position import Alibi, Learned, NoPosition, PositionalAttention, Rotary, Sinusoidal
@@ -310,3 +311,49 @@ def large_vocabulary(bench: Bench) -> None:
     whole = 4 * tokens * vocabulary / 2**30
     bench.add("vocabulary", "loss forward and backward, head included", used, "GiB")
     bench.add("vocabulary", "the same over fp32 logits (≤ 0.25 is asked)", used / whole, "times", at_most=0.25)
+
+
+def saving(bench: Bench) -> None:
+    """Weights and AdamW state of GPT-2's 124 M shape from this device to the disk: how long training waits, at once and in the background, and
+    what of the synchronous save the background hides, the slower steps beside it counted in."""
+    vocabulary, layers, heads, width, context = (512, 2, 4, 64, 64) if bench.tiny else (50304, 12, 12, 768, 1024)
+    device = torch.device(bench.device)
+    with device:
+        model = Transformer(vocabulary, layers, heads, width, context)
+        tokens = torch.randint(vocabulary, (4, context + 1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def step() -> None:
+        with torch.autocast(device.type, torch.bfloat16):
+            loss = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def save(asynchronous: bool, turn: int) -> tuple[float, int, float]:
+        """Seconds that training waits, the steps made while the rest was written, and seconds of them all."""
+        io = FolderCheckpointIO()
+        io.asynchronous = asynchronous
+        tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
+        for name, p in model.named_parameters():
+            tensors |= {f"optimizer.{name}.{moment}": optimizer.state[p][moment] for moment in ("exp_avg", "exp_avg_sq")}
+        _sync(bench.device)
+        start = time.perf_counter()
+        io.write(bench.scratch / f"step-{turn:08d}", tensors, {"step": turn})
+        waits, made = time.perf_counter() - start, 0
+        while io.writing:
+            step()
+            _sync(bench.device)
+            made += 1
+        io.wait()
+        return waits, made, time.perf_counter() - start
+
+    alone = _time(bench.device, step, 2, 9)
+    at_once = statistics.median(save(False, turn)[0] for turn in range(3))
+    background = [save(True, turn) for turn in range(3, 6)]
+    waits = statistics.median(wait for wait, *_ in background)
+    costs = statistics.median(seconds - made * alone for _, made, seconds in background)
+    bench.add("saving", "training waits, saved at once", at_once, "s")
+    bench.add("saving", "training waits, saved in the background", waits, "s")
+    bench.add("saving", "the same with the slower steps beside it", costs, "s")
+    bench.add("saving", "share of the save that the background hides", 1 - costs / at_once, "share")

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch.distributed.pipelining import PipelineStage
 
 from meshformer.bench.learning import run
+from meshformer.parallel.pipeline import Pipeline
 from meshformer.record.metrics_csv import read_metrics
 
 COMMON = [
@@ -35,10 +36,12 @@ LAYOUTS = {
     "pipeline, zero bubble": ["strategy=pipeline", "strategy.schedule=interleaved_zero_bubble"],
 }
 ROUNDS, STEPS, EVERY, WARM_UP_ROWS = 3, 24, 4, 2
-PIPELINE = [
-    "model=nano", "model.n_layers=6", "data.context_length=64", "data.batch_size=32", "data.tokenizer=bpe", "data.vocab_size=4096",
-    "strategy=pipeline", "strategy.schedule=1f1b",
-]  # fmt: skip
+PIPELINE = ["data.batch_size=32", "data.tokenizer=bpe", "data.vocab_size=4096", "strategy=pipeline", "strategy.schedule=1f1b"]
+# Seven blocks and the head divide into two stages of nearly one cost; three blocks and the head of a narrow model do not.
+PIPELINES = {
+    "7 layers, width 384, context 128": ["model=nano", "model.n_layers=7", "model.d_model=384", "data.context_length=128"],
+    "6 layers, width 128, context 64": ["model=nano", "model.n_layers=6", "data.context_length=64"],
+}
 
 
 def report_layouts(options: argparse.Namespace) -> None:
@@ -65,54 +68,85 @@ def report_layouts(options: argparse.Namespace) -> None:
 
 
 class IdleClock(pl.Callback):
-    """The share of a training step's time in which a rank of a pipeline runs no stage, mean over the ranks: RUN/idle.json. CPU only, where
-    a stage's calls return when the work is done. State: none."""
+    """The share of a training step's time in which a rank of a pipeline runs no stage, and a micro-batch's time in each stage: FILE.RANK.
+    CPU only, where a stage's calls return when the work is done. State: none."""
 
     def __init__(self, file: str, warm_up_steps: int = 3):
         self.file, self.warm_up_steps = file, warm_up_steps
-        self.busy, self.start = 0.0, 0.0
-        self.shares: list[float] = []
+        self.spent, self.start = {"forward": 0.0, "backward": 0.0}, 0.0
+        self.steps: list[dict[str, float]] = []
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        for name in ("forward_one_chunk", "backward_one_chunk", "backward_weight_one_chunk"):
-            setattr(PipelineStage, name, self._timed(getattr(PipelineStage, name)))
+        PipelineStage.forward_one_chunk = self._timed("forward", PipelineStage.forward_one_chunk)
+        PipelineStage.backward_one_chunk = self._timed("backward", PipelineStage.backward_one_chunk)
+        Pipeline._loss = self._timed("forward", Pipeline._loss)  # the last stage's, which schedules call outside of the stage
 
-    def _timed(self, work: Any) -> Any:
+    def _timed(self, kind: str, work: Any) -> Any:
         def timed(*args: Any, **kwargs: Any) -> Any:
             start = time.perf_counter()
             try:
                 return work(*args, **kwargs)
             finally:
-                self.busy += time.perf_counter() - start
+                self.spent[kind] += time.perf_counter() - start
 
         return timed
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         dist.barrier()
-        self.busy, self.start = 0.0, time.perf_counter()
+        self.spent, self.start = dict.fromkeys(self.spent, 0.0), time.perf_counter()
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: Any, loss: torch.Tensor) -> None:
         # The schedule has run by now, forward and backward; the optimizer's own time is no part of the pipeline.
-        self.shares.append(1 - self.busy / (time.perf_counter() - self.start))
+        whole = time.perf_counter() - self.start
+        self.steps.append({**self.spent, "idle": 1 - sum(self.spent.values()) / whole})
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        mine = torch.tensor(statistics.median(self.shares[self.warm_up_steps :]))
-        dist.all_reduce(mine)
-        if trainer.is_global_zero:
-            Path(self.file).write_text(json.dumps({"idle": float(mine) / trainer.world_size}))
+        counted = self.steps[self.warm_up_steps :]
+        figures = {name: statistics.median(step[name] for step in counted) for name in counted[0]}
+        Path(f"{self.file}.{trainer.global_rank}").write_text(json.dumps(figures))
+
+
+def idle_share(forward: list[float], backward: list[float], microbatches: int) -> float:
+    """Share of the processes' time that 1F1B leaves idle where nothing is lost between stages; the seconds of one micro-batch in each stage.
+
+    With equal stages it is (P − 1)/(M + P − 1) (Narayanan et al. 2021, section 2.2.1).
+    """
+    P, M = len(forward), microbatches
+    orders = []
+    for stage in range(P):
+        warm_up = min(P - stage, M)
+        order = [("forward", i) for i in range(warm_up)]
+        for i in range(M):
+            order.append(("backward", i))
+            order += [("forward", i + warm_up)] if i + warm_up < M else []
+        orders.append(order)
+    done: dict[tuple[str, int, int], float] = {}
+    clock, at = [0.0] * P, [0] * P
+    while any(at[stage] < len(orders[stage]) for stage in range(P)):
+        for stage in range(P):
+            if at[stage] == len(orders[stage]):
+                continue
+            kind, i = orders[stage][at[stage]]
+            neighbour = stage - 1 if kind == "forward" else stage + 1
+            ready = done.get((kind, i, neighbour)) if 0 <= neighbour < P else 0.0
+            if ready is not None:
+                clock[stage] = max(clock[stage], ready) + (forward if kind == "forward" else backward)[stage]
+                done[kind, i, stage], at[stage] = clock[stage], at[stage] + 1
+    return 1 - M * sum(forward + backward) / (P * max(clock))
 
 
 def report_pipeline(options: argparse.Namespace) -> None:
-    """Idle share of 1F1B on two ranks, measured, beside (P − 1)/(M + P − 1), for stages balanced by FLOPs and by counting blocks."""
-    print(f"  {', '.join(PIPELINE)}; 2 ranks, 1 thread each, gloo")
-    print(f"  {'micro-batches':<16}{'theory':>8}{'by FLOPs':>12}{'by blocks':>12}")
+    """Idle share of 1F1B on two ranks beside what equal stages would idle, (P − 1)/(M + P − 1), and what stages of the measured times would."""
+    print("  2 ranks, 1 thread each, gloo; 1F1B; stages balanced by FLOPs, the head's included")
+    print(f"  {'':<40}{'micro-batches':>15}{'equal stages':>15}{'these stages':>15}{'measured':>10}")
     with tempfile.TemporaryDirectory() as scratch:
-        for m in (2, 4, 8, 16):
-            shares = []
-            for name, split in (("flops", []), ("blocks", ["strategy.blocks_per_stage=[3,3]"])):
-                file = Path(scratch) / f"{name}-{m}.json"
+        for name, model in PIPELINES.items():
+            for m in (2, 4, 8, 16):
+                file = Path(scratch) / f"idle-{len(list(Path(scratch).iterdir()))}"
                 target = "meshformer.bench.layouts"
                 clock = [f"+callbacks.idle._target_={target}.IdleClock", f"+callbacks.idle.file={file}", f"allow=[{target}]"]
-                run(Path(scratch), f"{name}-{m}", *COMMON, *PIPELINE, *split, *clock, f"strategy.microbatches={m}", "trainer.max_steps=12")
-                shares.append(json.loads(file.read_text())["idle"])
-            print(f"  {m:<16}{1 / (m + 1):>8.2f}{shares[0]:>12.2f}{shares[1]:>12.2f}")
+                run(Path(scratch), f"run-{file.name}", *COMMON, *model, *PIPELINE, *clock, f"strategy.microbatches={m}", "trainer.max_steps=30")
+                ranks = [json.loads(Path(f"{file}.{rank}").read_text()) for rank in (0, 1)]
+                stages = idle_share([r["forward"] / m for r in ranks], [r["backward"] / m for r in ranks], m)
+                measured = statistics.mean(r["idle"] for r in ranks)
+                print(f"  {name:<40}{m:>15}{1 / (m + 1):>15.3f}{stages:>15.3f}{measured:>10.3f}", flush=True)

@@ -47,6 +47,10 @@ class Background:
         self._thread = threading.Thread(target=work, name=f"save {Path(path).name}")
         self._thread.start()
 
+    @property
+    def running(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
     def wait(self) -> None:
         """Returns when nothing is being written; raises, once, what failed."""
         if self._thread is not None:

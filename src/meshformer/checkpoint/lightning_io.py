@@ -54,6 +54,11 @@ class FolderCheckpointIO(CheckpointIO):
             if then is not None:
                 then()
 
+    @property
+    def writing(self) -> bool:
+        """Whether a checkpoint is being written in the background."""
+        return self._background.running
+
     def wait(self) -> None:
         """Returns when no checkpoint is being written; raises what failed in the background."""
         with self._tolerating():
