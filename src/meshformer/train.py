@@ -31,6 +31,7 @@ from meshformer.config.foreign import read_config
 from meshformer.config.tasks import has_own_head
 from meshformer.data import SampledData, load_tokenizer
 from meshformer.model import Transformer, training_flops_per_token
+from meshformer.model.layout import blocks_of
 from meshformer.model.lora import ADAPTERS
 from meshformer.optim.muon import multiplies_bfloat16
 from meshformer.parallel.levers import apply_levers
@@ -113,7 +114,7 @@ def _train(config: Config, folder: Path, signals: StopSignals) -> dict[str, floa
             load_weights(task.model, weights, new=new_parts, reinit=reinit)
         if config["trainer"]["float8"]:
             in_float8(task.model)
-        apply_levers(getattr(task.model, "blocks", ()), config["strategy"]["activation_checkpointing"], config["trainer"]["compile"])
+        apply_levers(blocks_of(task.model), config["strategy"]["activation_checkpointing"], config["trainer"]["compile"])
     if resume_from:
         check_weights(task.model, resume_from)
         trainer.strategy.checkpoint_io.fresh_optimizer = other_optimizer(config, trainer.is_global_zero)

@@ -14,7 +14,7 @@ from harness import run_ranks
 from jobs import run_tiny
 from meshformer.model import Transformer, attend_fused, attend_reference
 from meshformer.parallel.levers import apply_levers
-from meshformer.parallel.pipeline import balanced, cut, stage_costs
+from meshformer.parallel.stages import balanced, cut, run_part, stage_costs
 from meshformer.parallel.table import pieces
 
 
@@ -138,11 +138,11 @@ def test_cut_parts_keep_their_names_and_compute_what_the_whole_does(keep: list[i
     for stage in range(4):
         part = Transformer(32, 6, 4, 32, 16, tie_embeddings=False)
         (view,) = cut(part, counts, [stage])
-        inputs.append(view(inputs[-1]))
+        inputs.append(run_part(view, {"tokens_BT": tokens}, inputs[-1]))
     assert torch.equal(inputs[-1], whole(tokens))
     model = Transformer(32, 6, 4, 32, 16, tie_embeddings=False)
     views = cut(model, counts, keep)
     assert {n for n, _ in model.named_parameters()} <= names.keys()
     assert {n for view in views for n, _ in view.named_parameters()} == {n for n, _ in model.named_parameters()}
     for stage, view in zip(keep, views, strict=True):
-        assert torch.equal(view(inputs[stage]), inputs[stage + 1])
+        assert torch.equal(run_part(view, {"tokens_BT": tokens}, inputs[stage]), inputs[stage + 1])

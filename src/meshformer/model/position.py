@@ -7,6 +7,8 @@ Shapes: B batch (or 1 where all rows agree), T time of queries, S time of keys, 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -46,6 +48,17 @@ class Position(nn.Module):
     def has_own_bias(self) -> bool:
         """A class that writes its own `bias` means that one, whatever slopes it inherits."""
         return type(self).bias is not Position.bias
+
+    def share_heads(self, rank: int, size: int) -> None:
+        """Of the bias or slopes, which are computed for all heads, keep those of the `rank`-th of `size` equal groups from now on. In place."""
+        name, heads = ("bias", 1) if self.has_own_bias else ("slopes", 0)
+        whole = getattr(self, name)
+
+        def of_own_heads(*args: Any) -> Tensor | None:
+            of_all = whole(*args)
+            return None if of_all is None else of_all.chunk(size, dim=heads)[rank]
+
+        setattr(self, name, of_own_heads)
 
 
 def falling_bias(slopes_H: Tensor, q_positions_BT: Tensor, k_positions_BS: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from .block import Block, FeedForward, feed_forward_width, gelu
 from .cache import KeyValueCache
 from .draw import fill_part, normal, sizes
 from .head import Head
+from .layout import Plan
 from .norm import make_norm
 from .position import Position, Rotary
 
@@ -60,8 +61,36 @@ class Transformer(nn.Module):
     as many as `n_heads`; `head_dim=None` means d_model / n_heads; `norm_eps=None` the norm's usual one. `bias` is about all linear layers and
     norms but the head, `attention_bias`, where given, about q, k, v and o. `head=False`: an encoder that returns hidden states (B, T, C);
     `outputs`: the size of the head where it is not the vocabulary's (classes); `head_bias` and `head_transform` are BERT's masked-word
-    predictor. Parameters are drawn by `initialise`, each from a seed of its own name.
+    predictor. Parameters are drawn by `initialise`, each from a seed of its own name. `plan` says how processes share the model out.
     """
+
+    plan = Plan(
+        blocks="blocks",
+        tensor={
+            "embedding.tokens": "vocabulary",
+            "embedding*": "replicated",
+            "position*": "replicated",
+            "blocks.*.attention.[qkv]": "columns",
+            "blocks.*.attention.[qk]_norm": "heads",
+            "blocks.*.attention.o": "rows",
+            "blocks.*.mlp.gate": "columns",
+            "blocks.*.mlp.up": "columns",
+            "blocks.*.mlp.down": "rows",
+            "blocks.*.attention_norm": "sequence",
+            "blocks.*.mlp_norm": "sequence",
+            "norm": "sequence",
+            "norm.dense": "sequence",
+            "norm.norm": "sequence",
+            "head": "vocabulary",
+        },
+        gather=("blocks.*.attention", "blocks.*.mlp"),
+        embed=("embedding", "position.table"),
+        head=("norm", "head"),
+        attention="blocks.*.attention.attend",
+        mask="make_mask",
+        heads=("position",),
+        divides=("n_heads", "n_kv_heads"),
+    )
 
     def __init__(
         self,
@@ -161,8 +190,7 @@ class Transformer(nn.Module):
         """Logits (B, T, V), or hidden states (B, T, C) of a model without a head; with `targets_BT` their summed cross-entropy, a scalar, for
         which the logits are never held all at once (head.py). Targets of −100 are ignored.
 
-        A part of the model, cut for a pipeline, may lack `embedding`: it is given hidden states (B, T, C) instead of tokens; or `norm` and
-        `head`: it returns hidden states. `length` is T where the hidden states are a slice of the sequence (sequence parallel).
+        `length` is T where the input's second axis is not (images).
         `positions_BT` (default 0, 1, 2, … after what the cache holds) and `documents_BT` (any integers; a token sees its own document only,
         so packed texts stay apart and padding, given a number of its own, is seen by no real token) decide the mask.
         """
@@ -172,9 +200,7 @@ class Transformer(nn.Module):
             positions_BT = torch.arange(start, start + T, device=tokens_BT.device)[None]
         mask, tables = self.make_mask(positions_BT, documents_BT, natural, cache), self.position.tables(positions_BT)
 
-        x_BTC = tokens_BT
-        if self.embedding is not None:
-            x_BTC = self.embedding(tokens_BT, token_types_BT, self.position, positions_BT)
+        x_BTC = self.embedding(tokens_BT, token_types_BT, self.position, positions_BT)
         mask, bias = self._add_scores(mask, x_BTC, cache)
         for block in self.blocks:
             x_BTC = block(x_BTC, mask, self.position, tables, bias, cache)
@@ -195,9 +221,10 @@ class Transformer(nn.Module):
 
     def _add_scores(self, mask: Mask, x_BTC: Tensor, cache: KeyValueCache | None) -> tuple[Mask, Tensor | None]:
         """The mask with blocks and slopes where the kernel takes those, else the position's bias; once for all layers."""
-        layer: Any = next(iter(self.blocks)).attention
+        layer: Any = next((block.attention for block in self.blocks if isinstance(block, Block)), None)  # a pipeline's part may begin later
         slopes_H = None if self.position.has_own_bias else self.position.slopes(x_BTC.device)
-        if cache is None and not (layer.dropout and self.training) and wants_blocks(layer.attend, mask, slopes_H, x_BTC, layer.head_dim):
+        drops = layer is None or (layer.dropout and self.training)
+        if cache is None and not drops and wants_blocks(layer.attend, mask, slopes_H, x_BTC, layer.head_dim):
             mask = mask.with_blocks(slopes_H)
             if not self.position.has_own_bias:
                 return mask, None

@@ -6,6 +6,7 @@ Shapes: B batch, H height, W width, D depth (colours), P patch edge, N patches, 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -47,8 +48,10 @@ class VisionTransformer(Transformer):
     pooled features (B, C) with `classes=None`.
 
     `pooling`: `cls` reads the class token's last state, `mean` has no such token and takes the mean over all patches. Further options are
-    Transformer's, with ViT's choices as their defaults. Layouts: single, ddp, fsdp and hsdp; tensor, context and pipeline have no plan for it.
+    Transformer's, with ViT's choices as their defaults. Every layout but those with a context axis: nothing is cut along a picture's patches.
     """
+
+    plan = replace(Transformer.plan, attention=None)
 
     def __init__(
         self,

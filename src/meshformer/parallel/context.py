@@ -9,18 +9,20 @@ Shapes as in model/attention.py; t is one rank's share of T.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from functools import wraps
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import _functional_collectives as collectives
 from torch.distributed.device_mesh import DeviceMesh
 
-from meshformer.model.attention import Attend, Mask
-
-from .tensor import share_heads
+from meshformer.config.errors import ConfigError
+from meshformer.model.attention import Mask
+from meshformer.model.layout import plan_of
 
 # torch 2.13 renamed the first two, with the same arguments.
 all_gather = getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor
@@ -45,10 +47,22 @@ class ContextAxis:
         return {name: x.chunk(self.size, dim=1)[self.rank].contiguous() if x.ndim == 2 else x for name, x in batch.items()}
 
     def apply(self, model: Any) -> None:
-        """Puts this axis around the attention kernel of every block and around the mask, in place."""
-        for block in model.blocks:
-            block.attention.attend = self._across(block.attention.attend)
-        make_mask = model.make_mask
+        """Puts this axis around the attention of every block, and around the mask, in place, as the model's plan says."""
+        plan = plan_of(model)
+        assert plan is not None and plan.attention is not None, "config/check_layout.py asks for both"
+        if plan.mask is None and self.method != "ulysses":
+            message = "hands attention keys of other processes, for which the model's Plan names no `mask`"
+            raise ConfigError(message, "strategy.context_method", self.method, fix="Use strategy.context_method=ulysses.")
+        path, _, core = plan.attention.rpartition(".")
+        for name, module in model.named_modules():
+            if fnmatchcase(name, path) and hasattr(module, core):
+                self._put_around(module, core)
+        if self.method == "ulysses":
+            for name in plan.heads:
+                model.get_submodule(name).share_heads(self.rank, self.size)
+        if plan.mask is None:
+            return
+        make_mask = getattr(model, plan.mask)
 
         def whole_mask(positions_BT: Tensor, documents_BT: Tensor | None, natural: bool, cache: Any) -> Mask:
             """The mask over all keys and, for Ulysses, all queries: made once a forward pass, for all layers."""
@@ -58,23 +72,28 @@ class ContextAxis:
             mask = make_mask(positions_BT, documents_BT, natural, cache)
             return replace(mask, natural=False, k_positions_BS=keys_BS, k_documents_BS=documents_BS)
 
-        model.make_mask = whole_mask
-        if self.method == "ulysses":
-            share_heads(model.position, self.rank, self.size)
+        setattr(model, plan.mask, whole_mask)
+
+    def _put_around(self, module: Any, core: str) -> None:
+        attend = getattr(module, core)
+        if isinstance(attend, nn.Module):
+            attend.forward = self._across(attend.forward)
+        else:
+            setattr(module, core, self._across(attend))
 
     def _gather(self, x_Bt: Tensor) -> Tensor:
         return collectives.wait_tensor(all_gather(x_Bt.contiguous(), 1, self.group))
 
-    def _across(self, attend: Attend) -> Attend:
+    def _across(self, attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
         @wraps(attend)
         def gathered(q_BHtD: Tensor, k_BKtD: Tensor, v_BKtD: Tensor, mask: Mask, bias: Tensor | None, dropout: float) -> Tensor:
             both_2BKTD = all_gather_autograd(torch.stack((k_BKtD, v_BKtD)), 3, self.group)
             return attend(q_BHtD, both_2BKTD[0], both_2BKTD[1], mask, bias, dropout)
 
         @wraps(attend)
-        def ulysses(q_BHtD: Tensor, k_BKtD: Tensor, v_BKtD: Tensor, mask: Mask, bias: Tensor | None, dropout: float) -> Tensor:
+        def ulysses(q_BHtD: Tensor, k_BKtD: Tensor, v_BKtD: Tensor, *more: Any, **named: Any) -> Tensor:
             q, k, v = (self._heads_for_time(x) for x in (q_BHtD, k_BKtD, v_BKtD))
-            return self._time_for_heads(attend(q, k, v, mask, bias, dropout))
+            return self._time_for_heads(attend(q, k, v, *more, **named))
 
         return gathered if self.method == "all_gather" else ulysses
 

@@ -1,13 +1,12 @@
 """Pipeline parallel: consecutive layers on consecutive processes, micro-batches passing through them (Huang et al. 2019, GPipe).
 
-Schedules are torch.distributed.pipelining's. Two things are ours: where the model is cut, and how the gradients that a schedule has
-computed reach Lightning's automatic optimisation (`Pipeline.losses`).
+Schedules are torch.distributed.pipelining's. Two things are ours: where the model is cut (stages.py), and how the gradients that a schedule
+has computed reach Lightning's automatic optimisation (`Pipeline.losses`).
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -26,6 +25,8 @@ from torch.distributed.pipelining.schedules import (
 )
 from torch.distributed.tensor import DTensor
 
+from .stages import check_between, run_part
+
 SCHEDULES: dict[str, Any] = {
     "gpipe": ScheduleGPipe,
     "1f1b": Schedule1F1B,
@@ -34,90 +35,8 @@ SCHEDULES: dict[str, Any] = {
 }
 
 
-# --- where to cut
-
-
-def balanced(costs: Sequence[float], last: float, stages: int) -> list[int]:
-    """How many of the consecutive blocks each stage holds, at least one each, so that the costliest stage is as cheap as can be.
-
-    `costs` of the blocks; `last` is what the head adds to the last stage. By dynamic programming over the cuts.
-    """
-    n = len(costs)
-    if stages > n:
-        raise ValueError(f"{stages} pipeline stages need as many blocks; the model has {n}")
-    before = [0.0]
-    for cost in costs:
-        before.append(before[-1] + cost)
-    best: dict[tuple[int, int], tuple[float, int]] = {(0, 0): (0.0, 0)}
-    for stage in range(1, stages + 1):
-        for end in range(stage, n + 1):
-            extra = last if stage == stages else 0.0
-            best[stage, end] = min(
-                (max(best[stage - 1, start][0], before[end] - before[start] + extra), start)
-                for start in range(stage - 1, end)
-                if (stage - 1, start) in best
-            )
-    counts, end = [], n
-    for stage in range(stages, 0, -1):
-        start = best[stage, end][1]
-        counts.append(end - start)
-        end = start
-    return counts[::-1]
-
-
-def stage_costs(model: Any, context_length: int) -> tuple[list[float], float]:
-    """Forward FLOPs a token of each block, and of the head; see model/count.py."""
-    scores = 4.0 * context_length * model.d_model
-    blocks = [2.0 * sum(p.numel() for p in block.parameters() if p.ndim == 2) + scores for block in model.blocks]
-    return blocks, 2.0 * model.head.weight.numel() if model.head is not None else 0.0
-
-
-def cut(model: Any, counts: Sequence[int], keep: Sequence[int]) -> list[Any]:
-    """Removes from `model`, in place, all but the stages `keep`; returns one view of it for each of them, sharing its modules.
-
-    Blocks keep their numbers and parameters their names. The first stage has the embedding and the positions' parameters, the last the final
-    norm and the head.
-    """
-    ends = [sum(counts[: i + 1]) for i in range(len(counts))]
-    last = len(counts) - 1
-    layers = {stage: {str(i) for i in range(ends[stage] - counts[stage], ends[stage])} for stage in keep}
-    for name in list(model.blocks._modules):
-        if not any(name in held for held in layers.values()):
-            del model.blocks._modules[name]  # `del model.blocks[i]` would number the others anew
-    if 0 not in keep:
-        model.embedding = None
-        _strip(model.position)
-    if last not in keep:
-        model.norm, model.head = None, None
-    views = []
-    for stage in keep:
-        view = copy.copy(model)
-        view._modules = dict(model._modules)
-        view.blocks = copy.copy(model.blocks)
-        view.blocks._modules = {name: block for name, block in model.blocks._modules.items() if name in layers[stage]}
-        if stage != 0:
-            view.embedding = None
-            view.position = copy.copy(model.position)
-            view.position._modules = dict(model.position._modules)
-            _strip(view.position)
-        if stage != last:
-            view.norm, view.head = None, None
-        views.append(view)
-    return views
-
-
-def _strip(position: nn.Module) -> None:
-    """Tables of positions serve the embedding alone, so only the first stage has them."""
-    for name, module in position._modules.items():
-        if module is not None and any(True for _ in module.parameters()):
-            position._modules[name] = None
-
-
-# --- running it
-
-
 class Stage(nn.Module):
-    """One stage as the schedules call it: hidden states in and out, everything else looked up by the micro-batch's number.
+    """One stage as the schedules call it: hidden states in and out, all that `forward` is given looked up by the micro-batch's number.
 
     The precision context is opened here, so that the backward pass, which the schedule runs, is outside of it.
     """
@@ -128,11 +47,8 @@ class Stage(nn.Module):
         self.micro_inputs: list[dict[str, Any]] = []
 
     def forward(self, x: Tensor, number: Tensor) -> Tensor:
-        (_, tokens_BT), *others = self.micro_inputs[int(number)].items()
-        inputs = dict(others)
-        length = None if self.part.embedding is not None else tokens_BT.shape[1]
         with self.context():
-            output = self.part(x, length=length, **inputs)
+            output = run_part(self.part, self.micro_inputs[int(number)], x)
         # Schedules of torch 2.11 compare strides with a first pass's, and logits gathered from uneven pieces are a part of a wider tensor.
         return output.contiguous()
 
@@ -182,6 +98,10 @@ class Pipeline:
         self._micro, self._phase = [{name: parts[i] for name, parts in cuts.items()} for i in range(n)], phase
         for stage in self.stages:
             stage.micro_inputs = [self.task.arguments(micro, phase) for micro in self._micro]
+        if not self._checked:
+            self._checked = True
+            for stage in self.stages:
+                check_between(stage.part, stage.micro_inputs[0])
         arguments = (next(iter(self.task.inputs(batch).values())),) if self.has_first else ()
         losses: list[Tensor] = []
         number = torch.arange(n)
@@ -236,28 +156,29 @@ class Pipeline:
 
     def _check_same(self, batch: dict[str, Tensor]) -> None:
         """Ranks of one pipeline must see the same batch; random augmentation seeded by rank, say, would train on mixtures silently."""
-        self._checked = True
         sums = torch.stack([x.double().sum() for x in batch.values()])
         both = torch.cat((sums, -sums))
         dist.all_reduce(both, op=dist.ReduceOp.MAX, group=self.group)
         if not torch.equal(both[: len(sums)], -both[len(sums) :]):
             raise RuntimeError("the ranks of one pipeline were given different batches: augmentation must not depend on the process")
 
-    def add_tied(self) -> None:
-        """The first stage's embedding and the last stage's head are one matrix: both get the sum of their gradients."""
-        model, peer = self.task.model, self.last_rank if self.has_first else 0
-        if self.has_first == self.has_last:  # neither end is here (or both are: then it is one parameter)
-            return
-        matrix = (model.embedding.tokens if self.has_first else model.head).weight
-        if not matrix.requires_grad:
-            return
-        mine = local(matrix.grad)
-        theirs = torch.empty_like(mine)
-        send = dist.P2POp(dist.isend, mine, group=self.group, group_peer=peer)
-        receive = dist.P2POp(dist.irecv, theirs, group=self.group, group_peer=peer)
-        for work in dist.batch_isend_irecv([send, receive]):
-            work.wait()
-        mine.add_(theirs)
+    def add_tied(self, tied: Mapping[str, str]) -> None:
+        """A matrix of the first stage and one of the last are one (name in the last -> name in the first): both get the sum of their gradients."""
+        parameters = dict(self.task.model.named_parameters(remove_duplicate=False))
+        peer = self.last_rank if self.has_first else 0
+        for other, name in tied.items():
+            if (other in parameters) == (name in parameters):  # neither end is here (or both are: then it is one parameter)
+                continue
+            matrix = parameters.get(name, parameters.get(other))
+            if matrix is None or not matrix.requires_grad:
+                continue
+            mine = local(matrix.grad)
+            theirs = torch.empty_like(mine)
+            send = dist.P2POp(dist.isend, mine, group=self.group, group_peer=peer)
+            receive = dist.P2POp(dist.irecv, theirs, group=self.group, group_peer=peer)
+            for work in dist.batch_isend_irecv([send, receive]):
+                work.wait()
+            mine.add_(theirs)
 
 
 def local(x: Any) -> Tensor:

@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from meshformer.config.check_layout import FLOAT8_CAPABILITY
 from meshformer.config.errors import ConfigError
+from meshformer.model.layout import blocks_name
 
 
 def in_float8(model: Any) -> None:
@@ -18,7 +19,7 @@ def in_float8(model: Any) -> None:
         raise ConfigError("this GPU multiplies no float8 matrices", "trainer.float8", "true", fix="Leave it out.")
     from torchao.float8 import convert_to_float8_training  # pyright: ignore[reportMissingImports]
 
-    convert_to_float8_training(model.blocks)
+    convert_to_float8_training(model.get_submodule(blocks_name(model) or ""))
 
 
 def overlap(mesh: DeviceMesh) -> None:

@@ -32,14 +32,17 @@ from meshformer.checkpoint.pieces import piece_of
 from meshformer.checkpoint.weights import load_weights
 from meshformer.config.degrees import Degrees, uses_fsdp
 from meshformer.model.draw import fill_part
+from meshformer.model.layout import retie, ties
+from meshformer.printing import say
 
 from .context import ContextAxis
 from .levers import apply_levers
 from .mesh import make_mesh
-from .pipeline import Pipeline, Stage, balanced, cut, local, stage_costs
+from .pipeline import Pipeline, Stage, local
 from .products import overlap
 from .sharded import give_back, shard, without_reduction
-from .tensor import apply_tensor_parallel
+from .stages import balanced, check_pipeline_plan, cut, held_blocks, stage_costs
+from .tensor import apply_tensor_parallel, check_tensor_plan
 
 
 class MeshStrategy(ModelParallelStrategy):
@@ -126,10 +129,13 @@ class MeshStrategy(ModelParallelStrategy):
     def _build(self, task: Any) -> None:
         settings, degrees = self.settings, self.degrees
         model: Any = self.precision_plugin.convert_module(task.model)
-        self.tied = getattr(model, "tie_embeddings", False)
+        self.ties = ties(model)
         parts, numbers = [model], [0]
         n_stages = degrees.pipeline * settings["stages_per_rank"]
+        if degrees.tensor > 1:
+            check_tensor_plan(model, degrees.tensor, settings["sequence_parallel"])
         if degrees.pipeline > 1:
+            check_pipeline_plan(model, n_stages)
             numbers = [self.axis("pipeline").get_local_rank() + k * degrees.pipeline for k in range(settings["stages_per_rank"])]
             self.blocks_per_stage = settings["blocks_per_stage"] or balanced(*stage_costs(model, self.context_length), n_stages)
             parts = cut(model, self.blocks_per_stage, numbers)
@@ -142,7 +148,7 @@ class MeshStrategy(ModelParallelStrategy):
                 apply_tensor_parallel(part, self.axis("tensor"), settings["sequence_parallel"], settings["loss_parallel"])
             if self.context is not None:  # after the tensor axis: of the heads that are left, Ulysses takes its share
                 self.context.apply(part)
-            apply_levers(getattr(part, "blocks", ()), settings["activation_checkpointing"], self.compile)
+            apply_levers(held_blocks(part), settings["activation_checkpointing"], self.compile)
         stages: list[Any] = list(parts)
         if degrees.pipeline > 1:
             stages = [Stage(part, self.precision_plugin.forward_context) for part in parts]
@@ -151,14 +157,16 @@ class MeshStrategy(ModelParallelStrategy):
             mesh = self.device_mesh["replicate", "sharded"] if degrees.replicate > 1 else self.axis("sharded")
             reshard = settings["reshard_after_forward"]
             for stage, part in zip(stages, parts, strict=True):
-                shard(stage, getattr(part, "blocks", ()), mesh, settings, degrees.pipeline == 1 if reshard == "auto" else reshard)
+                shard(stage, held_blocks(part), mesh, settings, degrees.pipeline == 1 if reshard == "auto" else reshard)
+            if self.is_global_zero and not held_blocks(parts[0]):
+                say("the model has no list of blocks: FSDP gathers all of it at once")
         if degrees.pipeline > 1:
             self.pipeline = Pipeline(task, stages, numbers, n_stages, self.axis("pipeline"), settings)
             task.pipeline, task.aliases = self.pipeline.losses, self.aliases
         if any(p.is_meta for p in model.parameters()):
             model.to_empty(device="cpu" if settings["cpu_offload"] else self.root_device)
-            if not self._uses_fsdp and model.embedding is not None and model.head is not None:
-                model.tie_weights()  # plain tensors were replaced by new ones, each by its own
+            if not self._uses_fsdp:
+                retie(model, self.ties)  # plain tensors were replaced by new ones, each by its own
             fill(model, task.seed, self.aliases)
         else:
             self.model_to_device()
@@ -185,8 +193,10 @@ class MeshStrategy(ModelParallelStrategy):
     @property
     def aliases(self) -> dict[str, str]:
         """Names that this rank's parameters have, and a whole tied model's do not, with the name of the same matrix there."""
-        head_alone = self.pipeline is not None and self.pipeline.has_last and not self.pipeline.has_first
-        return {"head.weight": "embedding.tokens.weight"} if self.tied and head_alone else {}
+        if self.pipeline is None:
+            return {}
+        mine = {name for name, _ in self.pipeline.task.model.named_parameters(remove_duplicate=False)}
+        return {other: name for other, name in self.ties.items() if other in mine and name not in mine}
 
     # --- a step
 
@@ -227,8 +237,7 @@ class MeshStrategy(ModelParallelStrategy):
                 p.grad = gradient.redistribute(placements=p.placements)  # pyright: ignore[reportAttributeAccessIssue]
         gradients = [local(p.grad) for p, _ in held]
         if self.pipeline is not None:
-            if self.tied:
-                self.pipeline.add_tied()
+            self.pipeline.add_tied(self.ties)
             if self.degrees.replicate > 1 and not self._uses_fsdp:
                 self._all_reduce(gradients)
         total = torch.zeros((), dtype=torch.float64, device=self.root_device)

@@ -1,16 +1,17 @@
-"""Tensor parallel: every matrix of a Transformer cut by columns or rows over the `tensor` axis (Shoeybi et al. 2019, Megatron-LM).
+"""Tensor parallel: every matrix of a model cut by columns or rows over the `tensor` axis (Shoeybi et al. 2019, Megatron-LM).
 
 q, k, v, gate and up are cut by columns (output features: heads, hidden units), o and down by rows, so that a block needs one exchange after
 attention and one after the feed-forward network. Embedding and head are cut along the vocabulary. With sequence parallel (Korthikanti et al.
 2022) activations between those exchanges are cut along time: the all-reduce becomes a reduce-scatter and an all-gather of the same
 volume, and norms, residuals and their memory are shared out.
 
-The plan keys on module names. Parameters that are not cut become DTensors too, replicated, so that all live on one mesh.
+Which module is cut how is said by the model's Plan. Parameters that are not cut become DTensors too, replicated, so that all live on one mesh.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch.distributed as dist
@@ -21,13 +22,16 @@ from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
     PrepareModuleInput,
-    PrepareModuleOutput,
     RowwiseParallel,
     SequenceParallel,
     parallelize_module,
 )
 
-from meshformer.model import HeadTransform, LoraLinear, head_loss
+from meshformer.config.errors import ConfigError
+from meshformer.model import LoraLinear, head_loss
+from meshformer.model.layout import STYLES, plan_of, retie, ties, uncovered
+
+from .stages import StandIn, held_blocks
 
 
 class Replicated(ParallelStyle):
@@ -126,74 +130,112 @@ def _put(module: nn.Module, adapter: dict[str, nn.Parameter], mesh: DeviceMesh, 
         module.register_parameter(name, nn.Parameter(cut, requires_grad=p.requires_grad))
 
 
+class Gathered(ParallelStyle):
+    """Hands a module its first argument whole, one DTensor for all the layers inside that read it: one gather (or, of gradients, one
+    all-reduce) for q, k and v together."""
+
+    def __init__(self, given: Any):
+        self.given = given
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        def whole(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+            x = inputs[0]
+            x = x if isinstance(x, DTensor) else DTensor.from_local(x, device_mesh, (self.given,), run_check=False)
+            return x.redistribute(placements=(Replicate(),)), *inputs[1:]
+
+        module.register_forward_pre_hook(whole)
+        return module
+
+
+class OwnParameters(ParallelStyle):
+    """Parameters of a module that has other modules inside: all of them on every rank, and plain tensors while it runs."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        own: dict[str, Any] = {}
+        for name, p in module.named_parameters(recurse=False):
+            whole = distribute_tensor(p, device_mesh, [Replicate()], src_data_rank=None)
+            module.register_parameter(name, nn.Parameter(whole, requires_grad=p.requires_grad))
+
+        def enter(_: nn.Module, inputs: Any) -> None:
+            own.update(module._parameters)
+            for name, p in own.items():
+                module._parameters[name] = None if p is None else p.to_local(grad_placements=(Replicate(),))
+
+        def leave(_: nn.Module, inputs: Any, output: Any) -> None:
+            module._parameters.update(own)
+
+        module.register_forward_pre_hook(enter)
+        module.register_forward_hook(leave, always_call=True)
+        return module
+
+
+def check_tensor_plan(model: nn.Module, degree: int, sequence_parallel: bool) -> None:
+    """ConfigError where the model's plan does not say how to cut every parameter into `degree` parts."""
+    plan = plan_of(model)
+    assert plan is not None, "config/check_layout.py asks for a plan"
+    if bare := uncovered(model, plan):
+        names = ", ".join(bare[:3]) + (f" and {len(bare) - 3} more" if len(bare) > 3 else "")
+        fix = f"Add a pattern for the module to `tensor` of its Plan: {', '.join(STYLES)}."
+        raise ConfigError(f"the model's plan does not say how to cut {names}", "strategy.tensor", degree, fix=fix)
+    for name in plan.divides:
+        if getattr(model, name) % degree:
+            message = f"the model's {name}={getattr(model, name)} does not divide by it"
+            raise ConfigError(message, "strategy.tensor", degree, fix="Use another degree, or another model.")
+    for name, module in model.named_modules():
+        style = plan.style(name)
+        size = {"columns": "out_features", "rows": "in_features"}.get(style or "")
+        if size and hasattr(module, size) and getattr(module, size) % degree:
+            message = f"{name} has {getattr(module, size)} {size.replace('_', ' ')}, which do not divide by it"
+            raise ConfigError(message, "strategy.tensor", degree, fix="Use another degree, or another model.")
+    if sequence_parallel and "sequence" not in plan.tensor.values():
+        message = "cuts activations along time, and the model's plan has no module that acts on each token by itself (`sequence`)"
+        raise ConfigError(message, "strategy.sequence_parallel", "true", fix="Use strategy.sequence_parallel=false.")
+
+
 def apply_tensor_parallel(model: Any, mesh: DeviceMesh, sequence_parallel: bool, loss_parallel: bool) -> None:
-    """Cuts a Transformer, or the part of one that this rank holds, in place. `mesh` is the one-dimensional tensor axis."""
+    """Cuts a model, or the part of one that this rank holds, in place, as its plan says. `mesh` is the one-dimensional tensor axis."""
+    plan, tied = plan_of(model), ties(model)
+    assert plan is not None
     between = Shard(1) if sequence_parallel else Replicate()  # activations (B, T, C) between the exchanges
-    norm = SequenceParallel(use_local_output=True) if sequence_parallel else Replicated()
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
-    whole: dict[str, ParallelStyle] = {}
-    if model.embedding is not None:
-        # Positions are added to whole sequences, so the cut along time comes after them.
-        whole["embedding.tokens"] = RowwiseParallel(input_layouts=Replicate(), output_layouts=Replicate())
-        if sequence_parallel:
-            whole["embedding"] = PrepareModuleOutput(output_layouts=Replicate(), desired_output_layouts=Shard(1))
-        else:  # the first block gets what the others do, not a tensor still under way, for which it would be compiled apart
-            model.embedding.register_forward_hook(lambda module, inputs, x_BTC: x_BTC.clone())
-    if model.norm is not None:
-        if isinstance(model.norm, HeadTransform):
-            whole |= {"norm.dense": OnPieces() if sequence_parallel else norm, "norm.norm": norm}
-        else:
-            whole["norm"] = norm
-    if model.head is not None:
-        out = Shard(-1) if loss_parallel else Replicate()
-        whole["head"] = VocabularyColumns(input_layouts=between, output_layouts=out, use_local_output=not loss_parallel)
-    for block in model.blocks:
-        parallelize_module(block, mesh, _block_plan(block, between, norm), src_data_rank=None)
-    parallelize_module(model, mesh, whole, src_data_rank=None)
-    if model.embedding is not None and model.head is not None:
-        model.tie_weights()  # each of the two was replaced by a parameter of its own
-    for module in model.modules():
-        if any(not isinstance(p, DTensor) for p in module.parameters(recurse=False)):
-            parallelize_module(module, mesh, Replicated(), src_data_rank=None)
+    starts_here = not plan.embed or not isinstance(model.get_submodule(plan.embed[0]), StandIn)
+    styles: dict[str, ParallelStyle] = {}
+    for name, module in model.named_modules():
+        if any(fnmatchcase(name, pattern) for pattern in plan.gather):
+            styles[name] = Gathered(between)
+        elif next(module.parameters(recurse=False), None) is not None:
+            styles[name] = _style(plan.style(name), module, between, sequence_parallel, loss_parallel)
+    for name, style in reversed(styles.items()):  # what lies inside first
+        parallelize_module(model.get_submodule(name), mesh, style, src_data_rank=None)
+    retie(model, tied)  # each of the two was replaced by a parameter of its own
     for name in frozen:  # torch 2.13's SequenceParallel makes parameters anew, with gradients
         model.get_parameter(name).requires_grad_(False)
-    share_heads(model.position, mesh.get_local_rank(), mesh.size())
+    for name in plan.heads:
+        model.get_submodule(name).share_heads(mesh.get_local_rank(), mesh.size())
+    if starts_here and (blocks := held_blocks(model)):
+        # Embeddings are added up whole, so the cut along time comes after them. Without it the first block is handed what the others are,
+        # not a tensor still under way, for which it would be compiled apart.
+        cut = PrepareModuleInput(input_layouts=Replicate(), desired_input_layouts=Shard(1), use_local_output=True)
+
+        def begin(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+            x = cut._prepare_input_arg(inputs[0], mesh, Replicate(), Shard(1)) if sequence_parallel else inputs[0].clone()
+            return x, *inputs[1:]
+
+        blocks[0].register_forward_pre_hook(begin)
 
 
-def _block_plan(block: Any, between: Any, norm: ParallelStyle) -> dict[str, ParallelStyle]:
-    columns, rows = Columns, lambda: Rows(output_layouts=between)
-    # One gather (or one all-reduce of the gradient) for q, k and v together: they are handed the same DTensor.
-    plan: dict[str, Any] = {
-        "attention_norm": norm,
-        "attention": PrepareModuleInput(input_layouts=(between, *[None] * 5), desired_input_layouts=(Replicate(), *[None] * 5)),
-        "attention.q": columns(),
-        "attention.k": columns(),
-        "attention.v": columns(),
-        "attention.o": rows(),
-        "mlp_norm": norm,
-        "mlp": PrepareModuleInput(input_layouts=(between,), desired_input_layouts=(Replicate(),)),
-        "mlp.gate": columns(),
-        "mlp.up": columns(),
-        "mlp.down": rows(),
-    }
-    for name in ("q_norm", "k_norm"):  # (B, T, H, D): each rank norms its own heads with the one shared gain
-        plan[f"attention.{name}"] = SequenceParallel(sequence_dim=2, use_local_output=True)
-    return {name: style for name, style in plan.items() if _has(block, name)}
-
-
-def _has(module: nn.Module, name: str) -> bool:
-    for part in name.split("."):
-        module = getattr(module, part, None)  # pyright: ignore[reportAssignmentType]
-    return module is not None
-
-
-def share_heads(position: Any, rank: int, size: int) -> None:
-    """A bias of the scores, or the slopes that give it (ALiBi), is computed for all heads; a rank adds the part of its own. In place."""
-    name, heads = ("bias", 1) if position.has_own_bias else ("slopes", 0)
-    whole = getattr(position, name)
-
-    def of_own_heads(*args: Any) -> Tensor | None:
-        of_all = whole(*args)
-        return None if of_all is None else of_all.chunk(size, dim=heads)[rank]
-
-    setattr(position, name, of_own_heads)
+def _style(style: str | None, module: nn.Module, between: Any, sequence_parallel: bool, loss_parallel: bool) -> ParallelStyle:
+    if style == "columns":
+        return Columns(input_layouts=between)
+    if style == "rows":
+        return Rows(output_layouts=between)
+    if style == "vocabulary" and isinstance(module, nn.Embedding):
+        return RowwiseParallel(input_layouts=Replicate(), output_layouts=Replicate())
+    if style == "vocabulary":
+        out = Shard(-1) if loss_parallel else Replicate()
+        return VocabularyColumns(input_layouts=between, output_layouts=out, use_local_output=not loss_parallel)
+    if style == "heads":  # (B, T, H, D): each rank has its own heads, and their one gain
+        return SequenceParallel(sequence_dim=2, use_local_output=True)
+    if style == "sequence" and sequence_parallel:
+        return OnPieces() if isinstance(module, nn.Linear) else SequenceParallel(use_local_output=True)
+    return OwnParameters() if any(True for _ in module.children()) else Replicated()
