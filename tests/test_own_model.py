@@ -1,0 +1,90 @@
+"""The model of docs/own_model.md, plain PyTorch under its own names in a file outside the checkout, trains to the same loss in every layout."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import jobs
+from harness import RankFailed, run_ranks
+from jobs import run_tiny, text_file
+
+PAGE = Path(__file__).parents[1] / "docs" / "own_model.md"
+OWN = [
+    "~model", "+model={_target_: my_model.Net, vocab_size: null, width: 32, length: 16}", "allow=[my_model]", "optimizer=sgd", "optimizer.lr=0.3",
+    "schedule=constant", "trainer.max_steps=6", "trainer.gradient_clip_val=0.5", "data.batch_size=16", "~callbacks.checkpoint",
+]  # fmt: skip
+TOLERANCE = 5e-6
+LAYOUTS = {
+    "ddp": (2, ["strategy=ddp"]),
+    "fsdp": (2, ["strategy=fsdp"]),
+    "hsdp": (4, ["strategy=hsdp"]),
+    "tensor": (2, ["strategy=tensor"]),
+    "tensor, whole sequences": (2, ["strategy=tensor", "strategy.sequence_parallel=false"]),
+    "context": (2, ["strategy=context", "strategy.context_method=ulysses"]),
+    "pipeline": (2, ["strategy=pipeline"]),
+    "interleaved": (2, ["strategy=pipeline", "strategy.schedule=interleaved_1f1b"]),
+    "fsdp_tensor": (4, ["strategy=fsdp_tensor"]),
+    "tensor_pipeline": (4, ["strategy=tensor_pipeline", "strategy.microbatches=4"]),
+    "fsdp_pipeline": (4, ["strategy=fsdp_pipeline"]),
+    "fsdp_context": (4, ["strategy=fsdp_context", "strategy.context_method=ulysses"]),
+}
+
+
+def write_module(folder: Path, change: tuple[str, str] = ("", "")) -> None:
+    """The code of the page as my_model.py, with one text of it replaced by another."""
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(code.splitlines()) <= 80 and change[0] in code
+    (folder / "my_model.py").write_text(code.replace(*change) if change[0] else code, encoding="utf-8")
+
+
+def own_rows(folder: Path, name: str, overrides: list[str]) -> list[dict[str, Any]]:
+    import sys
+
+    sys.path.insert(0, str(folder))
+    jobs.TINY[:] = [setting for setting in jobs.TINY if not setting.startswith("model")]
+    return run_tiny(folder, name, *OWN, *overrides)
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    folder = tmp_path_factory.mktemp("own")
+    text_file(folder)
+    write_module(folder)
+    (rows,) = run_ranks(1, own_rows, folder, "one", [])
+    assert rows[-1]["train/loss"] < rows[0]["train/loss"] - 0.05
+    return folder, rows
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_trains_it_to_the_loss_of_one_process(reference, layout: str):
+    folder, rows = reference
+    processes, overrides = LAYOUTS[layout]
+    ours = run_ranks(processes, own_rows, folder, layout.replace(" ", "_"), [*overrides, f"trainer.devices={processes}"], timeout=240)[0]
+    assert [row["step"] for row in ours] == [row["step"] for row in rows]
+    for a, b in zip(ours, rows, strict=True):
+        assert abs(a["train/loss"] - b["train/loss"]) < TOLERANCE
+        assert abs(a["train/grad_norm"] / b["train/grad_norm"] - 1) < TOLERANCE
+
+
+WRONG = {
+    "a parameter that no pattern fits": (('"layers.*.o": "rows",', ""), "tensor", r"does not say how to cut layers\.0\.o\.weight"),
+    "heads that do not divide": (("heads=4, length", "heads=1, length"), "tensor", r"the model's heads=1 does not divide by it"),
+    "no module for each token by itself": (
+        ('"*ln?": "sequence", "ln": "sequence"', '"*ln?": "replicated", "ln": "replicated"'), "tensor", r"sequence_parallel=false",
+    ),
+    "arithmetic behind the embedding": (("self.pos(positions)", "self.pos(positions) + 1"), "pipeline", r"changes hidden states between"),
+    "a parameter of no stage": (('embed=("tok", "pos")', 'embed=("tok",)'), "pipeline", r"in which stage pos\.weight is"),
+    "keys of other processes": (("", ""), "context", r"strategy\.context_method=ulysses"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_plan_that_does_not_fit_is_refused_before_the_first_step(tmp_path: Path, case: str):
+    change, layout, message = WRONG[case]
+    text_file(tmp_path)
+    write_module(tmp_path, change)
+    with pytest.raises(RankFailed, match=message):
+        run_ranks(2, own_rows, tmp_path, "run", [f"strategy={layout}", "trainer.devices=2"])
+    assert not (tmp_path / "run" / "metrics.csv").exists() or "train/loss" not in (tmp_path / "run" / "metrics.csv").read_text()
