@@ -22,6 +22,7 @@ from meshformer.checkpoint.weights import load_weights
 from meshformer.config.errors import ConfigError
 from meshformer.evaluate import load_run
 from meshformer.export import export
+from meshformer.model.lora import ADAPTERS
 from meshformer.optim import sgd
 from meshformer.optim.groups import LayerRates
 from test_parity import References, check_equal, references  # noqa: F401
@@ -115,6 +116,14 @@ def test_adapters_merged_and_adapters_alone_give_the_same_logits(tuned: Path, tm
     assert (tmp_path / "small.safetensors").stat().st_size < 0.7 * (tmp_path / "merged.safetensors").stat().st_size
     with pytest.raises(ConfigError, match="trained no adapters"):
         export(latest_checkpoint(tuned.parent / "base"), tmp_path / "x.safetensors", "adapter")
+
+
+@pytest.mark.parametrize("rank", [None, 5])
+def test_adapters_are_not_left_behind_by_fine_tuning_from_their_run(tuned: Path, rank: int | None) -> None:
+    config = config_of(tuned)
+    config["stage"]["lora"]["rank"] = rank
+    with pytest.raises(ConfigError, match=r"lora_A: .*Merge that run's adapters first \(meshformer export format=safetensors\)"):
+        load_weights(build_model(config), latest_checkpoint(tuned), new=ADAPTERS, reinit=())
 
 
 def test_rates_fall_from_the_top_and_the_groups_are_those_of_the_whole_model_in_every_part() -> None:

@@ -34,7 +34,7 @@ from meshformer.checkpoint.find import candidates, is_foreign
 from meshformer.checkpoint.pretrained import carriers
 from meshformer.checkpoint.pretrained.source import derive, tokenizer_of
 from meshformer.config import ConfigError, check, did_you_mean, resolve, validate
-from meshformer.config.check import SHAPES
+from meshformer.config.check import SHAPES, is_own
 from meshformer.config.foreign import confine, read_config, refuse_links
 from meshformer.config.paths import conf_dir, run_of
 from meshformer.config.tasks import HEAD, has_own_head
@@ -190,14 +190,27 @@ def settle(config: Config, overrides: Sequence[str] = ()) -> Config:
 
 
 def adopt(config: Config, source: Config, overrides: Sequence[str]) -> Config:
-    """Fine-tuning takes the model's shape and the tokenizer from the run it starts from, except where the command names its own."""
+    """Fine-tuning takes the model's shape and the tokenizer from the run it starts from, except where the command names its own.
+
+    A class of the user's gives every setting but those that the weights do not decide (FREE), and an attention of the user's, which may have
+    weights, is part of the shape.
+    """
     typed = [override.lstrip("+~").partition("=")[0] for override in overrides]
+    named = {name.replace("/", ".").split(".")[1] for name in typed if name.replace("/", ".").startswith("model.")}
     config = {**config, "model": dict(config["model"]), "data": dict(config["data"])}
     if "model" not in typed:
-        own_head = HEAD if has_own_head(config) else ()
-        for key in (key for key in (*SHAPES, "position", "causal") if key not in own_head):
-            if key in source["model"] and not any(name.replace("/", ".").startswith(f"model.{key}") for name in typed):
-                config["model"][key] = copy.deepcopy(source["model"][key])
+        theirs, own_head = source["model"], HEAD if has_own_head(config) else ()
+        keys = {*SHAPES, "position", "causal"}
+        if is_own(config["model"]) and config["model"]["_target_"] != theirs["_target_"]:
+            keys -= {"_target_"}  # chosen by the experiment, say: what its weights have in common with the run's is found by name
+        elif is_own(theirs) and "_target_" not in named:
+            free = theirs.keys() & {*FREE, *own_head, "vocab_size", "context_length"}
+            config["model"] = {key: value for key, value in config["model"].items() if key in named | free}
+            keys = theirs.keys() - (free & config["model"].keys())
+        if is_own(theirs.get("attention")) and not is_own(config["model"].get("attention")):
+            keys = keys | {"attention"}
+        for key in (key for key in theirs if key in keys and key not in {*own_head, *named}):
+            config["model"][key] = copy.deepcopy(theirs[key])
         if "model.context_length" not in typed and source["model"].get("context_length", 0) >= config["data"]["context_length"]:
             config["model"]["context_length"] = source["model"]["context_length"]  # a learned position table has that many rows
     for key in ("tokenizer", "vocab_size"):

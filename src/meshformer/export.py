@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,15 @@ from meshformer.checkpoint import derive, load_pretrained
 from meshformer.checkpoint.adapters import merge_adapters, settings_of, write_adapters
 from meshformer.checkpoint.find import is_foreign
 from meshformer.checkpoint.pretrained.source import TOKENIZER, tokenizer_of
-from meshformer.checkpoint.pretrained.write import write_folder
+from meshformer.checkpoint.pretrained.write import laid_out, save
 from meshformer.checkpoint.single_file import write_weights
 from meshformer.config.errors import ConfigError
 from meshformer.convert import convert
 from meshformer.data import load_tokenizer
 from meshformer.model import Attention, Transformer, VisionTransformer, attend_reference
 from meshformer.printing import say
+
+Write = Callable[[Path], None]  # what is read and checked, to a path
 
 
 def export(source: Path, target: Path, form: str) -> None:
@@ -34,18 +37,19 @@ def export(source: Path, target: Path, form: str) -> None:
     every length up to the context.
     """
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
         if form == "safetensors" and not is_foreign(source) and settings_of(source) is None:
             convert(source, target, "safetensors")
             return
-        write = {
+        prepare = {
             "huggingface": _huggingface,
             "safetensors": _safetensors,
             "onnx": _onnx,
             "torch_export": _torch_export,
             "adapter": _adapter,
         }[form]
-        write(source, target)
+        write = prepare(source)  # reads and checks everything: what cannot be written whole is refused before there is a folder for it
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write(target)
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"it cannot be written ({error})", "output", str(target)) from error
     say(_told(target, form))
@@ -55,20 +59,25 @@ def _weights(source: Path) -> dict[str, Tensor]:
     return merge_adapters(source)
 
 
-def _adapter(source: Path, target: Path) -> None:
-    write_adapters(source, target, trained=("head.", "norm.dense.", "norm.norm."))
+def _adapter(source: Path) -> Write:
+    return lambda target: write_adapters(source, target, trained=("head.", "norm.dense.", "norm.norm."))
 
 
-def _huggingface(source: Path, target: Path) -> None:
+def _huggingface(source: Path) -> Write:
+    model = derive(source)
+    config, tensors = laid_out(model, _weights(source))
+    return lambda target: _write_folder(target, config, tensors, tokenizer_of(source), model.get("context_length"))
+
+
+def _write_folder(target: Path, config: dict[str, Any], tensors: dict[str, Tensor], tokenizer: Path | None, length: int | None) -> None:
     aside = target.with_name(target.name + ".tmp")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
     try:
-        model = derive(source)
-        write_folder(aside, model, _weights(source))
-        if (file := tokenizer_of(source)) is not None:
-            (aside / TOKENIZER).write_text(_tokenizer(file), encoding="utf-8")
-            about = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": model["context_length"]}
+        save(aside, config, tensors)
+        if tokenizer is not None:
+            (aside / TOKENIZER).write_text(_tokenizer(tokenizer), encoding="utf-8")
+            about = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": length}
             (aside / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
         aside.rename(target)
     finally:
@@ -92,24 +101,25 @@ def _tokenizer(file: Path) -> str:
     return theirs.to_str()
 
 
-def _safetensors(source: Path, target: Path) -> None:
+def _safetensors(source: Path) -> Write:
     model, weights = derive(source), _weights(source)
     tied = {"head.weight": "embedding.tokens.weight"} if model.get("tie_embeddings") and model.get("head", True) else {}
-    write_weights(target, {f"model.{name}": x for name, x in weights.items()}, tied, {"model": model})
+    return lambda target: write_weights(target, {f"model.{name}": x for name, x in weights.items()}, tied, {"model": model})
 
 
-def _torch_export(source: Path, target: Path) -> None:
-    torch.export.save(exported(load_pretrained(source)), target)
+def _torch_export(source: Path) -> Write:
+    program = exported(load_pretrained(source))
+    return lambda target: torch.export.save(program, target)
 
 
-def _onnx(source: Path, target: Path) -> None:
+def _onnx(source: Path) -> Write:
     # torch's exporter tells of packages that it would like, such as torchvision.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(exported(load_pretrained(source)), dynamo=True, verbose=False)
     assert program is not None
-    program.save(target)
+    return program.save
 
 
 def exported(model: Transformer) -> torch.export.ExportedProgram:

@@ -22,9 +22,9 @@ from meshformer.callbacks.ema import averaged
 from meshformer.callbacks.preemption import Preemption, StopSignals
 from meshformer.callbacks.samples import continuation
 from meshformer.checkpoint.find import checkpoints, latest_checkpoint
-from meshformer.checkpoint.folder import misfits, read_rest, refuse_misfits, tensor_sizes
+from meshformer.checkpoint.folder import read_rest, refuse_misfits, tensor_sizes
 from meshformer.checkpoint.pretrained.source import tokenizer_of
-from meshformer.checkpoint.weights import PREFIX, load_weights
+from meshformer.checkpoint.weights import PREFIX, load_weights, misfits_of
 from meshformer.config.check import BF16, no_bf16
 from meshformer.config.errors import ConfigError, Stopped
 from meshformer.config.foreign import read_config
@@ -96,7 +96,8 @@ def _train(config: Config, folder: Path, signals: StopSignals) -> dict[str, floa
     strategy: Any = trainer.strategy
     refuse_emulation(strategy.root_device, config["trainer"]["precision"])
     weights = latest_checkpoint(Path(init_from), key="stage.init_from") if init_from else None
-    new_parts, reinit = (*(HEAD_PARTS if has_own_head(config) else ()), *ADAPTERS), config["stage"].get("reinit", ())
+    new_parts, stage = (*(HEAD_PARTS if has_own_head(config) else ()), *ADAPTERS), config["stage"]
+    reinit = None if (stage.get("lora") or {}).get("rank") else stage.get("reinit") or ()  # where adapters learn, nothing is drawn anew
     torch.manual_seed(config["seed"])  # of models that draw their weights as torch's modules do
     if isinstance(strategy, MeshStrategy):
         with torch.device("meta"):  # the strategy makes this rank's part real
@@ -210,11 +211,8 @@ def _is_finished(folder: Path) -> bool:
 
 def check_weights(model: Any, checkpoint: Path) -> None:
     """ConfigError where the checkpoint's tensors are another model's. Reads names and shapes; nothing of the run has been touched yet."""
-    own = model.state_dict(keep_vars=True)
     saved = {key.removeprefix(PREFIX): size for key, (size, _) in tensor_sizes(checkpoint).items() if key.startswith(PREFIX)}
-    there = {id(x) for name, x in own.items() if name in saved}  # of tied weights one name is enough
-    wanted = {name: x.shape for name, x in own.items() if name in saved or id(x) not in there}
-    refuse_misfits(misfits(saved, wanted, saved.keys() - own.keys()), f"the weights in {checkpoint} are not those of this run's model")
+    refuse_misfits(misfits_of(model, saved), f"the weights in {checkpoint} are not those of this run's model")
 
 
 def other_optimizer(config: Config, tells: bool) -> bool:

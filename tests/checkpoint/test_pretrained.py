@@ -297,6 +297,79 @@ def test_rope_scaling_is_refused_by_name(folders: Folders, tmp_path: Path) -> No
             load_pretrained(edited(folder, **changes))
 
 
+@pytest.mark.parametrize(
+    ("name", "extra"),
+    [
+        ("gpt2", "transformer.h.0.attn.gate_head.weight"), ("gpt2", "lm_head.bias"), ("gpt2", "transformer.h.0.crossattention.attn.bias"),
+        ("llama, grouped queries", "model.layers.0.self_attn.gate.weight"), ("llama, grouped queries", "model.layers.0.self_attn.q_proj.bias"),
+        ("bert", "encoder.layer.0.attention.self.gate.weight"), ("vit", "encoder.layer.0.attention.pooler.weight"),
+    ],
+)  # fmt: skip
+def test_a_tensor_without_a_place_is_refused_by_name(name: str, extra: str, folders: Folders, tmp_path: Path) -> None:
+    folder = weights(copy_of(folders(name)[1], tmp_path / "more"), lambda x: x.update({extra: torch.ones(2)}))
+    with pytest.raises(ConfigError, match=f"{extra}: unknown to the model"):
+        load_pretrained(folder)
+
+
+def test_buffers_and_heads_of_other_tasks_are_left_behind(folders: Folders, tmp_path: Path) -> None:
+    for name, spare in {
+        "gpt2": ["transformer.h.1.attn.masked_bias", "multiple_choice_head.summary.weight", "score.weight"],
+        "llama, grouped queries": ["model.layers.1.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq", "qa_outputs.bias"],
+        "bert": ["embeddings.position_ids", "cls.seq_relationship.weight", "classifier.bias"],
+        "vit": ["pooler.dense.weight", "embeddings.mask_token"],
+    }.items():
+        folder = copy_of(folders(name)[1], tmp_path / name)
+        weights(folder, lambda x, spare=spare: x.update({key: torch.ones(2) for key in spare}))
+        torch.testing.assert_close(*outputs(folders(name)[0], load_pretrained(folder)), atol=1e-4, rtol=0)
+
+
+def test_the_second_copy_of_a_tensor_may_not_differ_from_the_first(folders: Folders, tmp_path: Path) -> None:
+    table = safetensors.torch.load_file(folders("gpt2")[1] / "model.safetensors")["transformer.wte.weight"]
+    for second in ("lm_head.weight", "wte.weight"):
+        folder = weights(copy_of(folders("gpt2")[1], tmp_path / second), lambda x, second=second: x.update({second: table.clone()}))
+        torch.testing.assert_close(*outputs(folders("gpt2")[0], load_pretrained(folder)), atol=1e-4, rtol=0)
+        weights(folder, lambda x, second=second: x[second].add_(1))
+        with pytest.raises(ConfigError, match=rf"holds both .*wte\.weight and .*{'lm_head' if second[0] == 'l' else 'wte'}.*they differ"):
+            load_pretrained(folder)
+
+
+def test_what_lies_beside_the_model_is_not_passed_over(folders: Folders, tmp_path: Path) -> None:
+    folder = copy_of(folders("gpt2")[1], tmp_path / "shard")
+    shutil.copy(folder / "model.safetensors", folder / "model-00002-of-00002.safetensors")
+    with pytest.raises(ConfigError, match=r"holds model-00002-of-00002\.safetensors beside model\.safetensors"):
+        load_pretrained(folder)
+    folder = copy_of(folders("gpt2")[1], tmp_path / "adapter")
+    shutil.copy(folder / "model.safetensors", folder / "adapter_model.safetensors")
+    with pytest.raises(ConfigError, match=r"holds an adapter.*merge_and_unload"):
+        load_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: x.update({"blocks.0.attention.gate.weight": torch.ones(2)}), r"Llama has no place for blocks\.0\.attention\.gate\.weight, .*lost"),
+        (lambda x: x.update({"head.weight": x["head.weight"] + 1}), r"Llama has no place for head\.weight"),
+        (lambda x: x.pop("norm.weight"), r"lack norm\.weight"),
+    ],
+)
+def test_what_has_no_place_in_a_layout_is_refused_before_anything_is_written(
+    change: Callable[[dict[str, Any]], Any], message: str, folders: Folders, tmp_path: Path
+) -> None:
+    folder = folders("llama, tied, one key head, head size, attention bias, theta")[1]
+    held = dict(load_pretrained(folder).state_dict())
+    change(held)
+    with pytest.raises(ConfigError, match=message):
+        write_folder(tmp_path, derive(folder), held)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_position_of_the_users_is_not_taken_for_ours_of_that_name(folders: Folders, tmp_path: Path) -> None:
+    folder = folders("llama, grouped queries")[1]
+    model = {**derive(folder), "position": {"_target_": "mine.Rotary", "_partial_": True}}
+    with pytest.raises(ConfigError, match=r"model\.position=mine\.Rotary \(there: Rotary\)"):
+        write_folder(tmp_path, model, load_pretrained(folder).state_dict())
+
+
 def test_a_path_that_is_not_there_tells_what_may_be_meant() -> None:
     with pytest.raises(ConfigError, match=r"no file or folder glasllm, and no such pretrained model\. Did you mean glassllm"):
         load_pretrained("glasllm")

@@ -246,10 +246,10 @@ def misfits(saved: Mapping[str, torch.Size], wanted: Mapping[str, torch.Size], e
     return sorted(problems)
 
 
-def refuse_misfits(problems: list[str], message: str) -> None:
+def refuse_misfits(problems: list[str], message: str, fix: str = "use the model settings that the run was trained with") -> None:
     if problems:
         shown = "; ".join(problems[:SHOWN]) + (f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else "")
-        raise ConfigError(f"{message}: {shown}", fix="use the model settings that the run was trained with")
+        raise ConfigError(f"{message}: {shown}", fix=fix)
 
 
 def _check_is_checkpoint(path: Path) -> None:

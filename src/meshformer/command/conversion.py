@@ -41,7 +41,7 @@ def export_source_and_target(options: dict[str, Any]) -> tuple[Path, Path]:
     try:
         model = derive(source)
         if form == "huggingface":
-            layout_for(model)
+            layout_for(model, lambda: _weight_names(source))
     except ConfigError as error:
         raise ConfigError(error.message, error.key or "run", error.value, error.fix) from None
     if options["output"] is None and run_of(source) == source:
@@ -51,6 +51,12 @@ def export_source_and_target(options: dict[str, Any]) -> tuple[Path, Path]:
             raise ConfigError(f"it takes the package {package}", "format", form, fix="Run `pip install 'meshformer[export]'`.")
     output = options["output"] or (run_of(source) / "exports" / f"{source.name.removesuffix(SINGLE)}{EXPORTED[form] or '-huggingface'}")
     return source, _target(source, EXPORTED[form], f"format={form}", str(output))
+
+
+def _weight_names(source: Path) -> list[str]:
+    from meshformer.checkpoint.weights import weight_names  # imports torch, to name in an error what would be lost
+
+    return weight_names(source)
 
 
 def _source(spec: str, checkpoint: int | str | None, runs: str) -> Path:

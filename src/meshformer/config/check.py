@@ -228,7 +228,7 @@ def _stage(config: Config) -> None:
     if not recorded.is_file():  # weights from outside, which compose.py has compared
         return
     before = read_config(recorded.parent)
-    check_fits(config, before["model"], "the run to start from")
+    check_fits(config, before["model"], "the run to start from", by_name=True)
     if config["data"]["tokenizer"] != before["data"].get("tokenizer"):
         message = f"finetuning keeps the tokenizer of the run it starts from, which is {before['data'].get('tokenizer')}"
         raise ConfigError(
@@ -236,10 +236,22 @@ def _stage(config: Config) -> None:
         )
 
 
-def check_fits(config: Config, theirs: Config, who: str) -> None:
-    """ConfigError for the first of the model's settings with which the weights of `who`, whose model is `theirs`, would not fit."""
-    own_head = HEAD if has_own_head(config) else ()
-    for key in (key for key in SHAPES if key not in own_head):
+def is_own(node: Any) -> bool:
+    """Whether a part is of a class or function of the user's."""
+    return isinstance(node, dict) and not str(node.get("_target_", "meshformer.")).startswith("meshformer.")
+
+
+def check_fits(config: Config, theirs: Config, who: str, by_name: bool = False) -> None:
+    """ConfigError for the first of the model's settings with which the weights of `who`, whose model is `theirs`, would not fit.
+
+    `by_name`: of a class of the user's on either side, that shares some tensors with the other, those decide that are compared when they are
+    loaded, by name and shape.
+    """
+    left_out = HEAD if has_own_head(config) else ()
+    if is_own(config["model"]) or is_own(theirs):
+        shared = config["model"].keys() & theirs.keys() - ({"_target_"} if by_name else set())
+        left_out = (*left_out, *(key for key in SHAPES if key not in shared))
+    for key in (key for key in SHAPES if key not in left_out):
         mine, other = (node.get(key, ABSENT.get(key)) for node in (config["model"], theirs))
         if mine != other:
             raise ConfigError(

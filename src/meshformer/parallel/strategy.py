@@ -58,7 +58,7 @@ class MeshStrategy(ModelParallelStrategy):
         self.degrees = Degrees.from_config(settings)
         self.init_from: Path | None = None
         self.new_parts: tuple[str, ...] = ()
-        self.reinit: Sequence[str] = ()
+        self.reinit: Sequence[str] | None = ()
         self.pipeline: Pipeline | None = None
         self.context: ContextAxis | None = None
         self._built = False
@@ -130,6 +130,7 @@ class MeshStrategy(ModelParallelStrategy):
         settings, degrees = self.settings, self.degrees
         model: Any = self.precision_plugin.convert_module(task.model)
         self.ties = ties(model)
+        whole = set(model.state_dict())  # a pipeline's rank holds a part of them
         parts, numbers = [model], [0]
         n_stages = degrees.pipeline * settings["stages_per_rank"]
         if degrees.tensor > 1:
@@ -172,7 +173,7 @@ class MeshStrategy(ModelParallelStrategy):
             self.model_to_device()
         if self.init_from is not None:
             partial = self.pipeline is not None
-            load_weights(model, self.init_from, partial, self.aliases, new=self.new_parts, reinit=self.reinit)
+            load_weights(model, self.init_from, partial, self.aliases, new=self.new_parts, reinit=self.reinit, whole=whole)
         self.model = self.lightning_module
         self._measure_pieces(task)
 

@@ -13,8 +13,9 @@ from .parts import GELU_NAMES, GELUS, TEXT, Model, Part, differences, expect, li
 
 NAME, TYPES, CLASS = "BERT", ("bert",), TEXT
 LEFT_OUT = re.compile(
-    r"pooler\..*|embeddings\.position_ids|cls\.predictions\.decoder\.weight|cls\.seq_relationship\..*|classifier\..*|qa_outputs\..*"
+    r"pooler\..*|embeddings\.position_ids|cls\.seq_relationship\..*|classifier\..*|qa_outputs\..*"  # position_ids: 0, 1, 2, …
 )
+TIED = {"cls.predictions.decoder.weight": "embeddings.word_embeddings.weight"}
 HEAD = "cls.predictions"
 
 

@@ -8,7 +8,8 @@ from typing import Any
 from .parts import GELU_NAMES, GELUS, TEXT, Model, Part, differences, expect, linear, norm, position, size
 
 NAME, TYPES, CLASS = "GPT-2", ("gpt2",), TEXT
-LEFT_OUT = re.compile(r"lm_head\.weight|.*\.attn\.(masked_)?bias|.*_head\..*|score\..*")  # of a tied model; masks; heads of other tasks
+LEFT_OUT = re.compile(r"transformer\.h\.\d+\.attn\.(masked_)?bias|(?!lm_head)[^.]*_head\..*|score\..*")  # masks; heads of other tasks
+TIED = {"lm_head.weight": "transformer.wte.weight"}
 
 
 def canonical(name: str) -> str:

@@ -10,7 +10,8 @@ from meshformer.config.errors import ConfigError
 from .parts import TEXT, Model, Part, differences, expect, linear, norm, position, size
 
 NAME, TYPES, CLASS = "Llama", ("llama", "mistral"), TEXT
-LEFT_OUT = re.compile(r"lm_head\.weight|.*\.rotary_emb\.inv_freq|score\..*|qa_outputs\..*")
+LEFT_OUT = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq|score\..*|qa_outputs\..*")  # angles; heads of other tasks
+TIED = {"lm_head.weight": "model.embed_tokens.weight"}
 
 
 def canonical(name: str) -> str:

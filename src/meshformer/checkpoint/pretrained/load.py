@@ -14,7 +14,8 @@ from meshformer.model import Transformer
 
 from ..adapters import merge_adapters, settings_of
 from ..find import is_foreign, latest_checkpoint
-from ..weights import load_weights
+from ..folder import refuse_misfits
+from ..weights import load_weights, misfits_of
 from .parts import Model
 from .source import derive, find
 
@@ -41,7 +42,9 @@ def load_pretrained(path: str | Path, *, dtype: torch.dtype = torch.float32, cac
     if is_foreign(place) or settings_of(place) is None:
         load_weights(model, place)
     else:
-        model.load_state_dict(merge_adapters(place), strict=False)
+        weights = merge_adapters(place)
+        refuse_misfits(misfits_of(model, {name: x.shape for name, x in weights.items()}), f"the weights in {place} do not fit this model")
+        model.load_state_dict(weights, strict=False)  # of a tied matrix one name is enough
     return model.eval()
 
 

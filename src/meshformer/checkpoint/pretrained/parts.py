@@ -2,7 +2,8 @@
 
 A layout is a module with
     NAME, TYPES, CLASS          for messages; the `model_type`s of config.json that it reads; the class of ours that they become
-    LEFT_OUT                    names that may be there and are not needed
+    LEFT_OUT                    names that may be there and are not needed: buffers, poolers, heads of other tasks
+    TIED                        {name: the name that it is a copy of} where a tied model is stored with both: left out where they are equal
     canonical(name)             the one name for what is stored under several
     settings(config, names)     a model node as in conf/model/, from config.json and the canonical names that are stored
     parts(model)                {our name: Part} for a complete model node
@@ -22,6 +23,7 @@ from meshformer.config.errors import ConfigError
 Model = dict[str, Any]  # a node as in conf/model/: arguments of Transformer or VisionTransformer, and their `_target_`
 TEXT, VISION = "meshformer.model.Transformer", "meshformer.model.VisionTransformer"
 POSITIONS = "meshformer.model.position."
+SECOND_NAME = {"head.weight": "embedding.tokens.weight"}  # of a tied model of ours
 # Values of arguments that a node leaves out: those of Transformer.
 DEFAULTS: Model = {
     "causal": True, "window": None, "norm": "rms", "norm_position": "pre", "activation": "gelu", "bias": False, "qk_norm": True, "dropout": 0.0,
@@ -69,7 +71,9 @@ def complete(model: Model) -> Model:
     vision = model["_target_"] == VISION
     whole = {**(VISION_DEFAULTS if vision else DEFAULTS), **model}
     place = model.get("position") or position("Learned" if vision else "Rotary")
-    whole["position"], whole["base"] = place["_target_"].rpartition(".")[2], float(place.get("base", 10000.0))
+    home, _, name = str(place["_target_"]).rpartition(".")
+    whole["position"] = name if home.startswith("meshformer.") else str(place["_target_"])  # a class of the user's may have any name
+    whole["base"] = float(place.get("base", 10000.0))
     if vision:
         whole["d_ff"] = whole["d_ff"] or _width(whole)
         whole["norm_eps"] = _eps(whole)

@@ -4,6 +4,8 @@ safetensors files, no weights, and imports no torch."""
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -18,25 +20,29 @@ from meshformer.config.suggest import did_you_mean
 
 from ..find import CONFIG, INDEX, WEIGHTS, is_folder
 from . import bert, carriers, gpt2, llama, vit
-from .parts import Model, Part, complete
+from .parts import SECOND_NAME, TEXT, VISION, Model, Part, complete
 
 LAYOUTS: tuple[ModuleType, ...] = (gpt2, llama, bert, vit)
-ADAPTER = "adapter_config.json"  # of a folder that peft wrote
+ADAPTER, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"  # of a folder that peft wrote
+OF_THE_MODEL = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
 ONE_FILE, TOKENIZER = "model.safetensors", "tokenizer.json"
 READ = "; ".join(f"{layout.NAME} ({', '.join(layout.TYPES)})" for layout in LAYOUTS)
 SHOWN = 6  # tensors named in a message
+KEEPS_ALL = "Use format=safetensors, which keeps every tensor."
 
 
 @dataclass(frozen=True)
 class Source:
     """A Hugging Face folder. `parts`: where our tensors lie; `files`: for a canonical name the file and the name it is stored under in it;
-    `unknown`: names that are stored and have no place in our model."""
+    `copies`: (file, name) of what must be equal to the canonical name that stands before it, or would be lost; `unknown`: names that are stored
+    and have no place in our model."""
 
     path: Path
     layout: ModuleType
     model: Model
     parts: dict[str, Part]
     files: dict[str, tuple[Path, str]]
+    copies: list[tuple[str, tuple[Path, str]]]
     unknown: list[str]
 
 
@@ -79,8 +85,8 @@ def tokenizer_of(path: Path) -> Path | None:
 
 def read_folder(path: Path) -> Source:
     """What a Hugging Face folder holds. ConfigError, one, for whatever keeps it from being read."""
-    if (path / ADAPTER).is_file() and not (path / CONFIG).is_file():
-        base = _json(path / ADAPTER, "").get("base_model_name_or_path")
+    if (path / ADAPTER_FILE).is_file() or ((path / ADAPTER).is_file() and not (path / CONFIG).is_file()):
+        base = _json(path / ADAPTER, "").get("base_model_name_or_path") if (path / ADAPTER).is_file() else None
         fix = "Merge it first: with peft, model.merge_and_unload().save_pretrained(folder)."
         raise ConfigError(f"{path} holds an adapter, which changes another model's weights{f' ({base})' if base else ''}", fix=fix)
     config = _json(path / CONFIG, "a Hugging Face model folder has one beside its weights")
@@ -93,7 +99,7 @@ def read_folder(path: Path) -> Source:
         method = config["quantization_config"].get("quant_method") if isinstance(config["quantization_config"], dict) else None
         fix = "Fetch the model as it was before, or write it anew with transformers: model.dequantize().save_pretrained(folder)."
         raise ConfigError(f"{path} holds quantised weights{f' ({method})' if method else ''}, which are no plain numbers", fix=fix)
-    files = _stored(path, layout)
+    files, copies = _stored(path, layout)
     try:
         model = layout.settings(config, set(files))
     except ConfigError as error:
@@ -101,10 +107,13 @@ def read_folder(path: Path) -> Source:
     parts = layout.parts(complete(model))
     needed = {part.name for part in parts.values()}
     if missing := [name for name in dict.fromkeys(part.name for part in parts.values()) if name not in files]:
-        raise ConfigError(f"{path} lacks {_listed(missing)}, which a {layout.NAME} of its config.json has")
+        raise ConfigError(f"{path} lacks {listed(missing)}, which a {layout.NAME} of its config.json has")
     _check_vocabulary(path, model, parts, files)
-    unknown = sorted(stored for name, (_, stored) in files.items() if name not in needed and not layout.LEFT_OUT.fullmatch(name))
-    return Source(path, layout, model, parts, files, unknown)
+    spare = {name: place for name, place in files.items() if name not in needed and not layout.LEFT_OUT.fullmatch(name)}
+    copies = [(name, place) for name, place in copies if name in needed or name in spare]
+    copies += [(layout.TIED[name], place) for name, place in spare.items() if layout.TIED.get(name) in needed]
+    unknown = sorted(stored for name, (_, stored) in spare.items() if layout.TIED.get(name) not in needed)
+    return Source(path, layout, model, parts, files, copies, unknown)
 
 
 def _check_vocabulary(path: Path, model: Model, parts: dict[str, Part], files: dict[str, tuple[Path, str]]) -> None:
@@ -119,15 +128,30 @@ def _check_vocabulary(path: Path, model: Model, parts: dict[str, Part], files: d
         raise ConfigError(message, fix=f"If tokens were added to it, write vocab_size={rows} into {path / CONFIG}.")
 
 
-def _stored(path: Path, layout: ModuleType) -> dict[str, tuple[Path, str]]:
-    """{canonical name: (file, stored name)}."""
+def _stored(path: Path, layout: ModuleType) -> tuple[dict[str, tuple[Path, str]], list[tuple[str, tuple[Path, str]]]]:
+    """{canonical name: (file, stored name)}, and what is stored once more under a name that means the same."""
     found: dict[str, tuple[Path, str]] = {}
+    again: list[tuple[str, tuple[Path, str]]] = []
     for file in _files(path):
-        found |= {layout.canonical(name): (file, name) for name in header(file)[0]}
-    return found
+        for stored in header(file)[0]:
+            name = layout.canonical(stored)
+            if name in found:
+                again.append((name, (file, stored)))
+            found.setdefault(name, (file, stored))
+    return found, again
 
 
 def _files(path: Path) -> list[Path]:
+    """The files that hold the model. ConfigError where others beside them say that they do."""
+    files = _files_named(path)
+    if others := sorted(p.name for p in path.glob("*.safetensors") if OF_THE_MODEL.fullmatch(p.name) and p not in files):
+        why = f"which {INDEX} does not name" if (path / INDEX).is_file() else "and no index says that they belong together"
+        message = f"{path} holds {listed(others)} beside {listed([file.name for file in files])}, {why}"
+        raise ConfigError(message, fix="Remove what does not belong to the model.")
+    return files
+
+
+def _files_named(path: Path) -> list[Path]:
     if (path / INDEX).is_file():
         index = _json(path / INDEX, "").get("weight_map")
         if not isinstance(index, dict) or not index:
@@ -135,7 +159,7 @@ def _files(path: Path) -> list[Path]:
         names = sorted(set(index.values()))
         if missing := [name for name in names if Path(name).name != name or not (path / name).is_file()]:
             raise ConfigError(
-                f"{path} lacks {_listed(missing)} of the {len(names)} files that its index names", fix="Fetch the whole folder."
+                f"{path} lacks {listed(missing)} of the {len(names)} files that its index names", fix="Fetch the whole folder."
             )
         return [path / name for name in names]
     if (path / ONE_FILE).is_file():
@@ -148,11 +172,14 @@ def _files(path: Path) -> list[Path]:
     raise ConfigError(f"{path} holds no {ONE_FILE}")
 
 
-def layout_for(model: Model) -> ModuleType:
-    """The Hugging Face layout that the model node fits exactly. ConfigError naming what keeps it from fitting the nearest."""
+def layout_for(model: Model, names: Callable[[], Iterable[str]] = tuple) -> ModuleType:
+    """The Hugging Face layout that the model node fits exactly. ConfigError naming what keeps it from fitting the nearest. `names()`: those of
+    the model's tensors, asked for where its class is the user's."""
     of_class = [layout for layout in LAYOUTS if model["_target_"] == layout.CLASS]
     if not of_class:
-        raise ConfigError(f"no Hugging Face layout is known for {model['_target_']}", "format", "huggingface", fix="Use another format.")
+        lost = _homeless(model, list(names()))
+        told = f", and none has a place for {listed(lost)}" if lost else ""
+        raise ConfigError(f"no Hugging Face layout is known for {model['_target_']}{told}", "format", "huggingface", fix=KEEPS_ALL)
     whole = complete(model)
     misfits = {layout: layout.unfit(whole) for layout in of_class}
     layout = min(of_class, key=lambda layout: len(misfits[layout]))
@@ -162,6 +189,19 @@ def layout_for(model: Model) -> ModuleType:
     fix = "Use format=safetensors, onnx or torch_export."
     message = f"the model fits no Hugging Face layout exactly; the nearest is {layout.NAME}, but for {told}"
     raise ConfigError(message, "format", "huggingface", fix=fix)
+
+
+def _homeless(model: Model, names: list[str]) -> list[str]:
+    """Tensors of a class of the user's that even the nearest layout has no place for; none where its settings are not those of ours."""
+    node = {**model, "_target_": VISION if "image_size" in model else TEXT}
+    found: list[list[str]] = []
+    for layout in LAYOUTS:
+        try:
+            parts = layout.parts(complete(node))
+            found.append([name for name in names if name not in parts and SECOND_NAME.get(name) not in parts])
+        except (KeyError, TypeError):
+            continue
+    return min(found, key=len, default=[])
 
 
 def header(file: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
@@ -199,7 +239,7 @@ def _json(file: Path, wanted: str) -> dict[str, Any]:
     return found
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
     return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 

@@ -13,7 +13,8 @@ from meshformer.config.errors import ConfigError
 from .parts import GELU_NAMES, GELUS, VISION, Model, Part, differences, expect, linear, norm, position, size
 
 NAME, TYPES, CLASS = "ViT", ("vit",), VISION
-LEFT_OUT = re.compile(r"pooler\..*|embeddings\.mask_token|decoder\..*")
+LEFT_OUT = re.compile(r"pooler\..*|embeddings\.mask_token|decoder\..*")  # the last two: of pretraining by masked patches
+TIED: dict[str, str] = {}
 
 
 def canonical(name: str) -> str:
