@@ -28,9 +28,11 @@ from meshformer.checkpoint.weights import PREFIX, load_weights
 from meshformer.config.check import BF16, no_bf16
 from meshformer.config.errors import ConfigError, Stopped
 from meshformer.config.foreign import read_config
+from meshformer.config.signature import signature
 from meshformer.config.tasks import has_own_head
 from meshformer.data import SampledData, load_tokenizer
 from meshformer.model import Transformer, training_flops_per_token
+from meshformer.model.layout import blocks_of
 from meshformer.model.lora import ADAPTERS
 from meshformer.optim.muon import multiplies_bfloat16
 from meshformer.parallel.levers import apply_levers
@@ -113,7 +115,7 @@ def _train(config: Config, folder: Path, signals: StopSignals) -> dict[str, floa
             load_weights(task.model, weights, new=new_parts, reinit=reinit)
         if config["trainer"]["float8"]:
             in_float8(task.model)
-        apply_levers(getattr(task.model, "blocks", ()), config["strategy"]["activation_checkpointing"], config["trainer"]["compile"])
+        apply_levers(blocks_of(task.model), config["strategy"]["activation_checkpointing"], config["trainer"]["compile"])
     if resume_from:
         check_weights(task.model, resume_from)
         trainer.strategy.checkpoint_io.fresh_optimizer = other_optimizer(config, trainer.is_global_zero)
@@ -259,7 +261,10 @@ def tokenizer_file(source: Path) -> Path:
 def settle_sizes(config: Config, data: SampledData) -> None:
     """Fills in what the model takes from the data: the vocabulary, the number of classes. ConfigError where it was given and does not fit."""
     model = config["model"]
+    accepted = signature(model["_target_"])
     for key, size in data.model_settings().items():
+        if not accepted.open_ended and key not in accepted.parameters:
+            continue  # a model of the user's that has another name for it
         if key == "vocab_size":
             size = vocabulary(model.get(key), size)
         elif model.get(key) not in (None, size):
