@@ -115,13 +115,11 @@ def _model(config: Config) -> None:
     for key in ("attention", "position"):
         if key in model and not isinstance(model[key], dict):
             raise ConfigError("needs a _target_: the dotted name of a class or function", f"model.{key}", model[key])
-    sizes: tuple[Any, ...] = tuple(model.get(key) for key in ("d_model", "n_heads", "n_kv_heads", "head_dim"))
-    width, heads, kv_heads, head_dim = sizes
+    width, heads, kv_heads, head_dim = (model.get(key) for key in ("d_model", "n_heads", "n_kv_heads", "head_dim"))
     for key in ("n_layers", "n_heads", "n_kv_heads", "d_model", "d_ff", "context_length", "vocab_size", "window"):
         if model.get(key) is not None and model[key] < 1:
             raise ConfigError("must be at least 1", f"model.{key}", model[key])
-    sized = width is not None and heads is not None
-    if sized and width % heads and head_dim is None:
+    if width is not None and heads is not None and width % heads and head_dim is None:
         below, above = width // heads * heads, (width // heads + 1) * heads
         usable = f"{below} or {above}" if below else f"{above}"
         raise ConfigError(
@@ -133,7 +131,7 @@ def _model(config: Config) -> None:
     position = str(model.get("position", {}).get("_target_", "")).rpartition(".")[2]
     if position in PAIRED and head_dim is not None and head_dim % 2:
         raise ConfigError("rotary positions need an even head size", "model.head_dim", head_dim, fix=f"Use {head_dim + 1}.")
-    if position in PAIRED and sized and head_dim is None and width // heads % 2:
+    if position in PAIRED and width is not None and heads is not None and head_dim is None and width // heads % 2:
         message = f"rotary positions need an even head size, and model.d_model={width} / model.n_heads={heads} is {width // heads}"
         raise ConfigError(message, "model.n_heads", heads, fix=f"Use model.d_model={width + heads}, or model/position=learned.")
     if model.get("causal") is False and config["task"].get("_target_") == "meshformer.tasks.LanguageModelling":

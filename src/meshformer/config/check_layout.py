@@ -102,8 +102,8 @@ def check_settings(config: Config) -> None:
         _async_tensor_parallel(trainer, strategy)
     for axis in ("tensor", "context", "pipeline"):
         if strategy[axis] > 1 and not has_plan(config["model"]):
-            message = f"declares no plan (meshformer.model.Plan), which strategy.{axis}={strategy[axis]} needs: see docs/own_model.md"
-            raise ConfigError(message, "model._target_", config["model"]["_target_"], fix="Give it one, or use strategy=fsdp or ddp.")
+            message = f"declares no plan (meshformer.model.Plan), which strategy.{axis}={strategy[axis]} needs"
+            raise ConfigError(message, "model._target_", config["model"]["_target_"], fix="See docs/own_model.md, or use strategy=fsdp or ddp.")
 
 
 def has_plan(model: Config) -> bool:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     Targets = dict[str, Any]  # name -> a node with _target_, or null
 
 MISSING = "???"
+FROM_THE_MODEL = ("named_parameters", "all_names", "blocks")  # arguments of an optimizer that tasks/base.py gives it
 PLAN = "meshformer.model.layout.Plan"
 # Nodes whose objects receive further arguments from build.py: there an argument may be absent. The others must be complete.
 FILLED_BY_BUILD = ("model", "task", "callbacks", "logger")
@@ -321,6 +322,8 @@ def _arguments(node: dict[str, Any], found: Signature, key: str, allow: tuple[st
             if not fits:
                 raise ConfigError("is no value for it", at, value, fix="Leave it out.")
             continue
+        if key == "optimizer" and argument in FROM_THE_MODEL:
+            raise ConfigError("comes from the model", at, fix="Leave it out.")
         parameter = found.parameters.get(argument)
         if at == "model.plan" and parameter is None:
             _plan(value, allow)

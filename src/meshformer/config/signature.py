@@ -95,10 +95,9 @@ def _lineage(target: str) -> Iterator[tuple[str, ast.ClassDef]]:
     seen: set[tuple[str, str]] = set()
     stack = [_find(module, called)]
     while stack:
-        found = stack.pop()
-        if found is None or not isinstance(found[1], ast.ClassDef) or (found[0], found[1].name) in seen:
+        where, node = stack.pop() or ("", None)
+        if not isinstance(node, ast.ClassDef) or (where, node.name) in seen:
             continue
-        where, node = found[0], found[1]
         seen.add((where, node.name))
         yield where, node
         stack.extend(_find_dotted(where, ast.unparse(b.value if isinstance(b, ast.Subscript) else b)) for b in reversed(node.bases))
