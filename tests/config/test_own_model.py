@@ -203,6 +203,20 @@ def test_a_subclass_of_ours_gets_the_checks_of_ours():
     assert "the model's weights" in refused("Ours", "+model.n_layers=2", "+model.n_heads=2", "+model.d_model=20000000", sizes[3])
 
 
+def test_a_class_of_the_users_is_not_compiled_by_itself(monkeypatch):
+    """Its blocks may be no one graph, which would be an error in the run."""
+    monkeypatch.setattr("meshformer.config.compilation.lacking", lambda accelerator: None)
+    long = ["trainer.max_steps=1000000000", "trainer.compile=auto"]
+    assert compose(long)["trainer"]["compile"] is True
+    sizes = ["+model.n_layers=2", "+model.n_heads=2", "+model.d_model=16", "+model.context_length=128"]
+    assert composed("Ours", *sizes, *long)["trainer"]["compile"] is False
+    assert compose([*long, "model._target_=meshformer.model.transformer.Transformer"])["trainer"]["compile"] is True
+
+
+def test_which_blocks_an_optimizer_is_given_is_no_setting():
+    assert "optimizer.blocks: comes from the model" in refused("Fits", "optimizer=muon", "+optimizer.blocks=h")
+
+
 # --- building it
 
 

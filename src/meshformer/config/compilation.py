@@ -13,7 +13,7 @@ from typing import Any
 from meshformer.config.signature import inherits
 
 Config = dict[str, Any]
-OURS = "meshformer.model.Transformer"  # whose blocks are known to be one graph; VisionTransformer inherits from it
+OURS = "meshformer.model.Transformer"  # the blocks of it, and of this package's classes that inherit from it, are known to be one graph
 # From how many floating-point operations of a whole run, on each core or GPU, compiling its blocks is worth while; see `compiles`.
 WORTH_WHILE = {"cpu": 5e13, "gpu": 1e17}
 
@@ -52,13 +52,11 @@ def lacking(accelerator: str) -> str | None:
 def _unsuited(config: Config) -> str | None:
     """Why this run is better not compiled, however long it is."""
     model, trainer, stage = config["model"], config["trainer"], config["stage"]
-    parts = [model.get(name) for name in ("attention", "position")]
+    parts = [model, *(model.get(name) for name in ("attention", "position"))]  # a block that is no one graph would end the run
     if not inherits(model["_target_"], OURS) or not all(
         str(part["_target_"]).startswith("meshformer.") for part in parts if isinstance(part, dict)
     ):
         return "the model has parts of your own"
-    if any(model.get(key) is None for key in ("d_model", "n_layers")):
-        return "the configuration does not tell the model's size"
     if (missing := lacking(trainer["accelerator"])) is not None:
         return f"it needs {missing}"
     if config["strategy"]["schedule"] == "interleaved_zero_bubble":
