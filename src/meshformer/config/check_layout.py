@@ -202,7 +202,7 @@ def _tensor(config: Config) -> None:
     width = model.get("d_ff")
     if width is None and "d_model" in model and inherits(model["_target_"], TRANSFORMER):
         width = feed_forward_width(model)
-    sizes = {key: size for key, size in {**_heads(model), "d_ff": width}.items() if size is not None}
+    sizes = {key: size for key, size in {**_heads(model), "d_ff": width}.items() if isinstance(size, int)}
     for key, size in sizes.items():
         if size % tensor:
             usable = [n for n in _divisors(gcd(*sizes.values())) if n < tensor]
@@ -234,7 +234,7 @@ def _context(config: Config) -> None:
 
 
 def _pipeline(config: Config) -> None:
-    strategy, layers = config["strategy"], config["model"].get("n_layers")
+    strategy, layers = config["strategy"], config["model"].get("n_layers")  # None: not in the configuration
     pipeline, per_rank, schedule = strategy["pipeline"], strategy["stages_per_rank"], strategy["schedule"]
     if pipeline == 1:
         return
