@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from meshformer import train as job
 from meshformer.compose import compose
+from meshformer.model import Plan
 from meshformer.record.metrics_csv import read_metrics
 from meshformer.tasks import LanguageModelling
 from meshformer.train import train
@@ -82,6 +83,33 @@ class OwnModel(nn.Module):
         return self.out(self.table(tokens_BT))
 
 
+class PlainLayer(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.mix, self.up, self.down = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.mix(x.cumsum(1) / torch.arange(1, x.shape[1] + 1)[None, :, None])
+        return x + self.down(torch.relu(self.up(x)))
+
+
+class PlainNet(nn.Module):
+    """A model as people write one: no seed, no `vocab_size`, no `blocks`, no positions, names of its own."""
+
+    def __init__(self, letters: int = 16, width: int = 16, depth: int = 2):
+        super().__init__()
+        self.tok = nn.Embedding(letters, width)
+        self.body = nn.ModuleDict({"h": nn.ModuleList(PlainLayer(width) for _ in range(depth))})
+        self.out = nn.Linear(width, letters, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.tok(ids)
+        for layer in self.body["h"]:  # pyright: ignore[reportGeneralTypeIssues]
+            x = layer(x)
+        return self.out(x)
+
+
+PLAIN_PLAN = Plan(blocks="body.h")
 TINY = [
     "data=text", "data.context_length=16", "data.batch_size=8", "model=nano", "model.n_layers=2", "model.d_model=32",
     "trainer.progress=false", "trainer.precision=32-true", "trainer.threads=1", "trainer.log_every_n_steps=1", "trainer.val_check_interval=1000",

@@ -28,6 +28,7 @@ from meshformer.config.resolve import outside
 from meshformer.config.signature import signature
 from meshformer.config.tasks import has_own_head, padding_multiple
 from meshformer.data import ImageData, SampledData, SequenceData, TextData
+from meshformer.model.layout import Plan
 from meshformer.model.lora import ADAPTERS, add_adapters
 from meshformer.optim.groups import LayerRates
 from meshformer.parallel.strategies import make_strategy
@@ -118,10 +119,15 @@ def task_class(config: Config) -> Any:
 
 def build_model(config: Config) -> Any:
     """The network, with the adapters that `stage` asks for, and without gradients where it says so."""
-    accepted = signature(config["model"]["_target_"])
+    node, plan = dict(config["model"]), None
+    accepted = signature(node["_target_"])
+    if "plan" not in accepted.parameters and (said := node.pop("plan", None)) is not None:
+        plan = build_plan(said, config)
     # A module of the user's may draw its weights as torch's modules do, from the seed that is set before it is made.
     seed = {"seed": config["seed"]} if accepted.open_ended or "seed" in accepted.parameters else {}
-    model = instantiate(config["model"], config, "model", **seed)
+    model = instantiate(node, config, "model", **seed)
+    if plan is not None:
+        model.plan = plan
     stage = config["stage"]
     if (lora := stage.get("lora") or {}).get("rank"):
         if not hasattr(model, "initial_value"):
@@ -140,6 +146,23 @@ def build_model(config: Config) -> Any:
     return model
 
 
+def build_plan(said: Config | str, config: Config) -> Plan:
+    """What `model.plan` says: the settings of a Plan, or the dotted name of one in a module that the configuration may name."""
+    if isinstance(said, str):
+        check_target(said, config.get("allow", ()), "model.plan")
+        try:
+            found = hydra.utils.get_object(said)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ConfigError(f"there is no such plan ({error})", "model.plan", said) from None
+        if not isinstance(found, Plan):
+            raise ConfigError(f"is no Plan, but {type(found).__name__}", "model.plan", said)
+        return found
+    try:
+        return Plan(**said)
+    except (TypeError, ValueError) as error:  # a setting that a plan does not have; a word that is no style
+        raise ConfigError(str(error), "model.plan") from None
+
+
 def freeze(model: Any, patterns: Sequence[str]) -> None:
     """Parameters whose names fit one of the patterns get no gradient. ConfigError for a pattern that no name fits."""
     parameters = dict(model.named_parameters())
@@ -153,7 +176,7 @@ def fitting(names: Iterable[str], patterns: Sequence[str], key: str) -> list[str
     for pattern in patterns:
         fit = [name for name in names if fnmatchcase(name, pattern)]
         if not fit:
-            kinds = list(dict.fromkeys(name if "blocks." not in name else f"blocks.*.{name.split('.', 2)[2]}" for name in names))
+            kinds = list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names))
             raise ConfigError("no parameter has such a name", key, pattern, fix=f"Names are {', '.join(kinds)}.")
         found += fit
     return found

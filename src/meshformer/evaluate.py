@@ -49,7 +49,7 @@ def load_run(config: dict[str, Any], source: Path) -> tuple[Any, Any]:
     """(model, tokenizer) of a run's newest checkpoint, or of a checkpoint in it, ready to use."""
     model, file = build_model(config), run_of(source) / "tokenizer.json"
     load_weights(model, latest_checkpoint(source))
-    tokenizer, size = load_tokenizer(file), config["model"]["vocab_size"]
-    if tokenizer.vocab_size > size:
+    tokenizer, size = load_tokenizer(file), config["model"].get("vocab_size")
+    if size is not None and tokenizer.vocab_size > size:
         raise ConfigError(f"{file} has {tokenizer.vocab_size} tokens, and the run's model {size}", fix="Restore it from a copy.")
     return model.eval(), tokenizer

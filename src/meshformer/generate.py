@@ -10,6 +10,7 @@ import torch
 from meshformer.config.errors import ConfigError
 from meshformer.evaluate import load_run
 from meshformer.model import generate as draw
+from meshformer.model import keeps_what_it_read
 from meshformer.printing import say
 
 
@@ -17,8 +18,8 @@ def generate(config: dict[str, Any], options: dict[str, Any]) -> list[str]:
     """Prints and returns `options["count"]` continuations of `options["prompt"]`; the run folder is all it needs."""
     torch.set_num_threads(config["trainer"]["threads"])
     model, tokenizer = load_run(config, Path(options["run"]))
-    if not hasattr(model, "context_length"):  # a model of the user's own
-        message = "text is written by models of meshformer.model, which keep what they have read"
+    if not keeps_what_it_read(model):  # one of the user's own
+        message = f"its model, {config['model']['_target_']}, cannot continue a text: its forward takes no `cache` of what it has read"
         raise ConfigError(message, "run", options["run"], fix="Load it in a notebook: meshformer.runs.load_model.")
     ids = list(map(int, tokenizer.encode(options["prompt"])))
     if not ids:

@@ -28,6 +28,7 @@ from meshformer.checkpoint.weights import PREFIX, load_weights, misfits_of
 from meshformer.config.check import BF16, no_bf16
 from meshformer.config.errors import ConfigError, Stopped
 from meshformer.config.foreign import read_config
+from meshformer.config.signature import signature
 from meshformer.config.tasks import has_own_head
 from meshformer.data import SampledData, load_tokenizer
 from meshformer.model import Transformer, training_flops_per_token
@@ -258,7 +259,10 @@ def tokenizer_file(source: Path) -> Path:
 def settle_sizes(config: Config, data: SampledData) -> None:
     """Fills in what the model takes from the data: the vocabulary, the number of classes. ConfigError where it was given and does not fit."""
     model = config["model"]
+    accepted = signature(model["_target_"])
     for key, size in data.model_settings().items():
+        if not accepted.open_ended and key not in accepted.parameters:
+            continue  # a model of the user's that has another name for it
         if key == "vocab_size":
             size = vocabulary(model.get(key), size)
         elif model.get(key) not in (None, size):

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from meshformer.config.errors import ConfigError
-from meshformer.model import Transformer, generate
+from meshformer.model import generate, keeps_what_it_read
 
 
 class Samples(Callback):
@@ -32,23 +32,24 @@ class Samples(Callback):
         text = continuation(
             pl_module, trainer.datamodule.tokenizer, self.prompt, self.max_tokens, temperature=self.temperature, top_p=self.top_p
         )
-        if trainer.is_global_zero and self.folder is not None:
+        if text is not None and self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / f"step-{trainer.global_step:08d}.txt").write_text(text, encoding="utf-8")
 
 
-def continuation(task: Any, tokenizer: Any, prompt: str, max_tokens: int, **options: Any) -> str:
-    """`prompt` and what the task's model makes of it. Token 0 stands in for a prompt that is empty or that the tokenizer does not know:
-    a look at the text must not end a run. Every rank must call it; where a rank holds a part of the model only, rank 0 gathers all of it,
-    draws, and is the only one to return text."""
-    model = whole_model(task)
-    if not isinstance(model, Transformer) or model.head is None:
-        return ""  # another rank's work, or a model of the user's that may not continue texts
+def continuation(task: Any, tokenizer: Any, prompt: str, max_tokens: int, **options: Any) -> str | None:
+    """`prompt` and what the task's model makes of it; None for a model that cannot continue texts, and on every rank but 0.
+
+    Token 0 stands in for a prompt that is empty or that the tokenizer does not know: a look at the text must not end a run. Every rank must call
+    it: where a rank holds a part of the model only, rank 0 gathers all of it."""
+    model = whole_model(task) if keeps_what_it_read(task.model) else None
+    if model is None or getattr(model, "head", True) is None:
+        return None
     try:
         ids = tokenizer.encode(prompt) if prompt else [0]
     except ConfigError:
         ids = [0]
-    prompt_BT = torch.as_tensor([list(map(int, ids))], device=model.head.weight.device)
+    prompt_BT = torch.as_tensor([list(map(int, ids))], device=next(model.parameters()).device)
     # the precision plugin's context (bf16 autocast, say) is what the model was trained under
     # a compiled block would be compiled anew for each length of the cache
     with task.trainer.precision_plugin.forward_context(), torch.compiler.set_stance("force_eager"):

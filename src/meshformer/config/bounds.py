@@ -14,6 +14,7 @@ from typing import Any
 from meshformer.config.degrees import Degrees
 from meshformer.config.errors import ConfigError
 from meshformer.config.resolve import cores
+from meshformer.config.signature import inherits
 
 Config = dict[str, Any]
 # key -> (lowest, may it be the lowest, highest, may it be the highest); settings of components, whose annotations are plain `float`.
@@ -84,7 +85,8 @@ def check_memory(config: Config) -> None:
     """ConfigError where one node's part of the weights, or one layer of hidden states, exceeds this machine's memory. Lower bounds: what passes
     may still not fit."""
     model, memory = config["model"], machine_memory()
-    if model["_target_"] != "meshformer.model.Transformer" or memory is None:
+    sized = all(model.get(key) is not None for key in ("d_model", "n_layers", "context_length"))
+    if memory is None or not sized or not inherits(model["_target_"], "meshformer.model.Transformer"):
         return
     degrees = Degrees.from_config(config["strategy"])
     on_cpu = config["trainer"]["accelerator"] == "cpu"

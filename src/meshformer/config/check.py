@@ -15,6 +15,7 @@ from meshformer.config.errors import ConfigError
 from meshformer.config.foreign import read_config
 from meshformer.config.paths import run_of
 from meshformer.config.resolve import gpus_multiply_bf16
+from meshformer.config.signature import inherits
 from meshformer.config.stock import check_stock
 from meshformer.config.suggest import did_you_mean
 from meshformer.config.tasks import HEAD, check_labelled_files, check_task, has_own_head
@@ -109,29 +110,28 @@ def _files(config: Config) -> None:
 
 def _model(config: Config) -> None:
     model, data = config["model"], config["data"]
-    if model["_target_"] != "meshformer.model.Transformer":
-        return
+    if not inherits(model["_target_"], "meshformer.model.Transformer"):
+        return  # the settings of a subclass may be fewer
     for key in ("attention", "position"):
         if key in model and not isinstance(model[key], dict):
             raise ConfigError("needs a _target_: the dotted name of a class or function", f"model.{key}", model[key])
-    width, heads, kv_heads = model["d_model"], model["n_heads"], model.get("n_kv_heads")
+    width, heads, kv_heads, head_dim = (model.get(key) for key in ("d_model", "n_heads", "n_kv_heads", "head_dim"))
     for key in ("n_layers", "n_heads", "n_kv_heads", "d_model", "d_ff", "context_length", "vocab_size", "window"):
         if model.get(key) is not None and model[key] < 1:
             raise ConfigError("must be at least 1", f"model.{key}", model[key])
-    if width % heads and model.get("head_dim") is None:
+    if width is not None and heads is not None and width % heads and head_dim is None:
         below, above = width // heads * heads, (width // heads + 1) * heads
-        sizes = f"{below} or {above}" if below else f"{above}"
+        usable = f"{below} or {above}" if below else f"{above}"
         raise ConfigError(
-            f"does not divide by model.n_heads={heads}", "model.d_model", width, fix=f"Use {sizes}, or another number of heads."
+            f"does not divide by model.n_heads={heads}", "model.d_model", width, fix=f"Use {usable}, or another number of heads."
         )
-    if kv_heads is not None and heads % kv_heads:
+    if kv_heads is not None and heads is not None and heads % kv_heads:
         divisors = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
         raise ConfigError(f"model.n_heads={heads} does not divide by it", "model.n_kv_heads", kv_heads, fix=f"Use one of {divisors}.")
     position = str(model.get("position", {}).get("_target_", "")).rpartition(".")[2]
-    head_dim = model.get("head_dim") or width // heads
-    if position in PAIRED and head_dim % 2 and model.get("head_dim") is not None:
+    if position in PAIRED and head_dim is not None and head_dim % 2:
         raise ConfigError("rotary positions need an even head size", "model.head_dim", head_dim, fix=f"Use {head_dim + 1}.")
-    if position in PAIRED and head_dim % 2:
+    if position in PAIRED and width is not None and heads is not None and head_dim is None and width // heads % 2:
         message = f"rotary positions need an even head size, and model.d_model={width} / model.n_heads={heads} is {width // heads}"
         raise ConfigError(message, "model.n_heads", heads, fix=f"Use model.d_model={width + heads}, or model/position=learned.")
     if model.get("causal") is False and config["task"].get("_target_") == "meshformer.tasks.LanguageModelling":
@@ -140,11 +140,11 @@ def _model(config: Config) -> None:
         )
     if model.get("head_transform"):
         for key, value in {"norm_position": "post", "head": True}.items():
-            if model[key] != value:
+            if model.get(key, value) != value:
                 raise ConfigError(
                     f"belongs to models with model.{key}={_plain(value)}", "model.head_transform", "true", fix="Leave it out."
                 )
-    if model["context_length"] < data["context_length"]:
+    if model.get("context_length") is not None and model["context_length"] < data["context_length"]:
         message = f"the model sees fewer tokens than a sample has (data.context_length={data['context_length']})"
         raise ConfigError(message, "model.context_length", model["context_length"], fix="Leave it out, or make it at least as long.")
     if data["tokenizer"] == "bpe" and model.get("vocab_size") is not None and model["vocab_size"] < data["vocab_size"]:

@@ -12,9 +12,10 @@ from typing import Any
 from meshformer.config.degrees import AXES, Degrees, uses_fsdp
 from meshformer.config.errors import ConfigError
 from meshformer.config.resolve import compute_capability, microbatch_counts, outside, visible_gpus
+from meshformer.config.signature import declares, inherits, signature
 
 Config = dict[str, Any]
-PLANNED = "meshformer.model.Transformer"  # the class that can be cut along tensor, context and pipeline
+TRANSFORMER = "meshformer.model.Transformer"
 # Setting -> the axis it is about and its value where that axis is not cut; then those that every mesh layout has.
 OF_AXIS = {
     "sequence_parallel": ("tensor", True),
@@ -99,11 +100,16 @@ def check_settings(config: Config) -> None:
     _fsdp_alone(strategy)
     if strategy["async_tensor_parallel"]:
         _async_tensor_parallel(trainer, strategy)
-    target = config["model"]["_target_"]
     for axis in ("tensor", "context", "pipeline"):
-        if strategy[axis] > 1 and target != PLANNED:
-            message = f"only {PLANNED} has a plan for strategy.{axis}={strategy[axis]}"
-            raise ConfigError(message, "model._target_", target, fix="Use strategy=fsdp or ddp.")
+        if strategy[axis] > 1 and not has_plan(config["model"]):
+            message = f"declares no plan (meshformer.model.Plan), which strategy.{axis}={strategy[axis]} needs"
+            raise ConfigError(message, "model._target_", config["model"]["_target_"], fix="See docs/own_model.md, or use strategy=fsdp or ddp.")
+
+
+def has_plan(model: Config) -> bool:
+    """Whether the model says how it may be cut, as far as that shows in its source. (What a function returns shows in the job.)"""
+    target = model["_target_"]
+    return bool(model.get("plan")) or declares(target, "plan") or not signature(target).is_class
 
 
 def _float8(config: Config) -> None:
@@ -186,15 +192,17 @@ def check_batch(config: Config) -> None:
 
 def check_cut(config: Config) -> None:
     """The model, the sequence and the micro-batch against the tensor, context and pipeline axes."""
-    if config["model"]["_target_"] == PLANNED:
-        _tensor(config)
-        _context(config)
-        _pipeline(config)
+    _tensor(config)
+    _context(config)
+    _pipeline(config)
 
 
 def _tensor(config: Config) -> None:
     model, strategy, tensor = config["model"], config["strategy"], config["strategy"]["tensor"]
-    sizes = {"n_heads": model["n_heads"], "n_kv_heads": _kv_heads(model), "d_ff": model.get("d_ff") or feed_forward_width(model)}
+    width = model.get("d_ff")
+    if width is None and "d_model" in model and inherits(model["_target_"], TRANSFORMER):
+        width = feed_forward_width(model)
+    sizes = {key: size for key, size in {**_heads(model), "d_ff": width}.items() if isinstance(size, int)}
     for key, size in sizes.items():
         if size % tensor:
             usable = [n for n in _divisors(gcd(*sizes.values())) if n < tensor]
@@ -216,17 +224,17 @@ def _context(config: Config) -> None:
         raise ConfigError(f"does not divide by strategy.context={context}", "data.context_length", length, fix=fix)
     if strategy["context_method"] != "ulysses":
         return
-    for key, heads in (("n_heads", model["n_heads"]), ("n_kv_heads", _kv_heads(model))):
+    for key, heads in _heads(model).items():
         if heads // tensor % context:
             each = f"model.{key}={heads}" + (f" / strategy.tensor={tensor} = {heads // tensor}" if tensor > 1 else "")
             message = f"ulysses shares out heads, and {each} does not divide by it"
-            usable = [n for n in _divisors(gcd(model["n_heads"] // tensor, _kv_heads(model) // tensor)) if n < context]
+            usable = [n for n in _divisors(gcd(*(n // tensor for n in _heads(model).values()))) if n < context]
             fix = f"Use strategy.context={_either(usable)}, or strategy.context_method=all_gather."
             raise ConfigError(message, "strategy.context", context, fix=fix)
 
 
 def _pipeline(config: Config) -> None:
-    strategy, layers = config["strategy"], config["model"]["n_layers"]
+    strategy, layers = config["strategy"], config["model"].get("n_layers")  # None: not in the configuration
     pipeline, per_rank, schedule = strategy["pipeline"], strategy["stages_per_rank"], strategy["schedule"]
     if pipeline == 1:
         return
@@ -237,15 +245,16 @@ def _pipeline(config: Config) -> None:
         raise ConfigError(f"strategy.schedule={schedule} has {needs}", "strategy.stages_per_rank", per_rank, fix=fix)
     stages = pipeline * per_rank
     product = f"strategy.pipeline={pipeline}" + (f" × strategy.stages_per_rank={per_rank} = {stages}" if per_rank > 1 else "")
-    if layers < stages:
+    if layers is not None and layers < stages:
         fewer = f", or at most strategy.pipeline={layers // per_rank}" if layers // per_rank > 1 else ""
         fewer += ", or strategy.schedule=1f1b" if interleaved and layers >= pipeline else ""
         message = f"fewer layers than pipeline stages ({product}), each of which needs a block"
         raise ConfigError(message, "model.n_layers", layers, fix=f"Use at least {stages}{fewer}.")
     blocks = strategy["blocks_per_stage"]
-    if blocks is not None and (len(blocks) != stages or sum(blocks) != layers):
+    if blocks is not None and (len(blocks) != stages or (layers is not None and sum(blocks) != layers)):
         wrong = f"{len(blocks)} numbers for {stages} stages ({product})" if len(blocks) != stages else f"the sum is {sum(blocks)}"
-        fix = f"Give {stages} numbers that add up to model.n_layers={layers}, or null."
+        known = "the number of the model's blocks" if layers is None else f"model.n_layers={layers}"
+        fix = f"Give {stages} numbers that add up to {known}, or null."
         raise ConfigError(wrong, "strategy.blocks_per_stage", _plain(blocks), fix=fix)
     if schedule == "interleaved_zero_bubble":  # its backward pass goes through a block twice: for the inputs, then for the weights
         if strategy["activation_checkpointing"] == "selective":
@@ -285,8 +294,10 @@ def feed_forward_width(model: Config) -> int:
     return -(-8 * model["d_model"] // 3 // 32) * 32 if model.get("activation") == "swiglu" else 4 * model["d_model"]
 
 
-def _kv_heads(model: Config) -> int:
-    return model.get("n_kv_heads") or model["n_heads"]
+def _heads(model: Config) -> dict[str, int]:
+    """Numbers of heads, of queries and of keys, where the model has such settings."""
+    heads = model.get("n_heads")
+    return {} if not isinstance(heads, int) else {"n_heads": heads, "n_kv_heads": model.get("n_kv_heads") or heads}
 
 
 def _nearest(value: int, step: int) -> list[str]:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     Targets = dict[str, Any]  # name -> a node with _target_, or null
 
 MISSING = "???"
+FROM_THE_MODEL = ("named_parameters", "all_names", "blocks")  # arguments of an optimizer that tasks/base.py gives it
+PLAN = "meshformer.model.layout.Plan"
 # Nodes whose objects receive further arguments from build.py: there an argument may be absent. The others must be complete.
 FILLED_BY_BUILD = ("model", "task", "callbacks", "logger")
 # Names that torch and its papers use for pipeline schedules whose first and last stage are on one rank.
@@ -320,7 +322,12 @@ def _arguments(node: dict[str, Any], found: Signature, key: str, allow: tuple[st
             if not fits:
                 raise ConfigError("is no value for it", at, value, fix="Leave it out.")
             continue
+        if key == "optimizer" and argument in FROM_THE_MODEL:
+            raise ConfigError("comes from the model", at, fix="Leave it out.")
         parameter = found.parameters.get(argument)
+        if at == "model.plan" and parameter is None:
+            _plan(value, allow)
+            continue
         if parameter is None and not found.open_ended:
             fix = did_you_mean(argument, found.parameters) if found.parameters else None
             raise ConfigError(f"{name} takes no such argument", at, fix=fix)
@@ -336,6 +343,20 @@ def _arguments(node: dict[str, Any], found: Signature, key: str, allow: tuple[st
         for argument, parameter in found.parameters.items():
             if parameter.required and argument not in node and argument not in filled:
                 raise ConfigError(f"{name} needs it", _join(key, argument), fix=f"Add {_join(key, argument)}=…")
+
+
+def _plan(value: Any, allow: tuple[str, ...]) -> None:
+    """How the model may be cut, for a class that does not say so itself: the settings of a Plan, or the dotted name of one."""
+    if isinstance(value, str) and value != MISSING:
+        check_target(value, allow, "model.plan")
+        return
+    if not isinstance(value, dict):
+        raise ConfigError("must be the settings of a plan, or the dotted name of one", "model.plan", value)
+    fields = signature(PLAN).parameters
+    for key, setting in value.items():
+        if key not in fields:
+            raise ConfigError("a plan has no such setting", f"model.plan.{key}", fix=did_you_mean(str(key), fields))
+        _typed(setting, fields[key].annotation, f"model.plan.{key}")
 
 
 def _as_text(value: Any) -> Any:

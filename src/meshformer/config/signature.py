@@ -72,6 +72,60 @@ def method(target: str, name: str) -> Signature | None:
     return None
 
 
+def declares(target: str, name: str) -> bool:
+    """Whether the class `target`, or the nearest base class that can be read and says anything about it, has `name`: assigned in its body, to
+    `self` in a method, or a method or property of that name. `name = None` says that it has none."""
+    for _, node in _lineage(target):
+        said = _declared(node, name)
+        if said is not None:
+            return said
+    return False
+
+
+def inherits(target: str, base: str) -> bool:
+    """Whether the class `target` is the class `base` or inherits from it, as far as its bases can be read."""
+    module, _, called = base.rpartition(".")
+    found = _find(module, called)
+    return found is not None and any((where, node.name) == (found[0], found[1].name) for where, node in _lineage(target))
+
+
+def _lineage(target: str) -> Iterator[tuple[str, ast.ClassDef]]:
+    """The class and those that it inherits from, each once, with their modules: itself, then each base and its bases, from the left."""
+    module, _, called = target.rpartition(".")
+    seen: set[tuple[str, str]] = set()
+    stack = [_find(module, called)]
+    while stack:
+        where, node = stack.pop() or ("", None)
+        if not isinstance(node, ast.ClassDef) or (where, node.name) in seen:
+            continue
+        seen.add((where, node.name))
+        yield where, node
+        stack.extend(_find_dotted(where, ast.unparse(b.value if isinstance(b, ast.Subscript) else b)) for b in reversed(node.bases))
+
+
+def _declared(node: ast.ClassDef, name: str) -> bool | None:
+    """What the body of a class says of `name`; None where it says nothing."""
+    said = None
+    for statement in node.body:
+        value = getattr(statement, "value", None)
+        if isinstance(statement, ast.FunctionDef):
+            if statement.name == name or _sets(statement, name):
+                said = True
+        elif isinstance(statement, ast.Assign | ast.AnnAssign) and value is not None:
+            targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+            if any(isinstance(one, ast.Name) and one.id == name for one in targets):
+                said = not (isinstance(value, ast.Constant) and value.value is None)
+    return said
+
+
+def _sets(method: ast.FunctionDef, name: str) -> bool:
+    """Whether the method assigns to `self.name`."""
+    return any(
+        isinstance(one, ast.Attribute) and one.attr == name and isinstance(one.ctx, ast.Store) and ast.unparse(one.value) == "self"
+        for one in ast.walk(method)
+    )
+
+
 def module_file(module: str) -> Path | None:
     """The source file of a module. Only the top package is looked up by the import system, which executes nothing for a top-level name."""
     first, *rest = module.split(".")

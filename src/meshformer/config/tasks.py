@@ -7,14 +7,14 @@ from math import lcm
 from pathlib import Path
 from typing import Any
 
+from meshformer.config.arguments import places
 from meshformer.config.degrees import Degrees
 from meshformer.config.errors import ConfigError
-from meshformer.config.signature import method
+from meshformer.config.signature import inherits, method
 from meshformer.config.suggest import did_you_mean
 
 Config = dict[str, Any]
 HOME = "meshformer.tasks."
-CALLED_WITH = ("tokens_BT", "positions_BT", "documents_BT")  # by name, of a module of the user's; documents where a sample holds several
 # Task -> the kinds of data it can learn from; data.kind.
 LEARNS_FROM = {
     "LanguageModelling": ("corpus", "texts"),
@@ -91,8 +91,9 @@ def check_task(config: Config) -> None:
 
 def _model(config: Config, task: str) -> None:
     model, data = config["model"], config["data"]
-    vision = str(model.get("_target_", "")).endswith(".VisionTransformer")
-    if task == "ImageClassification" and str(model.get("_target_")) == "meshformer.model.Transformer":
+    target = str(model.get("_target_", ""))
+    vision = inherits(target, "meshformer.model.VisionTransformer")
+    if task == "ImageClassification" and not vision and inherits(target, "meshformer.model.Transformer"):
         raise ConfigError("reads tokens, and the task is about images", "model._target_", model["_target_"], fix="Use model=vit_tiny.")
     if vision and task not in ("ImageClassification", ""):
         raise ConfigError("reads images, and the task is about texts", "model._target_", model["_target_"], fix="Use model=nano.")
@@ -114,20 +115,24 @@ def _model(config: Config, task: str) -> None:
 
 
 def _own_model(config: Config, task: str) -> None:
-    """A module of the user's is called by the names of what the batch holds."""
+    """A module of the user's can be called with what the task's batches hold."""
     target = str(config["model"]["_target_"])
-    if task not in ("LanguageModelling", "MaskedLanguageModelling") or target.startswith(("meshformer.", "torch.")):
+    forward = None if target.startswith(("meshformer.", "torch.")) or task not in LEARNS_FROM else method(target, "forward")
+    if forward is None:
         return
-    forward = method(target, "forward")
-    if forward is None or forward.open_ended:
-        return
-    needed = [name for name in ("tokens_BT", "positions_BT") if name not in forward.parameters]
-    unknown = [name for name, parameter in forward.parameters.items() if parameter.required and name not in CALLED_WITH]
-    if needed or unknown:
-        has = ", ".join(forward.parameters) or "nothing"
-        fix = f"Begin it with: def forward(self, {', '.join(CALLED_WITH[:2])}=None)."
-        message = f"its forward takes {has}, and task={_option(task)} calls it with tokens_BT and positions_BT"
-        raise ConfigError(message, "model._target_", target, fix)
+    texts, cut = config["data"]["kind"] == "texts", config["strategy"]["context"] > 1
+    # As tasks/ gives it: documents keep the padding of texts apart, positions tell where a slice or one of several texts in a sample begins.
+    holds = {
+        "images" if task == "ImageClassification" else "tokens_BT": True,
+        "positions_BT": (cut or config["data"]["packing"]) and task not in POOLED,
+        "documents_BT": texts,
+    }
+    held, empty = ([name for name, there in holds.items() if there is kind] for kind in (True, False))
+    required = {name: parameter.required for name, parameter in forward.parameters.items()}
+    try:
+        places(required, forward.open_ended, held, empty)
+    except ValueError as error:
+        raise ConfigError(str(error), "model._target_", target, fix="Let it take them, or give what else it takes a default.") from None
 
 
 def _groups(config: Config) -> None:

@@ -9,7 +9,7 @@ from .layout import Plan
 from .lora import LoraLinear, add_adapters
 from .norm import RMSNorm
 from .position import Alibi, Learned, NoPosition, Position, PositionalAttention, Rotary, Sinusoidal, sinusoid
-from .sampling import filter_logits, generate
+from .sampling import filter_logits, generate, keeps_what_it_read
 from .transformer import Embedding, HeadTransform, Transformer
 from .vision import PatchEmbedding, VisionTransformer
 
@@ -17,5 +17,5 @@ __all__ = [
     "Alibi", "Attention", "Block", "Embedding", "FeedForward", "Head", "HeadTransform", "KeyValueCache", "Learned", "LoraLinear", "Mask",
     "NoPosition", "PatchEmbedding", "Plan", "Position", "PositionalAttention", "RMSNorm", "Rotary", "Sinusoidal", "Transformer", "VisionTransformer",
     "add_adapters", "attend_auto", "attend_flex", "attend_fused", "attend_reference", "cast_once", "filter_logits", "generate", "head_loss",
-    "matrix_parameters", "parameter_count", "sinusoid", "training_flops_per_token",
+    "keeps_what_it_read", "matrix_parameters", "parameter_count", "sinusoid", "training_flops_per_token",
 ]  # fmt: skip

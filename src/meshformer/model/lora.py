@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .layout import blocks_name
+
 ADAPTERS = ("*.lora_A", "*.lora_B")  # patterns of their names
 
 
@@ -35,9 +37,8 @@ class LoraLinear(nn.Linear):
 
 def adaptable(model: nn.Module) -> list[str]:
     """Names of the linear layers inside the blocks, the same in each of them: q, k, v, o, up, down …"""
-    return sorted(
-        {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear) and "blocks" in name.split(".")}
-    )
+    inside = f"{blocks_name(model)}."
+    return sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear) and name.startswith(inside)})
 
 
 def add_adapters(model: nn.Module, rank: int, alpha: float, targets: Sequence[str], seed: int) -> None:
@@ -46,9 +47,10 @@ def add_adapters(model: nn.Module, rank: int, alpha: float, targets: Sequence[st
     unknown = [target for target in targets if target not in adaptable(model)]
     if unknown or not targets:
         raise ValueError(f"no linear layer in the blocks is called {', '.join(unknown)}: they are {', '.join(adaptable(model))}")
+    inside = f"{blocks_name(model)}."
     for name, module in list(model.named_modules()):
         path, _, last = name.rpartition(".")
-        if not isinstance(module, nn.Linear) or "blocks" not in path.split(".") or last not in targets:
+        if not isinstance(module, nn.Linear) or not name.startswith(inside) or last not in targets:
             continue
         adapted = LoraLinear(module, rank, alpha)
         setattr(model.get_submodule(path), last, adapted)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -23,6 +26,11 @@ def filter_logits(logits_BV: Tensor, temperature: float = 1.0, top_k: int | None
         outside_BV[:, 0] = False
         logits_BV = logits_BV.masked_fill(torch.zeros_like(outside_BV).scatter(-1, order_BV, outside_BV), float("-inf"))
     return logits_BV
+
+
+def keeps_what_it_read(model: Any) -> bool:
+    """Whether `generate` can draw from the model: its forward takes a `cache`, and it says how many tokens it sees at once."""
+    return hasattr(model, "context_length") and "cache" in inspect.signature(model.forward).parameters
 
 
 @torch.no_grad()

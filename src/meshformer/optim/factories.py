@@ -67,18 +67,20 @@ def muon(
     no_decay: Sequence[str] = NO_DECAY,
     fused: bool | Literal["auto"] = "auto",
     all_names: Sequence[str] | None = None,
+    blocks: str | None = "blocks",
 ) -> MuonAdamW:
     """Muon for the hidden matrices and AdamW for the rest, in one Optimizer (see `MuonAdamW` for the settings of Muon).
 
     `adamw_lr` and `adamw_weight_decay` default to `lr` and `weight_decay`: right with `scale="match_rms_adamw"`, which gives
     Muon's updates the size of AdamW's; with `scale="original"` give AdamW a smaller rate of its own. Schedules multiply both.
     From a config with `trainer.precision=32-true` the `dtype` is float32 unless given, so that layouts agree on processors with bf16 units too.
-    Three groups, in order and in every layout: matrices, AdamW decayed, AdamW not decayed. `all_names`: see `decay_groups`.
+    Three groups, in order and in every layout: matrices, AdamW decayed, AdamW not decayed. `all_names`: see `decay_groups`;
+    `blocks`: see `split_matrices`.
     Raises ConfigError when the model has no hidden matrix.
     """
     _check(lr=lr, momentum=momentum, weight_decay=weight_decay, adamw_lr=adamw_lr, adamw_weight_decay=adamw_weight_decay)
     named = trainable(named_parameters, all_names)
-    matrices, others = split_matrices(named, all_names=all_names)
+    matrices, others = split_matrices(named, all_names=all_names, blocks=blocks)
     groups: list[dict] = [{"params": matrices, "param_names": [], "method": "muon", "lr": lr, "weight_decay": weight_decay}]
     rate = lr if adamw_lr is None else adamw_lr
     decay = weight_decay if adamw_weight_decay is None else adamw_weight_decay

@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -41,26 +42,31 @@ def decay_groups(
 
 
 def split_matrices(
-    named_parameters: NamedParameters, exclude: Sequence[str] = NO_DECAY, all_names: Sequence[str] | None = None
+    named_parameters: NamedParameters,
+    exclude: Sequence[str] = NO_DECAY,
+    all_names: Sequence[str] | None = None,
+    blocks: str | None = "blocks",
 ) -> tuple[list, list]:
     """(matrices for Muon, everything else), each a list of (name, parameter); `all_names` as for `decay_groups`.
 
-    Muon's steepest descent under the spectral norm is for hidden layers alone: 2-D weights below `blocks`. Embeddings and
-    the head map to or from one-hot vectors, and position tables are not maps at all, so they stay with AdamW.
+    Muon's steepest descent under the spectral norm is for hidden layers alone: 2-D weights in the repeated blocks, a ModuleList whose dotted
+    name is `blocks` (None: the model has no such list). Embeddings and the head map to or from one-hot vectors, and position tables are not maps
+    at all, so they stay with AdamW.
     Raises ConfigError where the whole model has no such matrix.
     """
     matrices, others = [], []
     for name, parameter in trainable(named_parameters, all_names):
-        (matrices if parameter.ndim == 2 and _is_hidden(name, exclude) else others).append((name, parameter))
-    if not matrices and not any(_is_hidden(name, exclude) for name in all_names or ()):
+        (matrices if parameter.ndim == 2 and _is_hidden(name, blocks, exclude) else others).append((name, parameter))
+    if not matrices and not any(_is_hidden(name, blocks, exclude) for name in all_names or ()):
         raise ConfigError("Muon found no 2-D weight below `blocks` to train", fix="Use optimizer=adamw for this model.")
     return matrices, others
 
 
 @dataclass(frozen=True)
 class LayerRates:
-    """Rates of their own for layers: `decay`^depth times the optimizer's, the depth counted from the top (head and last norm 0, last block 1,
-    embeddings and positions n + 1; Clark et al. 2020, ELECTRA); the head's also times `head_scale`. `head`: patterns of its parameters' names.
+    """Rates of their own for layers: `decay`^depth times the optimizer's, the depth counted from the top (what the model has behind its blocks,
+    head and last norm, 0, last block 1, what it has before them, embeddings and positions, n + 1; Clark et al. 2020, ELECTRA); the head's also
+    times `head_scale`. `head`: patterns of its parameters' names.
 
     `unfreeze_every` n: layers of depth d have a rate of 0 for the first d·n steps (gradual unfreezing, Howard & Ruder 2018). They have gradients,
     which count in the norm that is clipped, and whose averages the optimizer keeps; so the layout and a resume change nothing.
@@ -75,33 +81,40 @@ class LayerRates:
         """`make`, or the same with every group of its optimizer split by layer."""
         if self == LayerRates(head=self.head):
             return make
-        takes_names = "all_names" in inspect.signature(make).parameters
+        takes = inspect.signature(make).parameters
 
-        def make_split(named: NamedParameters, all_names: Sequence[str] | None = None) -> Optimizer:
+        def make_split(named: NamedParameters, all_names: Sequence[str] | None = None, blocks: str | None = "blocks") -> Optimizer:
             named = list(named)
             names = all_names or [name for name, _ in named]
-            optimizer = make(named, all_names=all_names) if takes_names and all_names is not None else make(named)
-            self._split(optimizer, names)
+            whole = {"blocks": blocks} if all_names is None else {"blocks": blocks, "all_names": all_names}
+            optimizer = make(named, **{name: value for name, value in whole.items() if name in takes})
+            self._split(optimizer, names, blocks)
             return optimizer
 
         return make_split
 
-    def _split(self, optimizer: Optimizer, names: Sequence[str]) -> None:
+    def _split(self, optimizer: Optimizer, names: Sequence[str], blocks: str | None) -> None:
         """In place. All layers of the whole model have their groups in every layout, in the same order, the top first: some may be empty."""
-        blocks = {number for name in names if (number := _block(name)) is not None}
-        if not blocks:
+        numbers = [_block(name, blocks) for name in names]
+        if not any(number is not None for number in numbers):
             fix = "Leave out stage.layer_decay, head_lr_scale and unfreeze_every."
             raise ConfigError("rates by layer are for models with `blocks`, and this one has none", fix=fix)
         has_head = any(self._is_head(name) for name in names)
         if self.head_scale != 1 and not has_head:
             message = "the model has no head of its own (a tied one is the embedding's matrix)"
             raise ConfigError(message, "stage.head_lr_scale", self.head_scale, fix="Leave it out.")
-        top = max(blocks) + 1
+        top = 1 + max(number for number in numbers if number is not None)
+        # A model names its parts in the order in which its forward uses them; what stands before the first block leads into it.
+        first = next(i for i, number in enumerate(numbers) if number is not None)
+        depths = {
+            name: top - number if number is not None else top + 1 if i < first else 0
+            for i, (name, number) in enumerate(zip(names, numbers, strict=True))
+        }
         groups = []
         for group in optimizer.param_groups:
             for depth, is_head in [(0, False), (0, True), *((depth, False) for depth in range(1, top + 2))]:
                 pairs = zip(group["param_names"], group["params"], strict=True)
-                own = [(name, p) for name, p in pairs if (self._depth(name, top), self._is_head(name)) == (depth, is_head)]
+                own = [(name, p) for name, p in pairs if (depths[name], self._is_head(name)) == (depth, is_head)]
                 rate = group["lr"] * self.decay**depth * (self.head_scale if is_head else 1.0)
                 split = {"params": [p for _, p in own], "param_names": [name for name, _ in own], "lr": rate}
                 groups.append({**group, **split, "first_step": depth * (self.unfreeze_every or 0)})
@@ -110,17 +123,11 @@ class LayerRates:
     def _is_head(self, name: str) -> bool:
         return any(fnmatchcase(name, pattern) for pattern in self.head)
 
-    @staticmethod
-    def _depth(name: str, top: int) -> int:
-        number = _block(name)
-        if number is not None:
-            return top - number
-        return top + 1 if name.startswith(("embedding.", "position.")) else 0
 
-
-def _block(name: str) -> int | None:
-    parts = name.split(".")
-    return int(parts[1]) if parts[0] == "blocks" and len(parts) > 1 and parts[1].isdigit() else None
+def _block(name: str, blocks: str | None) -> int | None:
+    """The number of the block that a parameter is in; `model.`, which Lightning puts before names, changes nothing."""
+    found = re.match(rf"(?:model\.)?{re.escape(blocks)}\.(\d+)\.", name) if blocks else None
+    return int(found[1]) if found else None
 
 
 def trainable(named_parameters: NamedParameters, all_names: Sequence[str] | None = None) -> list[tuple[str, Parameter]]:
@@ -136,8 +143,8 @@ def trainable(named_parameters: NamedParameters, all_names: Sequence[str] | None
     return named
 
 
-def _is_hidden(name: str, exclude: Sequence[str]) -> bool:
-    return "blocks" in name.split(".") and not _matches(name, exclude)
+def _is_hidden(name: str, blocks: str | None, exclude: Sequence[str]) -> bool:
+    return _block(name, blocks) is not None and not _matches(name, exclude)
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

@@ -16,7 +16,9 @@ import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
+from meshformer.config.arguments import places
 from meshformer.config.errors import ConfigError
+from meshformer.model.layout import blocks_name
 from meshformer.optim.shardwise import ShardwiseOptimizer, asked_freely
 
 from .guard import Guard, Trouble
@@ -26,12 +28,12 @@ STEP_HOOKS = (
     "on_train_batch_start", "on_before_zero_grad", "on_before_backward", "on_after_backward", "on_before_optimizer_step", "on_train_batch_end",
 )  # fmt: skip
 TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
-Optimizer = Callable[..., torch.optim.Optimizer]  # (named parameters, all_names=...) -> optimizer
+Optimizer = Callable[..., torch.optim.Optimizer]  # (named parameters, all_names=..., blocks=...) -> optimizer
 Schedule = Callable[[int], Callable[[int], float]]
 
 
 class Task(pl.LightningModule):
-    """A subclass says what of a batch the model is given, `inputs(batch)`, and how its output is judged,
+    """A subclass says what of a batch the model is given, `inputs(batch)`, by the names of our own models, and how its output is judged,
     `score(output, batch, phase) -> (loss sum, count of what was summed)`; the rest is here.
 
     `model` builds the network when Lightning calls `configure_model`; `optimizer` takes named parameters; `schedule` takes the number of
@@ -56,6 +58,8 @@ class Task(pl.LightningModule):
         self.make_model, self.make_optimizer, self.make_schedule = model, optimizer, schedule
         self.max_steps, self.seed, self.tokens_per_step = max_steps, seed, tokens_per_step
         self.model: Any = None
+        self.model_blocks: str | None = None  # dotted name of the model's repeated blocks
+        self._read_of, self._read = 0, ({}, False, {})
         # Where this process holds a part of the model only, the strategy puts the function here that runs all parts: (batch, phase) -> losses.
         self.pipeline: Callable[[dict[str, Tensor], str], tuple[Tensor, Tensor]] | None = None
         self.aliases: dict[str, str] = {}  # names here of what has another name in the whole model: set by the strategy
@@ -74,12 +78,44 @@ class Task(pl.LightningModule):
             super().__setattr__(name, value)
 
     def inputs(self, batch: dict[str, Tensor]) -> dict[str, Any]:
-        """Arguments of the model's forward. The first is what enters the first pipeline stage."""
+        """What of the batch the model is given; None for what it might hold and does not. The first is what enters the first pipeline stage."""
         raise NotImplementedError(f"{type(self).__name__} must define inputs(batch)")
 
-    def arguments(self, batch: dict[str, Tensor], phase: str) -> dict[str, Any]:
+    def given(self, batch: dict[str, Tensor], phase: str) -> dict[str, Any]:
         """`inputs`, and what else the model is given in this phase."""
         return self.inputs(batch)
+
+    def arguments(self, batch: dict[str, Tensor], phase: str) -> dict[str, Any]:
+        """Keyword arguments of the model's own forward, the input first: what is `given`, by the names of its parameters (config/arguments.py).
+
+        What is None is left to the model; positions that it requires are then 0, 1, 2, …, (1, T). ConfigError for what it does not take.
+        """
+        given = self.given(batch, phase)
+        held = tuple(name for name, x in given.items() if x is not None)
+        parameters, open_ended, known = self._takes
+        if held not in known:
+            try:
+                known[held] = places(parameters, open_ended, held, [name for name in given if name not in held])
+            except ValueError as error:
+                kind = type(self.model)
+                raise ConfigError(str(error), "model._target_", f"{kind.__module__}.{kind.__qualname__}") from None
+        taken = known[held]
+        arguments = {taken[name]: given[name] for name in held}
+        for name, parameter in taken.items():
+            if name not in held and parameters.get(parameter):
+                first = given[held[0]]
+                arguments[parameter] = torch.arange(first.shape[1], device=first.device)[None] if name == "positions_BT" else None
+        return arguments
+
+    @property
+    def _takes(self) -> tuple[dict[str, bool], bool, dict[tuple[str, ...], dict[str, str]]]:
+        """Of the model's forward: parameter -> whether it is required; whether it takes **kwargs; and what was matched with it so far."""
+        if self._read_of != id(self.model):
+            parameters = inspect.signature(self.model.forward).parameters.values()
+            by_name = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+            open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters)
+            self._read_of, self._read = id(self.model), ({p.name: p.default is p.empty for p in by_name}, open_ended, {})
+        return self._read
 
     def score(self, output: Tensor, batch: dict[str, Tensor], phase: str) -> tuple[Tensor, Tensor]:
         raise NotImplementedError(f"{type(self).__name__} must define score(output, batch, phase)")
@@ -98,7 +134,8 @@ class Task(pl.LightningModule):
     def configure_model(self) -> None:
         if self.model is None:
             self.model = self.make_model()
-            self.model_names = [name for name, _ in self.model.named_parameters()]
+            # Of the whole model: a strategy may then leave this process a part of it.
+            self.model_names, self.model_blocks = [name for name, _ in self.model.named_parameters()], blocks_name(self.model)
 
     # --- one training step
 
@@ -239,10 +276,11 @@ class Task(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         assert self.make_optimizer is not None
         named = [(self.aliases.get(name, name), p) for name, p in self.model.named_parameters()]
-        if self.pipeline is None or "all_names" not in inspect.signature(self.make_optimizer).parameters:
-            optimizer = self.make_optimizer(named)
-        else:  # a part of the model: what the optimizer refuses, and its groups, depend on the whole
-            optimizer = self.make_optimizer(named, all_names=self.model_names)
+        whole: dict[str, Any] = {"blocks": self.model_blocks}
+        if self.pipeline is not None:  # a part of the model: what the optimizer refuses, and its groups, depend on the whole
+            whole["all_names"] = self.model_names
+        takes = inspect.signature(self.make_optimizer).parameters
+        optimizer = self.make_optimizer(named, **{name: value for name, value in whole.items() if name in takes})
         if self.make_schedule is None:
             return optimizer
         multiplier = self.make_schedule(self.max_steps)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from typing import Any
 
@@ -34,16 +33,15 @@ class LanguageModelling(Evaluated):
     def inputs(self, batch: dict[str, Tensor]) -> dict[str, Any]:
         """batch: tokens (B, T); positions (B, T) where the sequence is a slice of a longer one or holds several; documents (B, T) where it holds
         several, or padding."""
-        documents = {"documents_BT": batch["documents"]} if "documents" in batch else {}  # a model of the user's may know none
-        return {"tokens_BT": batch["tokens"], "positions_BT": batch.get("positions"), **documents}
+        return {"tokens_BT": batch["tokens"], "positions_BT": batch.get("positions"), "documents_BT": batch.get("documents")}
 
-    def arguments(self, batch: dict[str, Tensor], phase: str) -> dict[str, Any]:
+    def given(self, batch: dict[str, Tensor], phase: str) -> dict[str, Any]:
         """With the targets where the model's head shall sum their loss: the logits are many, and nobody else wants to see them."""
         head, targets_BT = getattr(self.model, "head", None), batch["targets"]
         own = type(self).score in (LanguageModelling.score, MaskedLanguageModelling.score)
         many = isinstance(head, Head) and targets_BT.numel() * head.out_features >= self.large
         # A forward of the user's may know no targets.
-        sums = many and own and not self.looks_at_logits(phase) and "targets_BT" in inspect.signature(self.model.forward).parameters
+        sums = many and own and not self.looks_at_logits(phase) and "targets_BT" in self._takes[0]
         return {**self.inputs(batch), "targets_BT": targets_BT} if sums else self.inputs(batch)
 
     def looks_at_logits(self, phase: str) -> bool:
