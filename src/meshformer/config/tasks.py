@@ -76,6 +76,9 @@ def check_task(config: Config) -> None:
     if data["packing"] and (kind != "texts" or task not in ("LanguageModelling", "MaskedLanguageModelling", "")):
         why = "running text has no gaps" if kind != "texts" else "the task has a result for each text"
         raise ConfigError(f"puts several texts into a sample, and {why}", "data.packing", "true", fix="Leave it out.")
+    if strategy["context"] > 1 and kind == "images":
+        message = "cuts sequences of tokens over processes, and the data is images"
+        raise ConfigError(message, "strategy.context", strategy["context"], fix="Use another layout, such as strategy=tensor.")
     if strategy["context"] > 1 and task in POOLED:
         message = f"cuts each text over processes, and task={_option(task)} takes the mean over all of it"
         raise ConfigError(message, "strategy.context", strategy["context"], fix="Use another layout, such as strategy=fsdp.")

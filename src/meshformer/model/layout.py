@@ -79,11 +79,11 @@ class Plan:
     def lacks(self, axis: str) -> str | None:
         """What keeps the model from being cut along this axis of the mesh, in a few words; None where it can be."""
         if axis == "tensor" and not self.tensor:
-            return "`tensor`, which says how each module is cut"
+            return "`tensor` in its Plan, which says how each module is cut"
         if axis == "pipeline" and not (self.embed and self.head):
-            return "`embed` and `head`, which name what stands before and behind the blocks"
+            return "`embed` and `head` in its Plan, which name what stands before and behind the blocks"
         if axis == "context" and self.attention is None:
-            return "`attention`, which names what sees across tokens"
+            return "`attention` in its Plan, which names what sees across tokens"
         return None
 
 

@@ -223,8 +223,8 @@ class Transformer(nn.Module):
         """The mask with blocks and slopes where the kernel takes those, else the position's bias; once for all layers."""
         layer: Any = next((block.attention for block in self.blocks if isinstance(block, Block)), None)  # a pipeline's part may begin later
         slopes_H = None if self.position.has_own_bias else self.position.slopes(x_BTC.device)
-        drops = layer is None or (layer.dropout and self.training)
-        if cache is None and not drops and wants_blocks(layer.attend, mask, slopes_H, x_BTC, layer.head_dim):
+        fits = cache is None and not (layer is not None and layer.dropout and self.training)
+        if layer is not None and fits and wants_blocks(layer.attend, mask, slopes_H, x_BTC, layer.head_dim):
             mask = mask.with_blocks(slopes_H)
             if not self.position.has_own_bias:
                 return mask, None

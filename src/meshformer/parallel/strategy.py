@@ -31,8 +31,9 @@ from meshformer.checkpoint.optimizer import complete_groups, read_optimizer
 from meshformer.checkpoint.pieces import piece_of
 from meshformer.checkpoint.weights import load_weights
 from meshformer.config.degrees import Degrees, uses_fsdp
+from meshformer.config.errors import ConfigError
 from meshformer.model.draw import fill_part
-from meshformer.model.layout import retie, ties
+from meshformer.model.layout import plan_of, retie, ties
 from meshformer.printing import say
 
 from .context import ContextAxis
@@ -133,6 +134,11 @@ class MeshStrategy(ModelParallelStrategy):
         whole = set(model.state_dict())  # a pipeline's rank holds a part of them
         parts, numbers = [model], [0]
         n_stages = degrees.pipeline * settings["stages_per_rank"]
+        plan = plan_of(model)
+        for axis in ("tensor", "context", "pipeline"):
+            if (degree := getattr(degrees, axis)) > 1 and (lacking := "a Plan" if plan is None else plan.lacks(axis)):
+                message = f"the model lacks {lacking} (docs/own_model.md)"
+                raise ConfigError(message, f"strategy.{axis}", degree, fix="Add it, or use strategy=fsdp or ddp.")
         if degrees.tensor > 1:
             check_tensor_plan(model, degrees.tensor, settings["sequence_parallel"])
         if degrees.pipeline > 1:
