@@ -1,6 +1,7 @@
 """The model of docs/own_model.md, plain PyTorch under its own names in a file outside the checkout, trains to the same loss in every layout."""
 
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ import pytest
 import jobs
 from harness import RankFailed, run_ranks
 from jobs import run_tiny, text_file
+from meshformer.compose import compose
 from meshformer.record.metrics_csv import read_metrics
+from test_own_attention import SOURCE as GATED
 
 PAGE = Path(__file__).parents[1] / "docs" / "own_model.md"
 OWN = [
@@ -90,3 +93,66 @@ def test_a_plan_that_does_not_fit_is_refused_before_the_first_step(tmp_path: Pat
         run_ranks(2, own_rows, tmp_path, "run", [f"strategy={layout}", "trainer.devices=2"])
     metrics = tmp_path / "run" / "metrics.csv"
     assert not metrics.exists() or read_metrics(metrics) == []
+
+
+# --- a subclass of Transformer
+
+
+SUBCLASSES = f"""
+{GATED}
+from dataclasses import replace
+
+class Same(Transformer):
+    pass
+
+class Planned(Gated):
+    plan = replace(Transformer.plan, tensor={{"blocks.*.attention.gate": "columns", **Transformer.plan.tensor}})
+"""
+
+
+def subclass_rows(folder: Path, name: str, kind: str, overrides: list[str]) -> list[dict[str, Any]]:
+    import sys
+
+    sys.path.insert(0, str(folder))
+    own = [f"model._target_=subclasses_for_test.{kind}", "allow=[subclasses_for_test]", "model.zero_init=false", "model.qk_norm=false"]
+    return run_tiny(folder, name, *own, *OWN[3:], *overrides)
+
+
+@pytest.fixture(scope="module")
+def subclasses(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder, known = tmp_path_factory.mktemp("subclasses"), {}
+    text_file(folder)
+    (folder / "subclasses_for_test.py").write_text(SUBCLASSES, encoding="utf-8")
+
+    def reference(kind: str) -> tuple[Path, list[dict[str, Any]]]:
+        if kind not in known:
+            (known[kind],) = run_ranks(1, subclass_rows, folder, kind, kind, [])
+        return folder, known[kind]
+
+    return reference
+
+
+@pytest.mark.parametrize(
+    ("kind", "layout"), [("Same", "tensor"), ("Planned", "tensor"), ("Planned", "pipeline"), ("Planned", "context"), ("Gated", "fsdp")]
+)
+def test_a_subclass_and_a_weight_of_its_own_survive_the_cuts(subclasses: Any, kind: str, layout: str):
+    folder, one = subclasses(kind)
+    ours = run_ranks(2, subclass_rows, folder, f"{kind}-{layout}", kind, [f"strategy={layout}", "trainer.devices=2"])[0]
+    for a, b in zip(ours, one, strict=True):
+        assert abs(a["train/loss"] - b["train/loss"]) < TOLERANCE
+        assert abs(a["train/grad_norm"] / b["train/grad_norm"] - 1) < TOLERANCE
+    assert one[-1]["train/loss"] < one[0]["train/loss"] - 0.05
+
+
+def test_a_weight_that_the_plan_leaves_out_is_refused_by_its_name(subclasses: Any):
+    folder, _ = subclasses("Gated")
+    with pytest.raises(RankFailed, match=r"does not say how to cut blocks\.0\.attention\.gate\.weight, blocks\.1"):
+        run_ranks(2, subclass_rows, folder, "refused", "Gated", ["strategy=tensor", "trainer.devices=2"])
+
+
+def test_the_command_on_the_page_is_one_that_can_be_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write_module(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (command,) = re.findall(r"^meshformer train (.*)$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    config = compose(shlex.split(command))
+    assert config["model"]["_target_"] == "my_model.Net" and config["strategy"]["tensor"] == 2
