@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,6 @@ import pytest
 import jobs
 from harness import RankFailed, run_ranks
 from jobs import run_tiny, text_file
-from meshformer.compose import compose
 from meshformer.record.metrics_csv import read_metrics
 from test_own_attention import SOURCE as GATED
 
@@ -44,8 +45,6 @@ def write_module(folder: Path, change: tuple[str, str] = ("", "")) -> None:
 
 
 def own_rows(folder: Path, name: str, overrides: list[str]) -> list[dict[str, Any]]:
-    import sys
-
     sys.path.insert(0, str(folder))
     jobs.TINY[:] = [setting for setting in jobs.TINY if not setting.startswith("model")]
     return run_tiny(folder, name, *OWN, *overrides)
@@ -80,6 +79,13 @@ WRONG = {
     ),
     "arithmetic behind the embedding": (("self.pos(positions)", "self.pos(positions) + 1"), "pipeline", r"changes hidden states between"),
     "a parameter of no stage": (('embed=("tok", "pos")', 'embed=("tok",)'), "pipeline", r"in which stage pos\.weight is"),
+    "heads counted by a number": (("x.view(*x.shape[:2], -1, self.head_size)", "x.view(*x.shape[:2], 4, -1)"), "tensor", r"something else than it"),
+    "heads of a number and a size": (("-1, self.head_size)", "4, self.head_size)"), "tensor", r"the model fails: shape '\[2, 16, 4, 8\]' is invalid"),
+    "q, k and v in one matrix": (
+        ("self.split(self.q(h)), self.split(self.k(h)), self.split(self.v(h))", "*map(self.split, self.q(h).chunk(3, dim=-1))"),
+        "tensor",
+        r"computes something else than it does whole",
+    ),
     "keys of other processes": (("", ""), "context", r"strategy\.context_method=ulysses"),
 }  # fmt: skip
 
@@ -89,6 +95,9 @@ def test_a_plan_that_does_not_fit_is_refused_before_the_first_step(tmp_path: Pat
     change, layout, message = WRONG[case]
     text_file(tmp_path)
     write_module(tmp_path, change)
+    if "chunk(3" in change[1]:
+        text = (tmp_path / "my_model.py").read_text()
+        (tmp_path / "my_model.py").write_text(text.replace("in range(4))", "in range(4))\n        self.q = nn.Linear(width, 3 * width)"))
     with pytest.raises(RankFailed, match=message):
         run_ranks(2, own_rows, tmp_path, "run", [f"strategy={layout}", "trainer.devices=2"])
     metrics = tmp_path / "run" / "metrics.csv"
@@ -111,8 +120,6 @@ class Planned(Gated):
 
 
 def subclass_rows(folder: Path, name: str, kind: str, overrides: list[str]) -> list[dict[str, Any]]:
-    import sys
-
     sys.path.insert(0, str(folder))
     own = [f"model._target_=subclasses_for_test.{kind}", "allow=[subclasses_for_test]", "model.zero_init=false", "model.qk_norm=false"]
     return run_tiny(folder, name, *own, *OWN[3:], *overrides)
@@ -150,9 +157,12 @@ def test_a_weight_that_the_plan_leaves_out_is_refused_by_its_name(subclasses: An
         run_ranks(2, subclass_rows, folder, "refused", "Gated", ["strategy=tensor", "trainer.devices=2"])
 
 
-def test_the_command_on_the_page_is_one_that_can_be_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_command_on_the_page_trains_as_it_is_printed(tmp_path: Path):
     write_module(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    (command,) = re.findall(r"^meshformer train (.*)$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
-    config = compose(shlex.split(command))
-    assert config["model"]["_target_"] == "my_model.Net" and config["strategy"]["tensor"] == 2
+    (command,) = re.findall(r"^meshformer (train .*)$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    short = [f"data.files=[{text_file(tmp_path, words=8000)}]", "data=text", "trainer.max_steps=2", "trainer.threads=1", "hydra.run.dir=run"]
+    done = subprocess.run(
+        [sys.executable, "-m", "meshformer.cli", *shlex.split(command), *short, "~callbacks.samples"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert read_metrics(tmp_path / "run" / "metrics.csv") and "generate" not in done.stdout

@@ -44,6 +44,7 @@ from .products import overlap
 from .sharded import give_back, shard, without_reduction
 from .stages import balanced, check_pipeline_plan, cut, held_blocks, stage_costs
 from .tensor import apply_tensor_parallel, check_tensor_plan
+from .tried import check_same_output, output_of, trial_batch
 
 
 class MeshStrategy(ModelParallelStrategy):
@@ -150,11 +151,14 @@ class MeshStrategy(ModelParallelStrategy):
             self.context = ContextAxis(self.axis("context"), settings["context_method"])
         if settings["async_tensor_parallel"]:
             overlap(self.axis("tensor"))
+        whole_output = self._whole_output(task, model)
         for part in parts:  # views share blocks with nobody, and the whole model is the only part where there is no pipeline
             if degrees.tensor > 1:
                 apply_tensor_parallel(part, self.axis("tensor"), settings["sequence_parallel"], settings["loss_parallel"])
             if self.context is not None:  # after the tensor axis: of the heads that are left, Ulysses takes its share
                 self.context.apply(part)
+            if whole_output is not None:
+                self._check_output(task, part, whole_output)
             apply_levers(held_blocks(part), settings["activation_checkpointing"], self.compile)
         stages: list[Any] = list(parts)
         if degrees.pipeline > 1:
@@ -182,6 +186,22 @@ class MeshStrategy(ModelParallelStrategy):
             load_weights(model, self.init_from, partial, self.aliases, new=self.new_parts, reinit=self.reinit, whole=whole)
         self.model = self.lightning_module
         self._measure_pieces(task)
+
+    def _whole_output(self, task: Any, model: Any) -> Tensor | None:
+        """What a model says whose weights are there already, to be compared once it is cut. A stage of a pipeline says nothing alone, and on a GPU
+        the whole model may not fit."""
+        shared = self.degrees.tensor > 1 or self.degrees.context > 1
+        if not shared or self.degrees.pipeline > 1 or self.root_device.type != "cpu" or any(p.is_meta for p in model.parameters()):
+            return None
+        return output_of(model, task, trial_batch(self.context_length))
+
+    def _check_output(self, task: Any, model: Any, expected: Tensor) -> None:
+        axis = "tensor" if self.degrees.tensor > 1 else "context"
+        batch = trial_batch(self.context_length)
+        if self.context is not None:
+            batch = self.context.cut(batch)
+            expected = expected.chunk(self.degrees.context, dim=1)[self.axis("context").get_local_rank()]
+        check_same_output(model, task, batch, expected, axis, getattr(self.degrees, axis))
 
     def _measure_pieces(self, task: Any) -> None:
         """For each trained parameter: on how many ranks of its pipeline stage the same piece lies, for the norm of the whole gradient."""

@@ -1,0 +1,54 @@
+"""A model that was cut, tried against the whole one: on the same tokens, before the first step.
+
+For models whose weights are there before they are cut, which a user's are. The plan of such a model may be wrong in ways that no name shows: a
+matrix that holds q, k and v in one, heads counted by a number that is not divided.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from meshformer.config.errors import ConfigError
+
+TOLERANCE = 1e-3  # of the largest output: sums in another order differ by 1e-6 in fp32
+FIX = "See docs/own_model.md: heads are numbered by view(B, T, -1, size), and q, k and v are matrices of their own."
+
+
+def trial_batch(length: int) -> dict[str, Tensor]:
+    """Tokens 0 and 1, which every vocabulary has, (2, `length`)."""
+    tokens_BT = torch.randint(2, (2, length), generator=torch.Generator().manual_seed(0))
+    return {"tokens": tokens_BT, "targets": tokens_BT}
+
+
+@torch.no_grad()
+def output_of(model: Any, task: Any, batch: dict[str, Tensor]) -> Tensor | None:
+    """What the model says, without dropout; None where the task gives it something other than tokens."""
+    try:
+        arguments = task.arguments(batch, "val")
+    except (KeyError, ConfigError):
+        return None
+    training = model.training
+    model.eval()
+    try:
+        output = model(**arguments)
+    finally:
+        model.train(training)
+    return output.full_tensor() if isinstance(output, DTensor) else output
+
+
+def check_same_output(model: Any, task: Any, batch: dict[str, Tensor], expected: Tensor, axis: str, degree: int) -> None:
+    """ConfigError where the cut model fails on the batch, or says something else than the whole one did."""
+    try:
+        found = output_of(model, task, batch)
+    except Exception as error:
+        last = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+        raise ConfigError(f"cut as its Plan says, the model fails: {last}", f"strategy.{axis}", degree, fix=FIX) from error
+    assert found is not None
+    if found.shape == expected.shape and (found - expected).abs().max() <= TOLERANCE * expected.abs().max():
+        return
+    message = "cut as its Plan says, the model computes something else than it does whole"
+    raise ConfigError(message, f"strategy.{axis}", degree, fix=FIX)
