@@ -53,6 +53,10 @@ def test_wheel_holds_every_conf_file_and_module(wheel):
     assert conf | code <= inside, sorted((conf | code) - inside)
 
 
+def test_wheel_says_that_the_package_is_typed(wheel):
+    assert "meshformer/py.typed" in zipfile.ZipFile(wheel).namelist()
+
+
 def test_installed_command_composes_outside_the_checkout(installed, tmp_path):
     shown = run(installed / "meshformer", "train", "--cfg", "job", cwd=tmp_path).stdout
     assert "\ntrainer:" in f"\n{shown}" and "max_steps:" in shown
