@@ -14,7 +14,7 @@ from harness import run_ranks
 from jobs import run_tiny
 from meshformer.model import Transformer, attend_fused, attend_reference
 from meshformer.parallel.levers import apply_levers
-from meshformer.parallel.stages import balanced, cut, run_part, stage_costs
+from meshformer.parallel.stages import balanced, check_between, cut, run_part, stage_costs
 from meshformer.parallel.table import pieces
 
 
@@ -146,3 +146,12 @@ def test_cut_parts_keep_their_names_and_compute_what_the_whole_does(keep: list[i
     assert {n for view in views for n, _ in view.named_parameters()} == {n for n, _ in model.named_parameters()}
     for stage, view in zip(keep, views, strict=True):
         assert torch.equal(run_part(view, {"tokens_BT": tokens}, inputs[stage]), inputs[stage + 1])
+
+
+def test_trying_a_cut_draws_no_random_numbers() -> None:
+    """Or dropout would differ between a run and its resumption, whose first batch is another."""
+    model = Transformer(32, 4, 4, 32, 16)
+    (view,) = cut(model, [2, 2], [1])
+    before = torch.get_rng_state()
+    check_between(view, {"tokens_BT": torch.zeros(2, 16, dtype=torch.int64)})
+    assert torch.equal(torch.get_rng_state(), before)

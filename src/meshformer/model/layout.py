@@ -46,7 +46,7 @@ class Plan:
     attention: the callable of each block that is given (q, k, v, …), each (B, heads, T, head size), and returns the like of q: it is all that
         sees across tokens, and `forward` takes positions.
     mask: the model's method that makes the mask from positions; without one, attention is handed whole sequences (Ulysses).
-    heads: parts of the model with a method `share_heads(rank, size)`, that compute something for each head.
+    per_head: parts of the model with a method `share_heads(rank, size)`, that compute something for each head.
     divides: attributes of the model that strategy.tensor must divide: numbers of heads.
     """
 
@@ -57,7 +57,7 @@ class Plan:
     head: Sequence[str] = ()
     attention: str | None = None
     mask: str | None = None
-    heads: Sequence[str] = ()
+    per_head: Sequence[str] = ()
     divides: Sequence[str] = ()
 
     def __post_init__(self) -> None:

@@ -88,7 +88,7 @@ class Transformer(nn.Module):
         head=("norm", "head"),
         attention="blocks.*.attention.attend",
         mask="make_mask",
-        heads=("position",),
+        per_head=("position",),
         divides=("n_heads", "n_kv_heads"),
     )
 

@@ -58,7 +58,7 @@ class ContextAxis:
             if fnmatchcase(name, path) and hasattr(module, core):
                 self._put_around(module, core)
         if self.method == "ulysses":
-            for name in plan.heads:
+            for name in plan.per_head:
                 model.get_submodule(name).share_heads(self.rank, self.size)
         if plan.mask is None:
             return

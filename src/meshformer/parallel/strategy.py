@@ -135,15 +135,8 @@ class MeshStrategy(ModelParallelStrategy):
         whole = set(model.state_dict())  # a pipeline's rank holds a part of them
         parts, numbers = [model], [0]
         n_stages = degrees.pipeline * settings["stages_per_rank"]
-        plan = plan_of(model)
-        for axis in ("tensor", "context", "pipeline"):
-            if (degree := getattr(degrees, axis)) > 1 and (lacking := "a Plan" if plan is None else plan.lacks(axis)):
-                message = f"the model lacks {lacking} (docs/own_model.md)"
-                raise ConfigError(message, f"strategy.{axis}", degree, fix="Add it, or use strategy=fsdp or ddp.")
-        if degrees.tensor > 1:
-            check_tensor_plan(model, degrees.tensor, settings["sequence_parallel"])
+        self._check_plan(model, n_stages)
         if degrees.pipeline > 1:
-            check_pipeline_plan(model, n_stages)
             numbers = [self.axis("pipeline").get_local_rank() + k * degrees.pipeline for k in range(settings["stages_per_rank"])]
             self.blocks_per_stage = settings["blocks_per_stage"] or balanced(*stage_costs(model, self.context_length), n_stages)
             parts = cut(model, self.blocks_per_stage, numbers)
@@ -186,6 +179,18 @@ class MeshStrategy(ModelParallelStrategy):
             load_weights(model, self.init_from, partial, self.aliases, new=self.new_parts, reinit=self.reinit, whole=whole)
         self.model = self.lightning_module
         self._measure_pieces(task)
+
+    def _check_plan(self, model: Any, n_stages: int) -> None:
+        """ConfigError where the model does not say how it is cut along an axis of this layout."""
+        plan = plan_of(model)
+        for axis in ("tensor", "context", "pipeline"):
+            if (degree := getattr(self.degrees, axis)) > 1 and (lacking := "a Plan" if plan is None else plan.lacks(axis)):
+                message = f"the model lacks {lacking} (docs/own_model.md)"
+                raise ConfigError(message, f"strategy.{axis}", degree, fix="Add it, or use strategy=fsdp or ddp.")
+        if self.degrees.tensor > 1:
+            check_tensor_plan(model, self.degrees.tensor, self.settings["sequence_parallel"])
+        if self.degrees.pipeline > 1:
+            check_pipeline_plan(model, n_stages)
 
     def _whole_output(self, task: Any, model: Any) -> Tensor | None:
         """What a model says whose weights are there already, to be compared once it is cut. A stage of a pipeline says nothing alone, and on a GPU

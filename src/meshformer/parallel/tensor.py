@@ -21,7 +21,6 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
-    PrepareModuleInput,
     RowwiseParallel,
     SequenceParallel,
     parallelize_module,
@@ -199,27 +198,25 @@ def apply_tensor_parallel(model: Any, mesh: DeviceMesh, sequence_parallel: bool,
     between = Shard(1) if sequence_parallel else Replicate()  # activations (B, T, C) between the exchanges
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
     starts_here = not plan.embed or not isinstance(model.get_submodule(plan.embed[0]), StandIn)
-    styles: dict[str, ParallelStyle] = {}
-    for name, module in model.named_modules():
+    for name, module in reversed(list(model.named_modules())):  # what lies inside first
+        if next(module.parameters(recurse=False), None) is not None:
+            style = _style(plan.style(name), module, between, sequence_parallel, loss_parallel)
+            parallelize_module(module, mesh, style, src_data_rank=None)
         if any(fnmatchcase(name, pattern) for pattern in plan.gather):
-            styles[name] = Gathered(between)
-        elif next(module.parameters(recurse=False), None) is not None:
-            styles[name] = _style(plan.style(name), module, between, sequence_parallel, loss_parallel)
-    for name, style in reversed(styles.items()):  # what lies inside first
-        parallelize_module(model.get_submodule(name), mesh, style, src_data_rank=None)
+            parallelize_module(module, mesh, Gathered(between), src_data_rank=None)
     retie(model, tied)  # each of the two was replaced by a parameter of its own
     for name in frozen:  # torch 2.13's SequenceParallel makes parameters anew, with gradients
         model.get_parameter(name).requires_grad_(False)
-    for name in plan.heads:
+    for name in plan.per_head:
         model.get_submodule(name).share_heads(mesh.get_local_rank(), mesh.size())
     if starts_here and (blocks := held_blocks(model)):
         # Embeddings are added up whole, so the cut along time comes after them. Without it the first block is handed what the others are,
         # not a tensor still under way, for which it would be compiled apart.
-        cut = PrepareModuleInput(input_layouts=Replicate(), desired_input_layouts=Shard(1), use_local_output=True)
-
         def begin(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-            x = cut._prepare_input_arg(inputs[0], mesh, Replicate(), Shard(1)) if sequence_parallel else inputs[0].clone()
-            return x, *inputs[1:]
+            if not sequence_parallel:
+                return inputs[0].clone(), *inputs[1:]
+            whole = DTensor.from_local(inputs[0], mesh, (Replicate(),), run_check=False)
+            return whole.redistribute(placements=(Shard(1),)).to_local(), *inputs[1:]
 
         blocks[0].register_forward_pre_hook(begin)
 

@@ -47,7 +47,8 @@ def check_same_output(model: Any, task: Any, batch: dict[str, Tensor], expected:
     except Exception as error:
         last = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
         raise ConfigError(f"cut as its Plan says, the model fails: {last}", f"strategy.{axis}", degree, fix=FIX) from error
-    assert found is not None
+    if found is None:  # the task refuses what the cut batch holds, and says so at the first step
+        return
     if found.shape == expected.shape and (found - expected).abs().max() <= TOLERANCE * expected.abs().max():
         return
     message = "cut as its Plan says, the model computes something else than it does whole"
