@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import random
+from collections.abc import Callable
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
@@ -15,11 +16,27 @@ from torch import Tensor, nn
 from meshformer import train as job
 from meshformer.compose import compose
 from meshformer.model import Plan
+from meshformer.parallel.strategy import MeshStrategy
 from meshformer.record.metrics_csv import read_metrics
 from meshformer.tasks import LanguageModelling
 from meshformer.train import train
+from meshformer.training.protocol import StepStrategy
 
 job.TEXT_TOKENS = 16  # 400 take a second of every run here
+
+
+def before_the_norm(look: Callable[[Any], None]) -> None:
+    """Has `look(task)` called in every step, when its backward passes are over. For forked ranks: nothing is put back."""
+
+    def looked_at(finish: Any) -> Any:
+        def finish_gradients(self: Any, optimizer: Any) -> Any:
+            look(self.lightning_module)
+            return finish(self, optimizer)
+
+        return finish_gradients
+
+    for kind in (StepStrategy, MeshStrategy):
+        kind.finish_gradients = looked_at(kind.finish_gradients)
 
 
 class Frozen(LanguageModelling):
@@ -40,7 +57,7 @@ class Watching(LanguageModelling):
             self.seen = [*getattr(self, "seen", []), any(p.grad is not None for p in self.model.parameters())]
         return super().inputs(batch)
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: list[dict[str, Tensor]], batch_idx: int) -> Tensor:
         self.log("train/mine", float(batch_idx))
         return super().training_step(batch, batch_idx)
 
@@ -48,13 +65,9 @@ class Watching(LanguageModelling):
 class OwnStep(LanguageModelling):
     """Leaves gradients behind before the step's own, which are not to be part of it."""
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        loss_sum, count = self.losses(batch, "train")
-        self.step_count += count
-        self.guard.loss(self.trainer.global_step + 1, loss_sum.detach(), count)
-        if batch_idx % self.trainer.accumulate_grad_batches == 0:
-            loss_sum.backward(retain_graph=True)
-        return loss_sum * self._loss_scale
+    def training_step(self, batch: list[dict[str, Tensor]], batch_idx: int) -> Tensor:
+        self.losses(batch[0], "train")[0].backward()
+        return super().training_step(batch, batch_idx)
 
 
 class ForeignOptimizer(LanguageModelling):
@@ -67,7 +80,7 @@ class ForeignOptimizer(LanguageModelling):
 class Short(LanguageModelling):
     """Lightning lets a task do without the number of the batch."""
 
-    def training_step(self, batch: dict[str, Tensor]) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def training_step(self, batch: list[dict[str, Tensor]]) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         self.batches = getattr(self, "batches", 0) + 1
         return super().training_step(batch, 0)
 

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1] / "src" / PACKAGE
 
 # Rooms by floor. A file at the top of the package is a room of its own, but for the entry points and the command, which share one each.
 FLOORS = {
+    "compat": 0,
     "config": 0,
     "model": 0,
     "printing": 0,
@@ -20,15 +21,16 @@ FLOORS = {
     "data": 1,
     "checkpoint": 1,
     "optim": 1,
-    "parallel": 2,
-    "tasks": 3,
-    "callbacks": 3,
-    "build": 4,
-    "runs": 5,
-    "entry points": 5,
-    "command": 6,
-    "hydra_plugins": 6,
-    "bench": 7,  # measures from outside, as a user would: nothing imports it
+    "training": 2,  # one step: tasks call it, strategies take part in it
+    "parallel": 3,
+    "tasks": 4,
+    "callbacks": 4,
+    "build": 5,
+    "runs": 6,
+    "entry points": 6,
+    "command": 7,
+    "hydra_plugins": 7,
+    "bench": 8,  # measures from outside, as a user would: nothing imports it
 }
 COMMAND = {"cli", "compose", "doctor", "explain", "launch", "recorded", "__main__"}
 HEAVY = {"torch", "lightning", "pytorch_lightning", "torchmetrics", "transformers"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,6 +33,7 @@ from meshformer.model import (
 from meshformer.optim import adamw, constant, muon, sgd, shardwise
 from meshformer.tasks import LanguageModelling, MaskedLanguageModelling
 from meshformer.tasks.language_modelling import summed_cross_entropy
+from meshformer.training.protocol import StepStrategy
 
 B, T, V = 2, 16, 31
 POSITIONS: dict[str, Callable[..., Any]] = {
@@ -71,19 +73,42 @@ def test_the_heads_own_loss_asks_the_device_nothing(monkeypatch: pytest.MonkeyPa
 # --- a whole step
 
 
-class Strategy:
+class OneProcess(StepStrategy):
+    lightning_module: Any = None
+    precision_plugin: Any = SimpleNamespace(train_step_context=nullcontext)
+    global_rank, is_global_zero, break_it = 0, True, None
+
+    @property
+    def model(self) -> Any:
+        return self.lightning_module
+
+    def batch_to_device(self, batch: Any, *more: Any) -> Any:
+        return batch
+
+    def backward(self, loss: Tensor, optimizer: None) -> None:
+        loss.backward()
+        if self.break_it is not None:
+            self.break_it(loss)
+
     def reduce(self, x: Tensor, reduce_op: str) -> Tensor:
         assert x.device.type == "meta", "NCCL takes no tensor of the host"
         return x * 1
 
 
-def trainer_of(task: Any, clip: float | None, accumulation: int) -> Any:
-    trainer = SimpleNamespace(
-        strategy=Strategy(), callbacks=[], accumulate_grad_batches=accumulation, gradient_clip_val=clip, global_step=0, training=True,
-        distributed_sampler_kwargs=None, optimizers=[],
-    )  # fmt: skip
-    task._trainer = trainer
+def trainer_of(task: Any, optimizer: Any, schedule: Any, break_it: Any) -> Any:
+    strategy = OneProcess()
+    strategy.lightning_module, strategy.break_it = task, break_it
+    config = SimpleNamespace(scheduler=schedule, interval="step", frequency=1)
+    trainer = SimpleNamespace(strategy=strategy, callbacks=[], global_step=0, training=True, lr_scheduler_configs=[config])
+    task._trainer, task.optimizers, task._on_before_batch_transfer = trainer, lambda: Optimizer(optimizer), lambda batch: batch
     return trainer
+
+
+class Optimizer:
+    """What Lightning gives a task for its optimizer."""
+
+    def __init__(self, optimizer: Any):
+        self.optimizer, self.param_groups, self.zero_grad, self.step = optimizer, optimizer.param_groups, optimizer.zero_grad, optimizer.step
 
 
 OPTIMIZERS = {"adamw": adamw, "muon": muon, "sgd": partial(sgd, momentum=0.9, weight_decay=0.1)}
@@ -111,22 +136,14 @@ def steps(optimizer: str, precision: str, monkeypatch: pytest.MonkeyPatch, break
     task.configure_model()
     task._device = torch.device("meta")
     task.model.to(PRECISIONS[precision])
-    trainer = trainer_of(task, 1.0, 2)
+    task.gradient_clip_val = 1.0
     made = task.configure_optimizers()
-    optimizer_, schedule = made["optimizer"], made["lr_scheduler"]["scheduler"]
-    trainer.optimizers = [optimizer_]
+    trainer = trainer_of(task, made["optimizer"], made["lr_scheduler"]["scheduler"], break_it)
     task.on_train_start()
     Spike(2.0, 4).on_train_start(trainer, task)
     for step in range(2):
         trainer.global_step = step
-        for micro in range(2):
-            loss = task.training_step(batch(), 2 * step + micro)
-            loss.backward()
-            if break_it:
-                break_it(loss)
-        task.configure_gradient_clipping(optimizer_, 1.0, "norm")
-        optimizer_.step()
-        schedule.step()
+        task.training_step([batch(), batch()], step)
     assert called, "the kernels ran"
     return task
 
@@ -164,9 +181,8 @@ MAY_ASK = {
     "parallel/pipeline.py": {"_check_same": "that ranks see one batch, at the first"},
     "parallel/stages.py": {"check_between": "whether the model may be cut there, at the first batch"},
     "parallel/strategy.py": {"whole_weights": "samples and exports", "reduce_boolean_decision": "Lightning asks at the end of a validation"},
-    "tasks/base.py": {"configure_gradient_clipping": "on a CPU, where nobody waits (asked_freely)"},
     "tasks/classification.py": {"results": "the end of a run"},
-    "tasks/guard.py": {"look": "a row or a checkpoint", "_fold": "the same, or 1,024 notes", "_on_host": "of _fold"},
+    "training/guard.py": {"look": "a row or a checkpoint", "_fold": "the same, or 1,024 notes", "_on_host": "of _fold"},
 }
 
 
@@ -174,7 +190,7 @@ def askers() -> dict[str, set[str]]:
     """By file, the functions of the rooms that a step walks through in which one of `ASKS` is called."""
     root = Path(meshformer.__file__).parent
     found: dict[str, set[str]] = {}
-    for room in ("tasks", "optim", "model", "parallel", "callbacks"):
+    for room in ("training", "tasks", "optim", "model", "parallel", "callbacks"):
         for file in sorted((root / room).glob("*.py")):
             for function in ast.walk(ast.parse(file.read_text())):
                 if not isinstance(function, ast.FunctionDef):

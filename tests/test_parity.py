@@ -21,6 +21,7 @@ from meshformer.data.windows import Batches
 from meshformer.model import draw, head
 from meshformer.parallel import context, levers, pipeline, strategy, tensor
 from meshformer.tasks import LanguageModelling, Task
+from meshformer.training.protocol import StepStrategy
 
 STEPS = 10
 PARITY = [
@@ -385,8 +386,12 @@ def test_a_loss_summed_in_the_head_is_that_of_the_logits(references: References,
 
 
 def scale_by_a_hundredth() -> None:
-    step = LanguageModelling.training_step
-    LanguageModelling.training_step = lambda self, batch, index: 1.01 * step(self, batch, index)  # pyright: ignore
+    for kind in (StepStrategy, strategy.MeshStrategy):
+        kind.forward_backward = scaled(kind.forward_backward)
+
+
+def scaled(forward_backward: Any) -> Any:
+    return lambda self, batch, scale, last: forward_backward(self, batch, 1.01 * scale, last)
 
 
 def mean_of_means() -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -13,14 +11,12 @@ from typing import Any
 
 import hydra.utils
 import lightning.pytorch as pl
-import torch
 from hydra.errors import InstantiationException
-from lightning.pytorch.loops.optimization.automatic import ClosureResult
 from lightning.pytorch.plugins.environments import LightningEnvironment
-from lightning.pytorch.profilers import PassThroughProfiler
 
 from meshformer.callbacks import EMA, Checkpoint, ExactResume, Layout, ProgressBar, Rows, Samples
 from meshformer.checkpoint.lightning_io import FolderCheckpointIO
+from meshformer.compat.lightning import leave_signals_to_us
 from meshformer.config.allow import check_object, check_target
 from meshformer.config.errors import ConfigError
 from meshformer.config.foreign import refuse_interpolations
@@ -32,7 +28,7 @@ from meshformer.model.layout import Plan
 from meshformer.model.lora import ADAPTERS, add_adapters
 from meshformer.optim.groups import LayerRates
 from meshformer.parallel.strategies import make_strategy
-from meshformer.tasks.base import spare_empty_hooks
+from meshformer.training.precision import LossScaling
 
 Config = dict[str, Any]
 UNEXPECTED = re.compile(r"unexpected keyword argument '?(.*?)'?$")  # of a class that hands what it does not know on to its base
@@ -190,7 +186,7 @@ def build_task(config: Config, max_steps: int) -> pl.LightningModule:
             optimizer[key] *= config["stage"].get("lr_scale", 1.0)
     stage = config["stage"]
     rates = LayerRates(stage.get("layer_decay", 1.0), stage.get("head_lr_scale", 1.0), stage.get("unfreeze_every"), HEAD_PARTS)
-    return instantiate(
+    task = instantiate(
         config["task"],
         config,
         "task",
@@ -201,6 +197,8 @@ def build_task(config: Config, max_steps: int) -> pl.LightningModule:
         seed=config["seed"],
         tokens_per_step=config["data"]["batch_size"] * config["data"]["context_length"],
     )
+    task.gradient_clip_val = config["trainer"]["gradient_clip_val"]
+    return task
 
 
 def build_callbacks(config: Config, folder: Path, steps_per_epoch: int) -> list[pl.Callback]:
@@ -232,15 +230,6 @@ def build_loggers(config: Config, folder: Path) -> list[Any]:
     ]
 
 
-class _NoProfiler(PassThroughProfiler):
-    """Lightning opens about fifty profiler contexts a step. Its pass-through profiler makes a generator for each, 0.9 ms a step on a slow core."""
-
-    _context = nullcontext()
-
-    def profile(self, action_name: str) -> Any:
-        return self._context
-
-
 def _validation_batches(config: Config) -> int | None:
     """`trainer.limit_val_batches` in batches as evaluation makes them. It counts batches of data.batch_size samples where data.eval_batch_size
     is null, whatever the accumulation, which makes evaluation batches smaller as it makes micro-batches."""
@@ -256,27 +245,24 @@ def _same_graph(config: Config) -> bool:
 
 def build_trainer(config: Config, folder: Path, max_steps: int, callbacks: list[pl.Callback], loggers: list[Any]) -> pl.Trainer:
     trainer = config["trainer"]
-    accumulation = trainer["accumulate_grad_batches"]
+    device = "cuda:0" if trainer["accelerator"] == "gpu" else "cpu"
+    scaled = [LossScaling("16-mixed", device)] if trainer["precision"] == "16-mixed" else []
     made = pl.Trainer(
         accelerator=trainer["accelerator"],
         devices=trainer["devices"],
         num_nodes=trainer["num_nodes"],
-        strategy=make_strategy(config["strategy"], trainer["compile"], config["data"]["context_length"], _same_graph(config)),
-        precision=trainer["precision"],
+        strategy=make_strategy(config["strategy"], trainer["compile"], config["data"]["context_length"], _same_graph(config), device),
+        precision=None if scaled else trainer["precision"],
         max_steps=max_steps,
         max_epochs=-1,
-        accumulate_grad_batches=accumulation,
-        gradient_clip_val=trainer["gradient_clip_val"],
-        # The config counts optimizer steps, Lightning micro-batches over all epochs; None: not tied to epochs.
-        val_check_interval=min(trainer["val_check_interval"], max_steps) * accumulation,
-        check_val_every_n_epoch=None,
+        val_check_interval=min(trainer["val_check_interval"], max_steps),
+        check_val_every_n_epoch=None,  # steps are counted over all epochs
         limit_val_batches=_validation_batches(config),
         deterministic=trainer["deterministic"],
         callbacks=callbacks,
         logger=loggers,
         # An allocation's shell has SLURM_NTASKS too, by which Lightning would take this process for one of several tasks.
-        plugins=[FolderCheckpointIO(), *([LightningEnvironment()] if outside() is None else [])],
-        profiler=_NoProfiler(),
+        plugins=[FolderCheckpointIO(), *scaled, *([LightningEnvironment()] if outside() is None else [])],
         log_every_n_steps=trainer["log_every_n_steps"],
         default_root_dir=folder,
         num_sanity_val_steps=0,
@@ -285,47 +271,5 @@ def build_trainer(config: Config, folder: Path, max_steps: int, callbacks: list[
         enable_model_summary=False,
         use_distributed_sampler=False,  # the data room slices one global order itself
     )
-    # Signals are callbacks.Preemption's. Lightning's handlers communicate from inside a handler, and its loop broadcasts between every two
-    # steps whether rank 0 was told to stop, and waits for the answer.
-    made._signal_connector.register_signal_handlers = lambda: None
-    made.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
-    _spare_empty_calls(made)
+    leave_signals_to_us(made)
     return made
-
-
-class _Loss(ClosureResult):
-    """What a training step returned; Lightning's own divides it where it is to be divided by one, and copies it where nobody changes it."""
-
-    def _clone_loss(self) -> None:
-        self.loss = None if self.closure_loss is None else self.closure_loss.detach()
-
-    @classmethod
-    def from_training_step_output(cls, training_step_output: Any, normalize: int = 1) -> ClosureResult:
-        if normalize == 1 and isinstance(training_step_output, torch.Tensor):
-            return cls(training_step_output)
-        return super().from_training_step_output(training_step_output, normalize)
-
-
-def _spare_empty_calls(trainer: Any) -> None:
-    """Spares each step calls that do nothing, and questions whose answer stays the same. In a step of 35 ms, after which no cache is warm, the
-    Trainer costs half as much then (`python -m meshformer.bench`)."""
-    for callback in trainer.callbacks:
-        spare_empty_hooks(callback, pl.Callback)
-    loop, connector = trainer.fit_loop.epoch_loop, trainer._logger_connector
-    inspect, names = loop._build_kwargs, []  # which arguments training_step takes, read from its signature
-
-    def build_kwargs(kwargs: OrderedDict[str, Any], batch: Any, batch_idx: int) -> OrderedDict[str, Any]:
-        if not names:
-            names.extend(inspect(OrderedDict(), batch, batch_idx))
-        return OrderedDict(zip(names, (batch, batch_idx), strict=False))
-
-    # build_trainer makes val_check_batch a whole number of batches, counted over all epochs.
-    validates, gather = loop._should_check_val_fx, connector.on_batch_end
-    loop._build_kwargs = build_kwargs
-    loop._should_check_val_fx = lambda fetcher: (
-        (trainer.should_stop or (loop.total_batch_idx + 1) % trainer.val_check_batch == 0) and validates(fetcher)
-    )
-    automatic = loop.automatic_optimization
-    automatic.output_result_cls, clearing = _Loss, automatic._make_zero_grad_fn
-    automatic._make_zero_grad_fn = lambda *about: None if getattr(trainer.lightning_module, "clears_alone", False) else clearing(*about)
-    connector.on_batch_end = lambda: gather() if trainer._results else None  # empty unless something was logged by self.log

@@ -117,7 +117,7 @@ def test_labelled_texts_are_checked_too(tmp_path, capfd):
 
     def batch():
         data = SequenceData(CsvTexts(str(tmp_path / "a.csv"), label_column="label"), "label", 4, 16, "char", 0, tmp_path, seed=1)
-        return data.folder, next(iter(data.train_dataloader()))["tokens"].tolist()
+        return data.folder, next(iter(data.train_dataloader()))[0]["tokens"].tolist()
 
     folder, before = batch()
     for file, damage in {"classes.json": lambda path: path.write_text("["), "train.npz": lambda path: os.truncate(path, 50)}.items():

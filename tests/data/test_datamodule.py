@@ -31,7 +31,7 @@ class Recorder(LightningModule):
         self.save_at, self.path = save_at, path
 
     def training_step(self, batch, batch_idx):
-        self.seen.append(batch["tokens"])
+        self.seen.extend(micro["tokens"] for micro in batch)
         return self.weight.sum()
 
     def validation_step(self, batch, batch_idx):
@@ -52,7 +52,6 @@ def fit(tmp_path):
         module = Recorder(data, save_at, tmp_path / "at.ckpt")
         trainer = Trainer(
             max_steps=max_steps,
-            accumulate_grad_batches=data.accumulation,
             accelerator="cpu",
             devices=1,
             logger=False,
@@ -81,7 +80,7 @@ def test_vocabulary_and_steps_are_known_before_a_model(build, text_file):
 
 def test_batches_are_text(build, text_file):
     data = build()
-    batch = next(iter(data.train_dataloader()))
+    batch = next(iter(data.train_dataloader()))[0]
     text = text_file.read_text()
     assert batch["tokens"].shape == batch["targets"].shape == (BATCH, CONTEXT)
     assert all(data.tokenizer.decode(row) in text for row in batch["tokens"])
@@ -136,7 +135,7 @@ def test_a_resumed_trainer_sees_the_batches_of_one_never_stopped(build, fit, ste
 def test_workers_deliver_the_same_order(build):
     data, plain = build(workers=2), build()
     data.samples = plain.samples = 5 * BATCH
-    for ours, theirs in zip(data.train_dataloader(), plain.train_dataloader(), strict=True):
+    for (ours,), (theirs,) in zip(data.train_dataloader(), plain.train_dataloader(), strict=True):
         assert torch.equal(ours["tokens"], theirs["tokens"])
 
 
@@ -146,12 +145,12 @@ def test_the_data_axis_comes_from_the_strategy(build):
             self.distributed_sampler_kwargs = {"rank": rank, "num_replicas": 2}
             self.strategy = type("Strategy", (), {"root_device": torch.device("cpu")})
 
-    whole = next(iter(build().train_dataloader()))["tokens"]
+    whole = next(iter(build().train_dataloader()))[0]["tokens"]
     halves = []
     for rank in range(2):
         data = build()
         data.trainer = Axis(rank)
-        halves.append(next(iter(data.train_dataloader()))["tokens"])
+        halves.append(next(iter(data.train_dataloader()))[0]["tokens"])
         assert data.steps_per_epoch == build().steps_per_epoch
         assert len(next(iter(data.val_dataloader()))["tokens"]) == BATCH // 2
     assert torch.equal(torch.cat(halves), whole)

@@ -42,7 +42,7 @@ def test_the_pictures_in_the_packages_are_the_known_ones(data_cache):
 def test_pixels_are_normalised_by_the_training_part_and_every_image_is_judged_once():
     data = ImageData(Pictures(), batch_size=5, seed=1)
     data.setup()
-    together = torch.cat([batch["images"] for batch in data.train_dataloader()])
+    together = torch.cat([batch["images"] for step in data.train_dataloader() for batch in step])
     assert together.shape == (20, 8, 8)
     assert abs(data._parts["train"][0].mean()) < 1e-6 and abs(data._parts["train"][0].std() - 1) < 0.01
     seen = [label for rank in range(3) for batch in data.eval_batches("val", 2, rank, 3) for label in batch["labels"].tolist()]

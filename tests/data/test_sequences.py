@@ -56,7 +56,7 @@ def test_a_batch_holds_whole_texts_with_their_labels_and_no_more_padding_than_ne
     data = build(given)
     label_of = dict(zip(given.given.texts, given.given.labels, strict=True))
     seen = []
-    for batch in data.train_dataloader():
+    for (batch,) in data.train_dataloader():
         texts = texts_of(data, batch)
         assert [data.classes[k] for k in batch["labels"]] == [label_of[text] for text in texts]
         longest = max(map(len, texts))
@@ -134,7 +134,7 @@ def test_packing_fills_the_rows():
 def test_each_word_has_its_tag_at_its_last_token(build):
     given = Given(texts=["the cat sat", "a dog"] * 5, labels=["D N V", "D N"] * 5, splits=["train"] * 8 + ["val"] * 2)
     data = build(given, "tags", batch_size=8)
-    batch = next(iter(data.train_dataloader()))
+    batch = next(iter(data.train_dataloader()))[0]
     row = texts_of(data, batch).index("the cat sat")
     marks = {k: data.classes[v] for k, v in enumerate(batch["targets"][row].tolist()) if v != IGNORED}
     assert marks == {2: "D", 6: "N", 10: "V"}
@@ -146,13 +146,13 @@ def test_pairs_lie_side_by_side(build):
     texts = [f"{word} one" for word in WORDS]
     given = Given(texts=texts, partners=[f"{word} two" for word in WORDS], splits=["train"] * 10 + ["val"] * 3)
     data = build(given, "pairs", batch_size=5)
-    rows = texts_of(data, next(iter(data.train_dataloader())))
+    rows = texts_of(data, next(iter(data.train_dataloader()))[0])
     assert len(rows) == 10 and all(a.replace("one", "two") == b for a, b in zip(rows[::2], rows[1::2], strict=True))
 
 
 def test_hidden_tokens_depend_on_the_sample_alone(build):
     data = build(source(labels=None), "mask", batch_size=20)
-    (whole,) = [batch for batch, _ in zip(data.train_dataloader(), range(1), strict=False)]
+    (whole,) = [batch for (batch,), _ in zip(data.train_dataloader(), range(1), strict=False)]
     halves = []
     for rank in range(2):
         keys = next(iter(GlobalBatchSampler(data.order(), 20, data_rank=rank, data_world=2)))
@@ -166,7 +166,7 @@ def test_hidden_tokens_depend_on_the_sample_alone(build):
 
 def test_a_seventh_is_hidden_eighty_ten_ten(build):
     data = build(Given(texts=["abcdefghij" * 6] * 300, splits=["train"] * 299 + ["val"]), "mask", batch_size=299)
-    batch = next(iter(data.train_dataloader()))
+    batch = next(iter(data.train_dataloader()))[0]
     original = data.tokenizer.encode("abcdefghij" * 6)
     hidden = batch["targets"] != IGNORED
     assert torch.equal(batch["targets"][hidden], torch.from_numpy(original.astype(np.int64)).expand(299, -1)[hidden[:, :60]])
@@ -235,7 +235,7 @@ def test_a_data_set_of_the_hub_gives_its_classes_by_name(build, tmp_path):
     datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(tmp_path / "set"))
     data = build(HubTexts(str(tmp_path / "set")), batch_size=8)
     assert data.classes == ["bad", "good"]
-    batch = next(iter(data.train_dataloader()))
+    batch = next(iter(data.train_dataloader()))[0]
     good = {text for text, label in zip(texts_of(data, batch), batch["labels"].tolist(), strict=True) if label == 1}
     assert good <= {"fine", "great", "nice"}
     with pytest.raises(ConfigError, match="no such column"):

@@ -8,23 +8,20 @@ from typing import Any
 import pytest
 
 from harness import run_ranks
-from jobs import run_tiny
-from meshformer.tasks import Task
+from jobs import before_the_norm, run_tiny
 
 
 def wrapped(folder: Path, *overrides: str) -> tuple[bool, bool, int, int]:
     """What DDP was told (views, one graph); in how many pieces of memory the gradients of its last step lie, and how many there are."""
     found: list[Any] = []
-    clip = Task.configure_gradient_clipping
 
-    def look(self: Any, *args: Any, **kwargs: Any) -> None:
-        ddp = self.trainer.strategy.model
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+    def look(task: Any) -> None:
+        ddp = task.trainer.strategy.model
+        gradients = [p.grad for p in task.model.parameters() if p.grad is not None]
         memory = {g.untyped_storage().data_ptr() for g in gradients}
         found[:] = [ddp.gradient_as_bucket_view, ddp.static_graph, len(memory), len(gradients)]
-        clip(self, *args, **kwargs)
 
-    Task.configure_gradient_clipping = look
+    before_the_norm(look)
     run_tiny(folder, "run", "strategy=ddp", "trainer.devices=2", "trainer.max_steps=3", "~callbacks.checkpoint", *overrides)
     return tuple(found)  # pyright: ignore[reportReturnType]
 

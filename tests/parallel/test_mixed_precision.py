@@ -10,7 +10,7 @@ import pytest
 import torch.distributed as dist
 
 from harness import run_ranks
-from jobs import run_tiny, text_file
+from jobs import before_the_norm, run_tiny, text_file
 from meshformer.tasks import Task
 
 SHORT = ["trainer.max_steps=2", "trainer.precision=bf16-mixed", "trainer.devices=2"]
@@ -43,13 +43,11 @@ def sent(folder: Path, *overrides: str) -> dict[str, Any]:
         for name in names:
             if hasattr(dist, name):
                 note(kind, name)
-    clip = Task.configure_gradient_clipping
 
-    def look(self: Any, *args: Any, **kwargs: Any) -> None:
-        seen["parameters"] |= {str(p.dtype) for p in self.model.parameters()}
-        seen["gradients"] |= {str(p.grad.dtype) for p in self.model.parameters()}
-        clip(self, *args, **kwargs)
-        seen["optimizer"] |= {str(x.dtype) for state in self.trainer.optimizers[0].state.values() for x in state.values() if x.ndim}
+    def look(task: Any) -> None:
+        seen["parameters"] |= {str(p.dtype) for p in task.model.parameters()}
+        seen["gradients"] |= {str(p.grad.dtype) for p in task.model.parameters()}
+        seen["optimizer"] |= {str(x.dtype) for state in task.trainer.optimizers[0].state.values() for x in state.values() if x.ndim}
 
     started = Task.on_train_start
 
@@ -58,7 +56,8 @@ def sent(folder: Path, *overrides: str) -> dict[str, Any]:
         for block in getattr(self.model, "blocks", ()):
             block.register_forward_pre_hook(lambda _, inputs: seen["stream"].add(str(inputs[0].dtype)))
 
-    Task.configure_gradient_clipping, Task.on_train_start = look, watch
+    before_the_norm(look)
+    Task.on_train_start = watch
     run_tiny(folder, f"sent-{len(list(folder.iterdir()))}", *SHORT, *overrides)
     return {kind: {name.removeprefix("torch.") for name in names} for kind, names in seen.items()}
 

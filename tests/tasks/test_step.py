@@ -1,4 +1,4 @@
-"""What goes on around a step: when gradients are let go, and that sparing Lightning's empty calls loses none that is not empty."""
+"""What goes on around a step: when gradients are freed, which hooks are called, and that it is the step of a loop written out."""
 
 from __future__ import annotations
 
@@ -14,12 +14,16 @@ from lightning.pytorch.callbacks import Callback, LambdaCallback
 from jobs import TINY, ForeignOptimizer, OwnStep, Short, Watching, text_file
 from meshformer.build import build_callbacks, build_data, build_task, build_trainer
 from meshformer.compose import compose
+from meshformer.config.errors import ConfigError
 from meshformer.data import TextData
-from meshformer.optim import shardwise
 from meshformer.record.metrics_csv import read_metrics
-from meshformer.tasks.base import STEP_HOOKS
+from meshformer.tasks.base import NOT_CALLED
 
 STEPS = 6
+STEP_HOOKS = (
+    "on_train_batch_start", "on_before_zero_grad", "on_before_backward", "on_after_backward", "on_before_optimizer_step", "on_train_batch_end",
+)  # fmt: skip
+TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
 
 class Counting(Callback):
@@ -62,21 +66,17 @@ def test_old_gradients_are_gone_before_the_forward_pass(tmp_path: Path, accumula
     assert task.seen == [micro > 0 for _ in range(STEPS) for micro in range(accumulation)]
 
 
-@pytest.mark.parametrize("asked", [("cpu",), ()], ids=["asked", "not asked"])
 @pytest.mark.parametrize("kind", [Watching, ForeignOptimizer, OwnStep])
 @pytest.mark.parametrize("accumulation", [1, 4])
 @pytest.mark.parametrize("clip", [0.2, 100.0])
-def test_steps_are_those_of_a_loop_written_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Any], accumulation: int, clip: float, asked: tuple[str, ...]
-):
-    monkeypatch.setattr(shardwise, "ASKED_FREELY", asked)
+def test_steps_are_those_of_a_loop_written_out(tmp_path: Path, kind: type[Any], accumulation: int, clip: float):
     exact = ("optimizer=sgd", "optimizer.lr=0.5", "schedule=constant", f"trainer.gradient_clip_val={clip}", "trainer.log_every_n_steps=1")
     task, _ = fitted(tmp_path, kind, more=(*exact, f"trainer.accumulate_grad_batches={accumulation}"))
     config, data = configured(tmp_path, kind, *exact)
     plain = build_task(config, STEPS)
     plain.configure_model()
     weights, norms = list(plain.model.parameters()), []
-    for batch, _ in zip(data.train_dataloader(), range(STEPS), strict=False):
+    for (batch,), _ in zip(data.train_dataloader(), range(STEPS), strict=False):
         loss = F.cross_entropy(plain.model(batch["tokens"]).flatten(0, 1), batch["targets"].flatten())
         gradients = torch.autograd.grad(loss, weights)
         norms.append(torch.cat([g.flatten() for g in gradients]).norm().item())
@@ -98,25 +98,60 @@ def test_who_looks_at_gradients_before_they_go_sees_them(tmp_path: Path):
 
 def test_hooks_that_are_not_empty_are_called(tmp_path: Path):
     counting, ended = Counting(), []
-    _, trainer = fitted(tmp_path, Watching, counting, LambdaCallback(on_train_batch_end=lambda *_: ended.append(1)))
+    fitted(tmp_path, Watching, counting, LambdaCallback(on_train_batch_end=lambda *_: ended.append(1)))
     assert sorted(counting.calls) == sorted(STEP_HOOKS * STEPS) and len(ended) == STEPS
-    empty = [hook for hook in STEP_HOOKS for callback in trainer.callbacks if getattr(callback, hook) is None]  # pyright: ignore[reportAttributeAccessIssue]
-    assert len(empty) > len(STEP_HOOKS) * 3
 
 
-@pytest.mark.parametrize("where", ["task", "data", "nowhere"])
-def test_whoever_wants_to_see_batches_pass_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str):
+@pytest.mark.parametrize("where", ["task", "data"])
+@pytest.mark.parametrize("hook", TRANSFER_HOOKS)
+def test_transfer_hooks_are_given_micro_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, hook: str):
     seen: list[int] = []
 
-    def look(self: Any, batch: Any, dataloader_idx: int) -> Any:
-        seen.append(dataloader_idx)
+    def look(self: Any, batch: Any, *more: Any) -> Any:
+        seen.append(len(batch["tokens"]))
         return batch
 
-    if where != "nowhere":
-        monkeypatch.setattr(Watching if where == "task" else TextData, "on_after_batch_transfer", look)
-    stay: list[bool] = []
-    task, _ = fitted(tmp_path, Watching, LambdaCallback(on_train_batch_end=lambda trainer, task, *_: stay.append(task._batches_stay)))
-    assert stay == [where == "nowhere"] * STEPS and not task._batches_stay and len(seen) >= (STEPS if where != "nowhere" else 0)
+    monkeypatch.setattr(Watching if where == "task" else TextData, hook, look)
+    fitted(tmp_path, Watching, more=("trainer.accumulate_grad_batches=2",))
+    assert seen[: 2 * STEPS] == [4] * 2 * STEPS
+
+
+@pytest.mark.parametrize("hook", NOT_CALLED)
+def test_a_hook_that_would_never_be_called_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hook: str):
+    monkeypatch.setattr(Watching, hook, lambda self, *_: None)
+    with pytest.raises(ConfigError, match=f"overrides {hook}, which is not called here.*Override training_step"):
+        fitted(tmp_path, Watching)
+
+
+def test_a_step_returns_the_mean_loss_of_its_tokens(tmp_path: Path):
+    losses: list[float] = []
+    look = LambdaCallback(on_train_batch_end=lambda trainer, task, outputs, *_: losses.append(outputs["loss"].item()))
+    fitted(tmp_path, Watching, look, more=("trainer.log_every_n_steps=1", "trainer.accumulate_grad_batches=2"))
+    assert losses == pytest.approx([row["train/loss"] for row in read_metrics(tmp_path / "metrics.csv")], rel=1e-6)
+
+
+@pytest.mark.parametrize(("interval", "steps"), [("step", STEPS), ("epoch", 1)])
+def test_schedules_of_the_users_move_on_when_they_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interval: str, steps: int):
+    def configure(self: Any) -> Any:
+        optimizer = torch.optim.SGD(self.model.parameters(), lr=1.0)
+        schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": interval}}
+
+    monkeypatch.setattr(Watching, "configure_optimizers", configure)
+    whole = LambdaCallback(on_train_start=lambda trainer, task: setattr(trainer, "limit_train_batches", STEPS))
+    _, trainer = fitted(tmp_path, Watching, whole, more=("data.batch_size=64",))
+    assert trainer.optimizers[0].param_groups[0]["lr"] == 0.5**steps
+
+
+def test_a_schedule_that_looks_at_a_metric_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def configure(self: Any) -> Any:
+        optimizer = torch.optim.SGD(self.model.parameters(), lr=1.0)
+        schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "monitor": "val/loss"}}
+
+    monkeypatch.setattr(Watching, "configure_optimizers", configure)
+    with pytest.raises(ConfigError, match="ReduceLROnPlateau has no metric"):
+        fitted(tmp_path, Watching)
 
 
 def test_hooks_of_the_task_that_are_not_empty_are_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -198,7 +198,7 @@ def test_wrong_model_sizes_are_refused_before_training(folder):
 
 def test_a_task_without_data_module_measures_by_what_it_saw():
     task = SequenceClassification(model=lambda: None)  # pyright: ignore[reportArgumentType]
-    task._trainer = SimpleNamespace(strategy=SimpleNamespace(reduce=lambda x, reduce_op: x), datamodule=None)  # pyright: ignore
+    task._trainer = SimpleNamespace(strategy=SimpleNamespace(reduce=lambda x, reduce_op: x, from_last_stage=lambda x: x), datamodule=None)  # pyright: ignore
     batch = {**padded([[1], [2]], 1), "labels": torch.tensor([1, 1])}
     task.score(torch.tensor([[[0.0, 1.0]], [[1.0, 0.0]]]), batch, "val")
     assert float(task._computed()["accuracy"]) == 0.5

@@ -17,7 +17,7 @@ from torch import multiprocessing
 from meshformer.callbacks.preemption import Preemption, StopSignals
 from meshformer.checkpoint.lightning_io import FolderCheckpointIO
 from meshformer.model import Transformer
-from meshformer.tasks.guard import Guard
+from meshformer.training.guard import Guard
 
 ROUNDS, STEPS, STEP_SECONDS = 5, 200, 0.035
 
@@ -93,8 +93,8 @@ def _check_steps(rank: int, ranks: int, file: str) -> None:
             begun = time.perf_counter()
             guard.loss(step, loss, count)
             norm = torch.linalg.vector_norm(norms)
-            _, bad = torch.stack((count, norm - norm)).tolist()
-            guard.gradient(step, 1e-3, bad != 0, bad != 0, norms)
+            bad = torch.stack((count, norm - norm))[1] != 0
+            guard.gradient(step, 1e-3, bad, bad, norms)
             stopping._agreed()
             if step % 50 == 0:
                 guard.look(Summing())

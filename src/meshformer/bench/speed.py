@@ -230,7 +230,7 @@ def _bare_loop(config: dict[str, Any]) -> Iterator[None]:
     model, optimizer = task.model, task.make_optimizer(task.model.named_parameters())
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, task.make_schedule(100000))
     loader = data.train_dataloader()
-    for batch in itertools.chain.from_iterable(itertools.repeat(loader)):
+    for (batch,) in itertools.chain.from_iterable(itertools.repeat(loader)):
         logits_BTV = model(batch["tokens"])
         F.cross_entropy(logits_BTV.flatten(0, 1), batch["targets"].flatten()).backward()
         nn.utils.clip_grad_norm_(model.parameters(), config["trainer"]["gradient_clip_val"])

@@ -61,8 +61,8 @@ class Checkpoint(Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
-        if step % self.every_n_steps == 0 and step != self.saved_step and not self._validates_now(trainer):
-            self._save(trainer)
+        if step % self.every_n_steps == 0 and step != self.saved_step and not self.validates_now(trainer):
+            self.save(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         step = trainer.global_step
@@ -70,13 +70,13 @@ class Checkpoint(Callback):
             return
         self.validated_step = step
         if step and step % self.every_n_steps == 0 and step != self.saved_step:
-            self._save(trainer)
+            self.save(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        if trainer.global_step != self.saved_step or self._lost(trainer):
-            self._save(trainer)
+        if trainer.global_step != self.saved_step or self.lost(trainer):
+            self.save(trainer)
 
-    def _lost(self, trainer: pl.Trainer) -> bool:
+    def lost(self, trainer: pl.Trainer) -> bool:
         """Whether the save before failed, and was a warning. The same on all ranks, of which the first alone may know."""
         if self.on_failure == "stop":
             return False
@@ -92,17 +92,17 @@ class Checkpoint(Callback):
             if trainer.is_global_zero:
                 say(f"a checkpoint was lost: {error}", error=True)
 
-    def _validates_now(self, trainer: pl.Trainer) -> bool:
+    def validates_now(self, trainer: pl.Trainer) -> bool:
+        """Whether the step that has just been made is also to be validated."""
         every = trainer.val_check_batch
-        batches = trainer.fit_loop.epoch_loop.total_batch_idx + 1
-        return bool(trainer.enable_validation and every and batches % every == 0)
+        return bool(trainer.enable_validation and every and trainer.global_step % every == 0)
 
     def _io(self, trainer: pl.Trainer) -> FolderCheckpointIO:
         io = trainer.strategy.checkpoint_io
         assert isinstance(io, FolderCheckpointIO), "build.py gives the Trainer a FolderCheckpointIO"
         return io
 
-    def _save(self, trainer: pl.Trainer) -> None:
+    def save(self, trainer: pl.Trainer) -> None:
         assert self.folder is not None, "build.py sets Checkpoint.folder"
         self.saved_step = trainer.global_step
         trainer.save_checkpoint(self.folder / checkpoint_name(self.saved_step))
@@ -134,10 +134,10 @@ class Checkpoint(Callback):
 
 
 class ExactResume(Callback):
-    """Puts Lightning's loops where the run's steps and samples leave them, whatever layout or accumulation saved it.
+    """Puts Lightning's loops where the run's steps and samples leave them.
 
-    Lightning's own counters in a checkpoint count micro-batches of the layout that wrote it; the optimizer step and the samples consumed are
-    the two numbers that mean the same everywhere. They differ by more than a factor in a fork with another batch size. State: {"step"} here,
+    Lightning's own counters in a checkpoint are those of the run that wrote it: in a fork with another batch size, or from a version that
+    counted micro-batches, they mean other samples. The optimizer step and the samples consumed mean the same everywhere. State: {"step"} here,
     {"samples"} in the data module, which this callback keeps up to date.
     """
 
@@ -156,27 +156,15 @@ class ExactResume(Callback):
         data.samples = self._samples_before + trainer.global_step * data.batch_size
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        step, accumulation = checkpoint["step"], trainer.accumulate_grad_batches
+        step = checkpoint["step"]
         data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         epoch, samples_inside = divmod(data.samples, self.steps_per_epoch * data.batch_size)  # restored before callbacks are
         steps_inside = samples_inside // data.batch_size
         checkpoint["epoch"] = epoch
         fit = trainer.fit_loop.state_dict()
-        running = int(steps_inside > 0)
-        fit["epoch_progress"]["total"] = fit["epoch_progress"]["current"] = {
-            "ready": epoch + running,
-            "started": epoch + running,
-            "processed": epoch,
-            "completed": epoch,
-        }
-        batches = fit["epoch_loop.batch_progress"]
-        batches["total"] = dict.fromkeys(batches["total"], step * accumulation)
-        batches["current"] = dict.fromkeys(batches["current"], steps_inside * accumulation)
-        optimizer = fit["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]
-        for part in optimizer.values():
-            part["total"] = dict.fromkeys(part["total"], step)
-            part["current"] = dict.fromkeys(part["current"], steps_inside)
-        scheduler = fit["epoch_loop.scheduler_progress"]
-        scheduler["total"] = dict.fromkeys(scheduler["total"], step)
-        scheduler["current"] = dict.fromkeys(scheduler["current"], steps_inside)
+        epochs = dict(ready=epoch + (steps_inside > 0), started=epoch + (steps_inside > 0), processed=epoch, completed=epoch)
+        fit["epoch_progress"] |= {"total": epochs, "current": dict(epochs)}
+        for name in ("epoch_loop.batch_progress", "epoch_loop.scheduler_progress", "epoch_loop.manual_optimization.optim_step_progress"):
+            fit[name]["total"] = dict.fromkeys(fit[name]["total"], step)
+            fit[name]["current"] = dict.fromkeys(fit[name]["current"], steps_inside)
         checkpoint["loops"]["fit_loop"] = fit

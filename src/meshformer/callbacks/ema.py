@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from meshformer.checkpoint.folder import read_into, tensor_sizes
 from meshformer.checkpoint.weights import AVERAGE
+from meshformer.compat.torch import foreach_copy_, foreach_lerp_
 from meshformer.config.errors import ConfigError
 from meshformer.optim.shardwise import pieces
 
@@ -60,10 +60,10 @@ class EMA(Callback):
         return pieces([p.detach() for p in self._parameters])
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if self.decay is None or (batch_idx + 1) % trainer.accumulate_grad_batches:
+        if self.decay is None:
             return
         n = trainer.global_step
-        torch._foreach_lerp_(self._held, [w.float() for w in self._weights], 1 - min(self.decay, (1 + n) / (10 + n)))
+        foreach_lerp_(self._held, [w.float() for w in self._weights], 1 - min(self.decay, (1 + n) / (10 + n)))
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"] |= {key: x for key, x in self._averages.items() if key not in self._second}
@@ -76,20 +76,16 @@ class EMA(Callback):
 
     def _swap(self, trainer: pl.Trainer) -> None:
         if self._averages:
-            self._give_back(trainer)
+            trainer.strategy.reshard()  # pyright: ignore[reportAttributeAccessIssue]
             weights = self._pieces()  # not those of training: when it ends, Lightning moves a GPU's parameters away and back
             self._aside = [w.clone() for w in weights]
-            torch._foreach_copy_(weights, self._held)
+            foreach_copy_(weights, self._held)
 
     def _swap_back(self, trainer: pl.Trainer) -> None:
         if self._aside is not None:
-            self._give_back(trainer)
-            torch._foreach_copy_(self._pieces(), self._aside)
+            trainer.strategy.reshard()  # pyright: ignore[reportAttributeAccessIssue]
+            foreach_copy_(self._pieces(), self._aside)
             self._aside = None
-
-    def _give_back(self, trainer: pl.Trainer) -> None:
-        """FSDP may keep whole copies of what is to be changed."""
-        getattr(trainer.strategy, "give_back", lambda: None)()
 
 
 @contextmanager

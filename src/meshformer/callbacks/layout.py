@@ -34,7 +34,7 @@ class Layout(Callback):
         degrees = Degrees.from_config(self.settings)
         device = str(trainer.strategy.root_device).partition(":")[0]
         mesh = Table("axis", "degree", "splits", title=f"{trainer.world_size} processes on {device}", title_justify="left")
-        for axis, degree, text in axes_table(degrees, self.settings, getattr(trainer.strategy, "blocks_per_stage", None)):
+        for axis, degree, text in axes_table(degrees, self.settings, trainer.strategy.blocks_per_stage):
             mesh.add_row(axis, str(degree), text)
         memory = Table("ranks", "parameters each", "weights", "gradients", "optimizer", "together")
         for column in memory.columns[1:]:

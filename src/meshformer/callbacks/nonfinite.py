@@ -58,17 +58,17 @@ class NonFinite(Callback):
         if self._error is None:
             return
         error, self._error = self._error, None
-        pl_module.guard.reset()  # it has been told: a row out of turn, at the last step, leaves it
+        pl_module.guard.reset()  # already reported: the extra row of the last step must not report it again
         for saver in trainer.callbacks if self._save else ():  # pyright: ignore[reportAttributeAccessIssue]
             if isinstance(saver, Checkpoint) and saver.saved_step != trainer.global_step:
-                saver._save(trainer)
+                saver.save(trainer)
         raise error
 
 
 def advice(trainer: pl.Trainer) -> str:
     """What may help, without what the run has already."""
     tries = ["a lower optimizer.lr", "a longer warm-up"]
-    if not trainer.gradient_clip_val:
+    if not trainer.lightning_module.gradient_clip_val:  # pyright: ignore[reportOptionalMemberAccess]
         tries.append("trainer.gradient_clip_val=1")
     if trainer.precision != "32-true":
         tries.append("trainer.precision=32-true")

@@ -97,10 +97,8 @@ class Preemption(Callback):
             self._group = dist.new_group(backend="gloo")
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if (batch_idx + 1) % trainer.accumulate_grad_batches:
-            return
         self._reason = self._reason or self._agreed()
-        if self._reason and not any(c._validates_now(trainer) for c in self._savers(trainer)):
+        if self._reason and not any(c.validates_now(trainer) for c in self._savers(trainer)):
             self._stop(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -144,11 +142,11 @@ class Preemption(Callback):
         self._finish()
         step, savers = trainer.global_step, self._savers(trainer)
         for saver in savers:
-            if saver.saved_step != step or saver._lost(trainer):
-                saver._save(trainer)
+            if saver.saved_step != step or saver.lost(trainer):
+                saver.save(trainer)
         if not savers:
             raise Stopped(self._reason or "", step, False)
         trainer.strategy.checkpoint_io.wait()  # pyright: ignore[reportAttributeAccessIssue]
-        if any(saver._lost(trainer) for saver in savers):  # a warning has said why
+        if any(saver.lost(trainer) for saver in savers):  # a warning has said why
             raise Stopped(self._reason or "", step, False, "the save failed")
         raise Stopped(self._reason or "", step, True)

@@ -25,16 +25,14 @@ class Rows(Callback):
         self.validated_step = -1
         self.csv: MetricsCsv | None = None  # rank 0 alone
         self.latest: dict[str, float] = {}
-        self._seen_step, self._lr, self._epoch_samples = -1, 0.0, 0
+        self._lr, self._epoch_samples = 0.0, 0
         self.tolerant = False  # set by build.py: callbacks.checkpoint.on_failure=warn
         self._unwritten: list[tuple[int, dict[str, Any]]] = []
         self._told_of_failure = False
         self._told: set[str] = set()  # metrics of ours that Lightning was told
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # Not on_fit_start: there the step is not restored yet.
-        self._seen_step = trainer.global_step
-        self.begin(trainer)
+        self.begin(trainer)  # not in on_fit_start: there the step is not restored yet
 
     def begin(self, trainer: pl.Trainer) -> None:
         """Opens metrics.csv at the trainer's step. train.py calls it for a run that has its last step behind it and only validation to do."""
@@ -52,9 +50,6 @@ class Rows(Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
-        if step == self._seen_step:  # a micro-batch that did not end an optimizer step
-            return
-        self._seen_step = step
         if step % self.every_n_steps and step != trainer.max_steps:
             return
         # A row at the end, out of turn, does not end the interval: a resumed run then has the rows of one that never stopped.

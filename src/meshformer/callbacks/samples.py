@@ -59,10 +59,9 @@ def continuation(task: Any, tokenizer: Any, prompt: str, max_tokens: int, **opti
 
 def whole_model(task: Any) -> Any:
     """The task's model where this process holds all of it; else a whole copy of it on rank 0's host, and None on the other ranks."""
-    gather = getattr(task.trainer.strategy, "whole_weights", None)
-    if gather is None:
+    if task.trainer.strategy.holds_whole_model:
         return task.model if task.trainer.is_global_zero else None
-    weights = gather()
+    weights = task.trainer.strategy.whole_weights()
     if weights is None:
         return None
     with torch.device("meta"):

@@ -6,6 +6,7 @@ import multiprocessing
 import signal
 import time
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import torch
@@ -16,24 +17,24 @@ from meshformer.config.errors import ConfigError
 from meshformer.data.windows import Batch, Batches, GlobalBatchSampler, Order, collated
 
 
-class Timed:
-    """A loader that adds up in ``data.waited`` what its reader waits for batches."""
+class Steps:
+    """What a loader gives, by whole optimizer steps: lists of this rank's micro-batches. Adds up in ``data.waited`` what its reader waits."""
 
     def __init__(self, loader: Batches | DataLoader[Batch], data: SampledData) -> None:
         self.loader, self.data = loader, data
 
     def __len__(self) -> int:
-        return len(self.loader)
+        return len(self.loader) // self.data.accumulation
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[list[Batch]]:
         batches = iter(self.loader)
         while True:
             begun = time.perf_counter()
-            batch = next(batches, None)
+            step = list(islice(batches, self.data.accumulation))
             self.data.waited += time.perf_counter() - begun
-            if batch is None:
+            if not step:
                 return
-            yield batch
+            yield step
 
     def __getattr__(self, name: str) -> Any:  # what Lightning asks a DataLoader for: its sampler, its workers
         if name == "loader":  # asked while a copy is made, before there is one
@@ -100,9 +101,9 @@ class SampledData(LightningDataModule):
         """Optimizer steps in one epoch, whatever the number of ranks."""
         return self._sampler(data_rank=0, data_world=1, accumulation=1).steps_per_epoch
 
-    def train_dataloader(self) -> Timed:
-        """This rank's micro-batches, from ``samples`` on."""
-        return Timed(self._train_loader(), self)
+    def train_dataloader(self) -> Steps:
+        """This rank's micro-batches, a list for each step, from ``samples`` on."""
+        return Steps(self._train_loader(), self)
 
     def _train_loader(self) -> Batches | DataLoader[Batch]:
         sampler = self._sampler(*self._data_axis(), self.accumulation, self.samples)

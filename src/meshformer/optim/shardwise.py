@@ -1,6 +1,7 @@
 """Elementwise updates (AdamW, SGD) of the pieces that this rank holds.
 
-A parameter is a plain tensor or a DTensor. Arithmetic on DTensors costs more than the update itself (25 layers of 128 × 128 on two
+A parameter is a plain tensor or a DTensor. torch's own optimizers take DTensors, but mix them with plain tensors they do not, and fused SGD has no
+DTensor form at all (torch 2.13). Arithmetic on DTensors costs more than the update itself (25 layers of 128 × 128 on two
 CPU ranks: AdamW 3.6 ms instead of 0.8, SGD with momentum 8.2 instead of 1.2; on a 2 × 2 mesh 12.9 and 20.9), so updates run on the
 local tensors. Optimizer state still is DTensors, which is what lets a checkpoint be read back in another layout.
 
@@ -18,6 +19,8 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.adamw import adamw as functional_adamw
 from torch.optim.sgd import sgd as functional_sgd
 
+from meshformer.compat.torch import foreach_div_
+
 
 def pieces(tensors: Sequence[Tensor]) -> list[Tensor]:
     """What this rank holds of each: the local tensor of a DTensor (maybe empty), a plain tensor itself. Call without gradients."""
@@ -32,7 +35,7 @@ def gradient_pieces(parameters: Sequence[Tensor], grad_scale: Tensor | None = No
             gradients[i] = gradients[i].redistribute(p.device_mesh, p.placements)
     found = pieces(gradients)
     if grad_scale is not None:
-        torch._foreach_div_(found, grad_scale)
+        foreach_div_(found, grad_scale)
     return found
 
 
@@ -42,11 +45,6 @@ def laid_out_as(others: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Ten
 
 
 KERNELS = ("cpu", "cuda")  # device types whose fused kernels we rely on
-ASKED_FREELY = ("cpu",)  # device types where no answer has to be waited for
-
-
-def asked_freely(device: torch.device) -> bool:
-    return device.type in ASKED_FREELY
 
 
 def have_kernels(parameters: Iterable[Tensor]) -> bool:
@@ -147,12 +145,12 @@ class ShardwiseOptimizer(Optimizer):
     """A subclass says how a group's parameters that have gradients are updated, and nothing of it where `found_inf` is 1.
 
     `found_inf`, one number on the device, is for the next step alone; the closure may set it. Where there are no kernels that look at it
-    (devices that are none of `KERNELS`, and AdamW with `fused=False`) the host must ask for it, and waits. `grad_scale`, another such number, is
-    what the next step divides gradients by (as torch's kernels understand it). Both may be plain numbers, where the host knows them.
+    (devices that are none of `KERNELS`, and AdamW with `fused=False`) the host reads it, and waits. `grad_scale`, another such number, is
+    what the next step divides gradients by. torch's fused optimizers read two attributes of these names in the same way.
     """
 
-    found_inf: Tensor | bool | None = None
-    grad_scale: Tensor | float | None = None
+    found_inf: Tensor | None = None
+    grad_scale: Tensor | None = None
     _have_kernels: bool | None = None
 
     def update(self, parameters: list[Tensor], group: dict[str, Any], found_inf: Tensor | None, grad_scale: Tensor | None) -> None:
@@ -167,13 +165,10 @@ class ShardwiseOptimizer(Optimizer):
                 loss = closure()
         found_inf, self.found_inf = self.found_inf, None
         grad_scale, self.grad_scale = self.grad_scale, None
-        # What the host knows, kernels need not look at.
-        if not isinstance(found_inf, Tensor) or not self.skips_on_device:
+        if found_inf is not None and not self.skips_on_device:
             if found_inf:
                 return loss
             found_inf = None
-        if grad_scale is not None and not isinstance(grad_scale, Tensor):
-            grad_scale = None if grad_scale == 1 else torch.tensor(grad_scale, dtype=torch.float32)
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             if parameters:  # (with cpu_offload the numbers are on the GPU)

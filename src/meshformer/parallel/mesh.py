@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from meshformer.compat.torch import flatten
 from meshformer.config.degrees import Degrees
 
 AXES = ("pipeline", "replicate", "shard", "context", "tensor")
@@ -25,7 +26,7 @@ def make_mesh(degrees: Degrees, device_type: str) -> DeviceMesh:
     since both would otherwise hold copies. `tokens` = replicate × shard × context: over these losses and token counts are summed.
     """
     mesh = init_device_mesh(device_type, tuple(getattr(degrees, axis) for axis in AXES), mesh_dim_names=AXES)
-    mesh["replicate", "shard"]._flatten("data_parallel")
-    mesh["shard", "context"]._flatten("sharded")
-    mesh["replicate", "shard", "context"]._flatten("tokens")
+    flatten(mesh["replicate", "shard"], "data_parallel")
+    flatten(mesh["shard", "context"], "sharded")
+    flatten(mesh["replicate", "shard", "context"], "tokens")
     return mesh

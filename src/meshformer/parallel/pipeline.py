@@ -1,7 +1,6 @@
 """Pipeline parallel: consecutive layers on consecutive processes, micro-batches passing through them (Huang et al. 2019, GPipe).
 
-Schedules are torch.distributed.pipelining's. Two things are ours: where the model is cut (stages.py), and how the gradients that a schedule
-has computed reach Lightning's automatic optimisation (`Pipeline.losses`).
+Schedules are torch.distributed.pipelining's; where the model is cut is ours (stages.py).
 """
 
 from __future__ import annotations
@@ -53,21 +52,6 @@ class Stage(nn.Module):
         return output.contiguous()
 
 
-class _Deposit(torch.autograd.Function):
-    """The loss that Lightning sees. Its backward pass hands out the gradients that the schedule computed, times the gradient it is given:
-    division by the accumulation and every other factor on the loss keep their meaning."""
-
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, loss: Tensor, deposit: Callable[[Tensor], None]) -> Tensor:
-        ctx.deposit = deposit
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx.deposit(gradients[0])
-        return None, None, None
-
-
 class Pipeline:
     """Runs batches through the stages of this rank and its pipeline peers; put on `Task.pipeline` by the strategy."""
 
@@ -80,16 +64,20 @@ class Pipeline:
         self._made: dict[Any, Any] = {}
         self._micro: list[dict[str, Tensor]] = []
         self._phase = "train"
-        self._counts: dict[int, Tensor] = {}
+        self._sums: dict[int, Tensor] = {}  # number of a micro-batch -> its loss sum and count
+        self._scale = 1.0
         self._checked = False
 
     def losses(self, batch: dict[str, Tensor], phase: str) -> tuple[Tensor, Tensor]:
-        """(loss sum, count) of the batch, the same on every rank of the pipeline.
+        """(loss sum, count) of the batch, the same on every rank of the pipeline. No gradients."""
+        return self._run(batch, phase, train=False)
 
-        In training the schedule runs forward and backward passes here, and the returned loss carries a node that deposits the gradients
-        when Lightning calls backward. (Leaving them on the parameters would lose them: Lightning zeroes gradients in between.)
-        """
-        train = phase == "train" and torch.is_grad_enabled()
+    def forward_backward(self, batch: dict[str, Tensor], scale: float) -> tuple[Tensor, Tensor]:
+        """`losses`; adds the gradient of `scale` × the loss sum to the parameters'."""
+        self._scale = scale
+        return self._run(batch, "train", train=True)
+
+    def _run(self, batch: dict[str, Tensor], phase: str, train: bool) -> tuple[Tensor, Tensor]:
         if not self._checked:
             self._check_same(batch)
         size = next(iter(batch.values())).shape[0]
@@ -103,36 +91,18 @@ class Pipeline:
             for stage in self.stages:
                 check_between(stage.part, stage.micro_inputs[0])
         arguments = (next(iter(self.task.inputs(batch).values())),) if self.has_first else ()
-        losses: list[Tensor] = []
         number = torch.arange(n)
         keywords: dict[str, Any] = {"number": number, "return_outputs": False}
         if self.has_last:
-            keywords |= {"target": number, "losses": losses}
+            keywords |= {"target": number, "losses": []}
         schedule = self._schedule(train, n, batch)
-        parameters = [p for p in self.task.model.parameters() if p.requires_grad] if train else []
-        before = [p.grad for p in parameters]
-        for p in parameters:
-            p.grad = None
         (schedule.step if train else schedule.eval)(*arguments, **keywords)
-        new = [p.grad for p in parameters]
-        for p, gradient in zip(parameters, before, strict=True):
-            p.grad = gradient
         total = torch.zeros(2, dtype=torch.float64, device=self.task.device)
         if self.has_last:
-            total[0] = torch.stack([loss.detach() for loss in losses]).double().sum()
-            total[1] = torch.stack(list(self._counts.values())).sum()
+            for i in range(n):
+                total += self._sums.pop(i)
         dist.broadcast(total, group=self.group, group_src=self.last_rank)
-        loss, count = total[0].float(), total[1].long()
-        if not train:
-            return loss, count
-
-        def deposit(factor: Tensor) -> None:
-            for p, gradient in zip(parameters, new, strict=True):
-                if gradient is not None:
-                    local(gradient).mul_(factor)
-                    p.grad = gradient if p.grad is None else p.grad.add_(gradient)
-
-        return _Deposit.apply(torch.zeros((), requires_grad=True, device=loss.device), loss, deposit), count  # pyright: ignore[reportReturnType]
+        return total[0].float(), total[1].long()
 
     def _schedule(self, train: bool, n: int, batch: dict[str, Tensor]) -> Any:
         """Stages allocate their buffers for one shape, so each shape has stages and a schedule of its own."""
@@ -149,10 +119,9 @@ class Pipeline:
     def _loss(self, output: Tensor, number: Tensor) -> Tensor:
         i = int(number)
         with self.stages[-1].context():
-            loss, self._counts[i] = self.task.scored(output, self._micro[i], self._phase)
-        for other in [k for k in self._counts if k >= len(self._micro)]:
-            del self._counts[other]  # of a batch that had more micro-batches
-        return loss
+            loss_sum, count = self.task.scored(output, self._micro[i], self._phase)
+        self._sums[i] = torch.stack((loss_sum.detach().double(), count.double()))
+        return loss_sum * self._scale
 
     def _check_same(self, batch: dict[str, Tensor]) -> None:
         """Ranks of one pipeline must see the same batch; random augmentation seeded by rank, say, would train on mixtures silently."""

@@ -15,20 +15,20 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, None: None}
 
 
-def shard(root: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh, strategy: dict[str, Any], reshard: bool) -> None:
+def shard(root: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh, strategy: dict[str, Any], reshard_after_forward: bool) -> None:
     """Shards `root` in place over `mesh` (one axis, or replicate × shard), block by block, the rest with the root.
 
     `strategy["param_dtype"]` is what parameters are gathered and computed in, `strategy["reduce_dtype"]` what gradients are summed in, over
     micro-batches and ranks (null: as they come); the parameters themselves stay as they are. Inputs do too: with bf16-mixed autocast is on as
     in one process, so the residual stream, norms and loss keep their fp32, and parameters that arrive in bf16 are not cast again.
-    `reshard`: give a block's parameters back after its forward pass and gather them again for the backward pass.
+    `reshard_after_forward`: free a block's whole parameters after its forward pass and gather them again for the backward pass.
     """
     types = MixedPrecisionPolicy(
         param_dtype=DTYPES[strategy["param_dtype"]], reduce_dtype=DTYPES[strategy["reduce_dtype"]], cast_forward_inputs=False
     )
     offload = CPUOffloadPolicy() if strategy["cpu_offload"] else OffloadPolicy()
     for block in blocks:
-        fully_shard(block, mesh=mesh, mp_policy=types, offload_policy=offload, reshard_after_forward=reshard)
+        fully_shard(block, mesh=mesh, mp_policy=types, offload_policy=offload, reshard_after_forward=reshard_after_forward)
     fully_shard(root, mesh=mesh, mp_policy=types, offload_policy=offload, reshard_after_forward=False)  # the backward pass starts with it
 
 
@@ -45,8 +45,8 @@ def without_reduction(module: nn.Module) -> Iterator[None]:
             m.set_requires_gradient_sync(True, recurse=False)
 
 
-def give_back(module: nn.Module) -> None:
-    """Whole parameters that an evaluation left behind make room for the shards again, so that `named_parameters` shows those."""
+def reshard(module: nn.Module) -> None:
+    """Frees whole parameters that an evaluation left behind, so that `named_parameters` shows the shards."""
     for m in module.modules():
         if isinstance(m, FSDPModule):
             m.reshard()

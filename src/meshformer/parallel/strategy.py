@@ -6,8 +6,8 @@ compilation → FSDP → memory → first values. The model is on torch's meta d
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -15,12 +15,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.parallel import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import loss_parallel
@@ -30,24 +28,26 @@ from meshformer.checkpoint.lightning_io import FolderCheckpointIO, split, withou
 from meshformer.checkpoint.optimizer import complete_groups, read_optimizer
 from meshformer.checkpoint.pieces import piece_of
 from meshformer.checkpoint.weights import load_weights
+from meshformer.compat.torch import foreach_norm
 from meshformer.config.degrees import Degrees, uses_fsdp
 from meshformer.config.errors import ConfigError
 from meshformer.model.draw import fill_part
 from meshformer.model.layout import plan_of, retie, ties
 from meshformer.printing import say
+from meshformer.training.protocol import StepStrategy
 
 from .context import ContextAxis
 from .levers import apply_levers
 from .mesh import make_mesh
 from .pipeline import Pipeline, Stage, local
 from .products import overlap
-from .sharded import give_back, shard, without_reduction
+from .sharded import reshard, shard, without_reduction
 from .stages import balanced, check_pipeline_plan, cut, held_blocks, stage_costs
 from .tensor import apply_tensor_parallel, check_tensor_plan
 from .tried import check_same_output, output_of, trial_batch
 
 
-class MeshStrategy(ModelParallelStrategy):
+class MeshStrategy(StepStrategy, ModelParallelStrategy):
     """`settings` is a resolved `strategy` config node; `compile` and `context_length` come from elsewhere in the configuration.
 
     `init_from`: a checkpoint whose weights the model starts from, set before `fit`; all but those in `reinit`, and in `new_parts` where these
@@ -88,9 +88,11 @@ class MeshStrategy(ModelParallelStrategy):
         """One mesh axis, or a named group of them (see mesh.py)."""
         return self.device_mesh[name]
 
+    holds_whole_model = False
+
     @property
-    def averaged_over(self) -> int:
-        """By how many ranks' mean, rather than sum, a gradient arrives: FSDP averages, our own all-reduce does not."""
+    def averaged_over(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """FSDP averages, our own all-reduce sums."""
         return self.degrees.data * self.degrees.context if self._uses_fsdp else 1
 
     @property
@@ -125,8 +127,6 @@ class MeshStrategy(ModelParallelStrategy):
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
-        if trainer.state.fn == TrainerFn.FITTING and not self.settings["cpu_offload"]:
-            _optimizers_to_device(self.optimizers, self.root_device)
 
     def _build(self, task: Any) -> None:
         settings, degrees = self.settings, self.degrees
@@ -138,8 +138,8 @@ class MeshStrategy(ModelParallelStrategy):
         self._check_plan(model, n_stages)
         if degrees.pipeline > 1:
             numbers = [self.axis("pipeline").get_local_rank() + k * degrees.pipeline for k in range(settings["stages_per_rank"])]
-            self.blocks_per_stage = settings["blocks_per_stage"] or balanced(*stage_costs(model, self.context_length), n_stages)
-            parts = cut(model, self.blocks_per_stage, numbers)
+            counts = settings["blocks_per_stage"] or balanced(*stage_costs(model, self.context_length), n_stages)
+            self.blocks_per_stage, parts = counts, cut(model, counts, numbers)
         if degrees.context > 1:
             self.context = ContextAxis(self.axis("context"), settings["context_method"])
         if settings["async_tensor_parallel"]:
@@ -159,9 +159,9 @@ class MeshStrategy(ModelParallelStrategy):
         self._stages = stages
         if self._uses_fsdp:
             mesh = self.device_mesh["replicate", "sharded"] if degrees.replicate > 1 else self.axis("sharded")
-            reshard = settings["reshard_after_forward"]
+            after_forward = settings["reshard_after_forward"]
             for stage, part in zip(stages, parts, strict=True):
-                shard(stage, held_blocks(part), mesh, settings, degrees.pipeline == 1 if reshard == "auto" else reshard)
+                shard(stage, held_blocks(part), mesh, settings, degrees.pipeline == 1 if after_forward == "auto" else after_forward)
             if self.is_global_zero and not held_blocks(parts[0]):
                 say("the model has no list of blocks: FSDP gathers all of it at once")
         if degrees.pipeline > 1:
@@ -234,33 +234,24 @@ class MeshStrategy(ModelParallelStrategy):
 
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
         batch = super().batch_to_device(batch, device, dataloader_idx)
-        return batch if self.context is None else self.context.cut(batch)
+        return batch if self.context is None or isinstance(batch, list) else self.context.cut(batch)
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        return self._step("training_step", super().training_step, *args, **kwargs)
+    def forward_backward(self, batch: dict[str, Tensor], scale: float, last: bool) -> tuple[Tensor, Tensor]:
+        if self.pipeline is None:
+            return super().forward_backward(batch, scale, last)
+        # A schedule runs forward and backward passes of its own micro-batches in turn, and FSDP reduces at its end: hooks come behind both.
+        loss_sum, count = self.pipeline.forward_backward(batch, scale)
+        self.precision_plugin.pre_backward(loss_sum, self.lightning_module)  # pyright: ignore[reportArgumentType]
+        self.precision_plugin.post_backward(loss_sum, self.lightning_module)  # pyright: ignore[reportArgumentType]
+        return loss_sum, count
 
-    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        return self._step("validation_step", super().validation_step, *args, **kwargs)
-
-    def test_step(self, *args: Any, **kwargs: Any) -> Any:
-        return self._step("test_step", super().test_step, *args, **kwargs)
-
-    def _step(self, name: str, usual: Any, *args: Any, **kwargs: Any) -> Any:
-        # In a pipeline the schedule runs backward passes inside the step, which must be outside of autocast: stages open it themselves.
-        return usual(*args, **kwargs) if self.pipeline is None else getattr(self.lightning_module, name)(*args, **kwargs)
-
-    @contextmanager
-    def block_backward_sync(self) -> Iterator[None]:
-        """Lightning enters this for all but the last micro-batch of a step. (A pipeline's schedule reduces at its own end in any case.)"""
-        if self._uses_fsdp and self.settings["reduce_gradients"] == "last" and self.pipeline is None:
-            with without_reduction(self.lightning_module.model):  # pyright: ignore[reportOptionalMemberAccess, reportArgumentType]
-                yield
-        else:
-            yield
+    def without_reduction(self) -> AbstractContextManager[Any]:
+        if self._uses_fsdp and self.settings["reduce_gradients"] == "last":
+            return without_reduction(self.lightning_module.model)  # pyright: ignore[reportOptionalMemberAccess, reportArgumentType]
+        return nullcontext()
 
     @torch.no_grad()
-    def finished_gradients(self) -> tuple[list[Tensor], Tensor, Tensor]:
-        """This rank's pieces of the step's gradient, complete over all axes, the norm of each, and the norm of the whole. A collective."""
+    def finish_gradients(self, optimizer: torch.optim.Optimizer) -> tuple[list[Tensor], Tensor, Tensor]:
         held = [(p, weight) for p, weight in self._trained if p.grad is not None]
         for p, _ in held:
             gradient: Any = p.grad
@@ -275,7 +266,7 @@ class MeshStrategy(ModelParallelStrategy):
         total = torch.zeros((), dtype=torch.float64, device=self.root_device)
         norms = torch.zeros(0, device=self.root_device)
         if gradients:
-            norms = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32))
+            norms = torch.stack(foreach_norm(gradients, 2, dtype=torch.float32))
             if self._weights is None or len(self._weights) != len(held):  # once: a copy to a GPU in every step would be waited for
                 self._weights = torch.tensor([weight for _, weight in held], dtype=torch.float64, device=norms.device)
             total += norms.double().square() @ self._weights
@@ -284,10 +275,10 @@ class MeshStrategy(ModelParallelStrategy):
 
     def _all_reduce(self, pieces: list[Tensor]) -> None:
         """Sums over `replicate`, all gradients in one go."""
-        flat = _flatten_dense_tensors(pieces)
+        flat = torch.cat([piece.flatten() for piece in pieces])
         dist.all_reduce(flat, group=self.axis("replicate").get_group())
-        for piece, total in zip(pieces, _unflatten_dense_tensors(flat, pieces), strict=True):
-            piece.copy_(total)
+        for piece, total in zip(pieces, flat.split([piece.numel() for piece in pieces]), strict=True):
+            piece.copy_(total.view_as(piece))
 
     # --- what is measured
 
@@ -296,7 +287,6 @@ class MeshStrategy(ModelParallelStrategy):
         return all_reduced(tensor, group if group is not None else self.axis("tokens").get_group(), reduce_op)
 
     def from_last_stage(self, tensor: Tensor) -> Tensor:
-        """What the ranks that hold the head measured, on every rank of a pipeline; elsewhere `tensor` itself. A collective, in place."""
         if self.pipeline is not None:
             dist.broadcast(tensor, group=self.pipeline.group, group_src=self.pipeline.last_rank)
         return tensor
@@ -307,9 +297,8 @@ class MeshStrategy(ModelParallelStrategy):
         return bool(given.item())
 
     def whole_weights(self) -> dict[str, Tensor] | None:
-        """Every parameter, whole and on the host, by name: on global rank 0; None elsewhere. A collective, and as much memory as the model."""
         task: Any = self.lightning_module
-        self.give_back()
+        self.reshard()
         mine: dict[str, Tensor] = {}
         for name, p in task.model.named_parameters():
             full = p.full_tensor() if isinstance(p, DTensor) else p
@@ -326,7 +315,7 @@ class MeshStrategy(ModelParallelStrategy):
     # --- checkpoints: every rank writes and reads its own pieces, by name
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        self.give_back()
+        self.reshard()
         assert self.lightning_module is not None
         return self.lightning_module.state_dict()
 
@@ -345,7 +334,7 @@ class MeshStrategy(ModelParallelStrategy):
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         path, task = Path(self.broadcast(checkpoint_path)), self.lightning_module
         assert task is not None
-        self.give_back()
+        self.reshard()
         load_weights(task.model, path, partial=self.pipeline is not None, aliases=self.aliases, averaged=False)  # pyright: ignore[reportArgumentType]
         rest = read_rest(path)
         if self._checkpoints.fresh_optimizer:
@@ -359,10 +348,9 @@ class MeshStrategy(ModelParallelStrategy):
         assert isinstance(self.checkpoint_io, FolderCheckpointIO), "build.py gives the Trainer a FolderCheckpointIO"
         return self.checkpoint_io
 
-    def give_back(self) -> None:
-        """Whole parameters that FSDP keeps make room for its pieces of them: before weights are read or written by piece."""
+    def reshard(self) -> None:
         for stage in self._stages:
-            give_back(stage)
+            reshard(stage)
 
     def teardown(self) -> None:
         self.checkpoint_io.teardown()

@@ -61,11 +61,12 @@ class Evaluated(Task):
             return {}
         if not self._metrics:  # a pipeline rank without the head has seen no output
             self._metrics.append(self.metrics(outputs).to(self.device))  # pyright: ignore[reportArgumentType]
+        strategy: Any = self.trainer.strategy
         collection = self._metrics[0]
         for metric in collection.values(copy_state=False):
             for name in metric._defaults:
-                total = self.trainer.strategy.reduce(getattr(metric, name), reduce_op="sum")
-                setattr(metric, name, getattr(self.trainer.strategy, "from_last_stage", lambda x: x)(total))
+                total = strategy.reduce(getattr(metric, name), reduce_op="sum")
+                setattr(metric, name, strategy.from_last_stage(total))
             metric._update_count = 1
         computed = collection.compute()
         collection.reset()

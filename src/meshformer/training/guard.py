@@ -26,7 +26,6 @@ class Trouble(NamedTuple):
     gradient: bool
 
 
-Flag = Tensor | bool  # on a device that has to be waited for, or known
 FOLD = 1024  # steps or micro-batches noted as they came, before the host looks at them though no row is due
 
 
@@ -46,7 +45,7 @@ class Guard:
         self.rates: dict[int, float] = {}
         self.earlier = earlier  # noted before a checkpoint that this run goes on from
         self._losses: list[tuple[int, Tensor, Tensor]] = []
-        self._gradients: list[tuple[int, Flag, Flag, Tensor]] = []
+        self._gradients: list[tuple[int, Tensor, Tensor, Tensor]] = []
 
     def loss(self, step: int, loss: Tensor, count: Tensor) -> None:
         """A micro-batch's loss sum and count. They enter the row's mean where the loss is finite."""
@@ -54,7 +53,7 @@ class Guard:
         if len(self._losses) == FOLD:
             self._fold()
 
-    def gradient(self, step: int, learning_rate: float, bad: Flag, skip: Flag, norms: Tensor) -> None:
+    def gradient(self, step: int, learning_rate: float, bad: Tensor, skip: Tensor, norms: Tensor) -> None:
         """`bad`: whether the step's gradient is not finite; `skip`: whether its update is not made; `norms`: of this rank's gradients."""
         if len(self._gradients) == FOLD:
             self._fold()
@@ -89,7 +88,7 @@ class Guard:
         return int(self.skipped), None if math.isinf(step) else int(step), (loss_sum, count)
 
     def describe(self, step: int | None, task: Any) -> Trouble | None:
-        """What happened at `step`, of which `look` told. A collective where it is not None, and then as slow as it likes."""
+        """Describes the failure that `look` found at `step`. A collective where `step` is not None; it may be slow."""
         if self.earlier is not None or step is None:
             return self.earlier
         bad_gradient = self.step == step
@@ -116,8 +115,6 @@ class Guard:
         self.earlier = None
 
 
-def _on_host(values: tuple[Any, ...]) -> list[Any]:
+def _on_host(values: tuple[Tensor, ...]) -> list[Any]:
     """Tensors' numbers, fetched at once."""
-    if values and all(isinstance(value, Tensor) for value in values):
-        return torch.stack(values).tolist()
-    return [value.item() if isinstance(value, Tensor) else value for value in values]
+    return torch.stack(values).tolist() if values else []
