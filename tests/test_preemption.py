@@ -114,15 +114,15 @@ def test_a_signal_stops_the_run_saved_and_it_goes_on_exactly(work: Path, layout:
 
 
 def stopped_on_a_full_disk(folder: Path, name: str, *overrides: str) -> tuple[Stopped, str]:
-    usage, losses = shutil.disk_usage, LanguageModelling.losses
+    usage, step = shutil.disk_usage, LanguageModelling.training_step
     shutil.disk_usage = lambda path: usage(path)._replace(free=0)  # pyright: ignore[reportAttributeAccessIssue]
 
-    def losses_and_signal(self: Any, batch: Any, phase: str) -> Any:
+    def step_and_signal(self: Any, *arguments: Any) -> Any:
         if self.trainer.global_step == 2 and self.trainer.is_global_zero:
             os.kill(os.getpid(), signal.SIGUSR1)
-        return losses(self, batch, phase)
+        return step(self, *arguments)
 
-    LanguageModelling.losses = losses_and_signal
+    LanguageModelling.training_step = step_and_signal
     with contextlib.redirect_stderr(io.StringIO()) as err:
         try:
             run_tiny(folder, name, "callbacks.checkpoint.on_failure=warn", *overrides)
