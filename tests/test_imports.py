@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1] / "src" / PACKAGE
 
 # Rooms by floor. A file at the top of the package is a room of its own, but for the entry points and the command, which share one each.
 FLOORS = {
-    "compat": 0,
+    "compat": -1,  # private names of libraries
     "config": 0,
     "model": 0,
     "printing": 0,
@@ -35,7 +35,7 @@ FLOORS = {
 COMMAND = {"cli", "compose", "doctor", "explain", "launch", "recorded", "__main__"}
 HEAVY = {"torch", "lightning", "pytorch_lightning", "torchmetrics", "transformers"}
 NOT_IN_MODEL = ("lightning", "pytorch_lightning", "hydra", "omegaconf", "torch.distributed")
-KNOWS_HYDRA = {"build", "command", "hydra_plugins"}
+KNOWS_HYDRA = {"build", "command", "compat", "hydra_plugins"}
 
 
 @dataclass(frozen=True)

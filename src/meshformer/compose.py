@@ -18,8 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from hydra import version as hydra_version
-from hydra._internal.hydra import Hydra
-from hydra._internal.utils import create_config_search_path
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
@@ -33,6 +31,7 @@ from omegaconf.errors import OmegaConfBaseException
 from meshformer.checkpoint.find import candidates, is_foreign
 from meshformer.checkpoint.pretrained import carriers
 from meshformer.checkpoint.pretrained.source import derive, tokenizer_of
+from meshformer.compat.hydra import Hydra, create_config_search_path
 from meshformer.config import ConfigError, check, did_you_mean, resolve, validate
 from meshformer.config.check import SHAPES, is_own
 from meshformer.config.foreign import confine, read_config, refuse_links

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 from meshformer.build import build_model
+from meshformer.compat.torch_distributed import fake_store
 from meshformer.compose import compose
 from meshformer.parallel.pipeline import local
 from meshformer.parallel.strategies import make_strategy
@@ -40,19 +41,17 @@ class _Task(nn.Module):
 def build_part(layout: str, sizes: dict[str, Any], rank: int = 0) -> Any:
     """The part that `rank` of strategy=`layout` keeps of a Transformer with these `sizes`, with its first values, as the mesh strategy makes it on
     a CPU. Leaves torch's fake process group behind."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
     small = ["model=custom", "model.n_layers=1", "model.n_heads=8", "model.d_model=64"]
     config = compose([*small, f"strategy={layout}", f"trainer.devices={RANKS}", "trainer.accelerator=cpu"])
     config["model"] |= {"vocab_size": 64, **sizes}  # by now, as the check knows that eight such parts do not fit this machine
     if not dist.is_initialized():
-        dist.init_process_group("fake", rank=rank, world_size=RANKS, store=FakeStore())
+        dist.init_process_group("fake", rank=rank, world_size=RANKS, store=fake_store())
     strategy: Any = make_strategy(config["strategy"], context_length=config["data"]["context_length"])
     strategy.parallel_devices = [torch.device("cpu")] * RANKS
     strategy.make_mesh()
     with torch.device("meta"):
         task: Any = _Task(build_model(config), config["seed"])
-    strategy._lightning_module = task
+    strategy.connect(task)
     strategy._build(task)
     return task.model
 

@@ -52,7 +52,7 @@ def right_kernels(bench: Bench) -> None:
             if name in ("rotary", "alibi"):  # without and with slopes; the kernel is compiled, or traced, anew for each
                 flex = _gradients(make(attention=attend_flex), torch.device(bench.device), packed)
                 bench.add("kernels", f"flex against reference, {name}, {shape}", _difference(flex, here), "relative", at_most=1e-3)
-                torch._dynamo.reset()  # or the ninth would be run uncompiled
+                torch.compiler.reset()  # or the ninth would be run uncompiled
 
 
 def _gradients(model: Transformer, device: torch.device, packed: bool) -> Tensor:
@@ -281,7 +281,7 @@ def long_context(bench: Bench) -> None:
             _clean(bench.device)
             with device:
                 model = Transformer(512, 2, heads, width, T, attention=attend, **settings)
-            torch._dynamo.reset()
+            torch.compiler.reset()
             apply_levers(model.blocks, "none", compile=not bench.tiny)
 
             def step(model: Any = model, packed: bool = packed) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from meshformer.checkpoint.folder import read_into, tensor_sizes
 from meshformer.checkpoint.weights import AVERAGE
-from meshformer.compat.torch import foreach_copy_, foreach_lerp_
+from meshformer.compat.torch import foreach_lerp_
 from meshformer.config.errors import ConfigError
 from meshformer.optim.shardwise import pieces
 
@@ -36,7 +36,7 @@ class EMA(Callback):
         if decay == 1:
             raise ConfigError("such an average never moves", "callbacks.ema.decay", decay, fix="0.999 is usual.")
         self.decay = decay
-        self._parameters: list[Any] = []
+        self._trained: list[Any] = []
         self._second: set[str] = set()
         self._weights: list[Tensor] = []  # what this rank holds of them; sharing memory
         self._averages: dict[str, Tensor] = {}  # key in a checkpoint -> of the parameter's shape and layout
@@ -48,7 +48,7 @@ class EMA(Callback):
             return
         named = {pl_module.aliases.get(name, name): p for name, p in pl_module.model.named_parameters() if p.requires_grad}
         self._second = {AVERAGE + name for name in pl_module.aliases.values()}  # another rank saves them
-        self._parameters = list(named.values())
+        self._trained = list(named.values())
         self._averages = {AVERAGE + name: p.detach().float().clone() for name, p in named.items()}
         self._weights, self._held = self._pieces(), pieces(list(self._averages.values()))
         if trainer.ckpt_path is not None:
@@ -57,7 +57,7 @@ class EMA(Callback):
             read_into(path, {key: x for key, x in self._averages.items() if key in saved})
 
     def _pieces(self) -> list[Tensor]:
-        return pieces([p.detach() for p in self._parameters])
+        return pieces([p.detach() for p in self._trained])
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.decay is None:
@@ -79,13 +79,18 @@ class EMA(Callback):
             trainer.strategy.reshard()  # pyright: ignore[reportAttributeAccessIssue]
             weights = self._pieces()  # not those of training: when it ends, Lightning moves a GPU's parameters away and back
             self._aside = [w.clone() for w in weights]
-            foreach_copy_(weights, self._held)
+            _copy(weights, self._held)
 
     def _swap_back(self, trainer: pl.Trainer) -> None:
         if self._aside is not None:
             trainer.strategy.reshard()  # pyright: ignore[reportAttributeAccessIssue]
-            foreach_copy_(self._pieces(), self._aside)
+            _copy(self._pieces(), self._aside)
             self._aside = None
+
+
+def _copy(into: list[Tensor], values: list[Tensor]) -> None:
+    for x, value in zip(into, values, strict=True):
+        x.copy_(value)
 
 
 @contextmanager

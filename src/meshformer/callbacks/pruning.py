@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
+from meshformer.compat.optuna import trial_of
 from meshformer.printing import say
 
 
@@ -41,7 +42,7 @@ class Pruning(Callback):
         study = optuna.load_study(study_name=None, storage=url, pruner=pruners[self.pruner]())
         found = study.trials[self.number]
         if not found.state.is_finished():
-            self.trial = optuna.trial.Trial(study, found._trial_id)
+            self.trial = trial_of(study, found)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if trainer.state.fn != "fit" or trainer.global_step >= trainer.max_steps:

@@ -7,9 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra._internal.callbacks import Callbacks
-from hydra._internal.hydra import Hydra
-from hydra._internal.utils import get_args_parser
 from hydra.core.utils import run_job
 from hydra.types import HydraContext
 from omegaconf import DictConfig, read_write
@@ -20,6 +17,7 @@ from meshformer.command.conversion import export_source_and_target, source_and_t
 from meshformer.command.folders import claim_folder, forget_folder, shared_folder, write_settings
 from meshformer.command.recipe import FirstRun, pretraining
 from meshformer.command.slurm import MARK, earlier_start, job_mark
+from meshformer.compat.hydra import Callbacks, Hydra, get_args_parser
 from meshformer.config import ConfigError, Convert, Evaluate, Export, Generate, validate
 from meshformer.config.compilation import compiles
 from meshformer.config.foreign import confine, read_config

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from meshformer.compat.torch import flex_operator
+
 from .cache import KeyValueCache
 from .norm import RMSNorm
 from .position import Position, falling_bias
@@ -183,11 +185,9 @@ def _lacks_gradient(q: Tensor) -> bool:
 
 
 def _flex_unfused(q: Tensor, k: Tensor, v: Tensor, score_mod: Callable[..., Tensor] | None, blocks: Any) -> Tensor:
-    """`flex_attention` by its own formula, for a CPU: the public function refuses gradients there, which the operator behind it has."""
-    from torch._higher_order_ops.flex_attention import flex_attention as operator
-
+    """`flex_attention` by its own formula, for a CPU: the public function refuses gradients there."""
     unchanged = lambda score, b, h, q, k: score  # noqa: E731
-    return operator(q, k, v, score_mod or unchanged, blocks.as_tuple(), 1 / math.sqrt(q.shape[-1]), {"OUTPUT_LOGSUMEXP": True})[0]
+    return flex_operator()(q, k, v, score_mod or unchanged, blocks.as_tuple(), 1 / math.sqrt(q.shape[-1]), {"OUTPUT_LOGSUMEXP": True})[0]
 
 
 @cache

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from meshformer.compat.torch import foreach_lerp
 from meshformer.config.errors import ConfigError
 from meshformer.optim.owners import on_owners
 from meshformer.optim.shardwise import ShardwiseOptimizer, gradient_pieces, pieces, sgd_step, update_by_adamw
@@ -111,7 +110,7 @@ class MuonAdamW(ShardwiseOptimizer):
         # Written as SGD's own step, with decay 1, M − (1 − momentum)(M − gradient): its kernel leaves M alone where the step is skipped. What is
         # then computed from a gradient that is not finite reaches nothing but the last kernel, which leaves the matrices alone too.
         sgd_step(buffers, gradients, found_inf, lr=1 - momentum, weight_decay=1.0, maximize=True)
-        updates = list(foreach_lerp(gradients, buffers, momentum)) if group["nesterov"] else buffers
+        updates = [g.lerp(b, momentum) for g, b in zip(gradients, buffers, strict=True)] if group["nesterov"] else buffers
         directions = _directions(parameters, updates, group)
         for (shape, dtype, _), indices in _alike(parameters).items():
             scale = SCALES[group["scale"]](*shape)

@@ -17,16 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import _functional_collectives as collectives
 from torch.distributed.device_mesh import DeviceMesh
 
+from meshformer.compat.torch_distributed import all_gather, all_gather_autograd, all_to_all_autograd, wait_tensor
 from meshformer.config.errors import ConfigError
 from meshformer.model.attention import Mask
 from meshformer.model.layout import plan_of
-
-# torch 2.13 renamed the first two, with the same arguments.
-all_gather = getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor
-all_gather_autograd = getattr(collectives, "all_gather_single_autograd", None) or collectives.all_gather_tensor_autograd
 
 
 class ContextAxis:
@@ -82,7 +78,7 @@ class ContextAxis:
             setattr(module, core, self._across(attend))
 
     def _gather(self, x_Bt: Tensor) -> Tensor:
-        return collectives.wait_tensor(all_gather(x_Bt.contiguous(), 1, self.group))
+        return wait_tensor(all_gather(x_Bt.contiguous(), 1, self.group))
 
     def _across(self, attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
         @wraps(attend)
@@ -115,4 +111,4 @@ class ContextAxis:
 
 
 def _all_to_all(x: Tensor, group: Any) -> Tensor:
-    return collectives.all_to_all_single_autograd(x, None, None, group)
+    return all_to_all_autograd(x, None, None, group)

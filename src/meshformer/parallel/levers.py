@@ -7,26 +7,15 @@ the compiled code is what is computed again; FSDP's hooks, which hang on the cal
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-aten = torch.ops.aten
-# Expensive to compute again: matrix products, attention, and what other ranks must take part in. Everything else is cheap.
-KEPT = {
-    aten.mm.default,
-    aten.addmm.default,
-    aten.bmm.default,
-    aten._scaled_dot_product_flash_attention.default,
-    aten._scaled_dot_product_efficient_attention.default,
-    aten._scaled_dot_product_cudnn_attention.default,
-    aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops._c10d_functional.all_gather_into_tensor.default,
-    torch.ops._c10d_functional.reduce_scatter_tensor.default,
-    torch.ops._c10d_functional.all_reduce.default,
-}
+# Expensive to compute again: matrix products, attention, and what other ranks must take part in. Everything else is cheap. Words in names of
+# operators, of which each device has its own.
+KEPT = ("aten.mm.", "aten.addmm.", "aten.bmm.", "scaled_dot_product", "all_gather_into_tensor", "reduce_scatter_tensor", "functional.all_reduce.")
 
 
 BACKEND = "inductor"  # of torch.compile
@@ -46,4 +35,10 @@ def apply_levers(blocks: Iterable[Any], activation_checkpointing: str, compile: 
 
 
 def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operation in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+    kept = _is_kept(operation)
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@cache
+def _is_kept(operation: Any) -> bool:
+    return any(word in str(operation) for word in KEPT)

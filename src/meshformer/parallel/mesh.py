@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from meshformer.compat.torch import flatten
+from meshformer.compat.torch_distributed import flatten
 from meshformer.config.degrees import Degrees
 
 AXES = ("pipeline", "replicate", "shard", "context", "tensor")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
+from meshformer.compat.torch_distributed import overlap_products_with_transfers
 from meshformer.config.check_layout import FLOAT8_CAPABILITY
 from meshformer.config.errors import ConfigError
 from meshformer.model.layout import blocks_name
@@ -24,10 +25,4 @@ def in_float8(model: Any) -> None:
 
 def overlap(mesh: DeviceMesh) -> None:
     """Products before a scatter and after a gather over `mesh` (the tensor axis) are cut into pieces that are sent while the next is computed."""
-    import torch._inductor.config
-    import torch.distributed._symmetric_memory as symmetric
-
-    torch._inductor.config._micro_pipeline_tp = True
-    enable = getattr(symmetric, "enable_symm_mem_for_group", None)
-    if enable is not None and not hasattr(enable, "__deprecated__"):  # newer torch enables every group by itself
-        enable(mesh.get_group().group_name)
+    overlap_products_with_transfers(mesh.get_group().group_name)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from meshformer.compat.torch import view_of
 from meshformer.config.errors import ConfigError
 from meshformer.model.layout import blocks_name, blocks_of, plan_of, ties
 
@@ -170,25 +171,22 @@ def cut(model: nn.Module, counts: Sequence[int], keep: Sequence[int]) -> list[An
     views = [_view(model, {**{name: copy.copy(model.get_submodule(name)) for name in plan.per_head}, **without([stage])}) for stage in keep]
     for name, module in without(keep).items():
         owner, _, own = name.rpartition(".")
-        model.get_submodule(owner)._modules[own] = module
+        setattr(model.get_submodule(owner), own, module)
     return views
 
 
 def _view(model: nn.Module, others: dict[str, nn.Module]) -> Any:
     """The model with other modules in some places, sharing all else."""
-    view = copy.copy(model)
-    view._modules = dict(model._modules)
+    view = view_of(model)
     inside: dict[str, dict[str, nn.Module]] = {}
     for name, module in others.items():
         first, _, rest = name.partition(".")
         if not rest:
-            view._modules[first] = module
+            setattr(view, first, module)
         else:
             inside.setdefault(first, {})[rest] = module
     for first, deeper in inside.items():
-        part = view._modules[first]
-        assert part is not None
-        view._modules[first] = _view(part, deeper)
+        setattr(view, first, _view(getattr(view, first), deeper))
     return view
 
 

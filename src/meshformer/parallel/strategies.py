@@ -56,4 +56,4 @@ def make_strategy(
         # Ranks keep sums of their own (metrics): DDP must not overwrite them with rank 0's at every forward. The model has no buffers.
         timeout = timedelta(seconds=strategy["timeout"])
         return DataParallel(timeout=timeout, gradient_as_bucket_view=True, broadcast_buffers=False, static_graph=static_graph)
-    return MeshStrategy(strategy, compile, context_length)
+    return MeshStrategy(strategy, compile, context_length, device)

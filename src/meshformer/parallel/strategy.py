@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.strategies.parallel import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -54,8 +53,11 @@ class MeshStrategy(StepStrategy, ModelParallelStrategy):
     do not fit.
     """
 
-    def __init__(self, settings: dict[str, Any], compile: bool = False, context_length: int = 1):
-        super().__init__(timeout=timedelta(seconds=settings["timeout"]))
+    def __init__(self, settings: dict[str, Any], compile: bool = False, context_length: int = 1, device: str = "cpu"):
+        self.timeout = timedelta(seconds=settings["timeout"])
+        # With parameters on the host (cpu_offload, asynchronous checkpoints) collectives on host tensors are needed too.
+        super().__init__(timeout=self.timeout, process_group_backend="gloo" if device == "cpu" else "cpu:gloo,cuda:nccl")
+        self._mesh: DeviceMesh | None = None
         self.settings, self.compile, self.context_length = settings, compile, context_length
         self.degrees = Degrees.from_config(settings)
         self.init_from: Path | None = None
@@ -69,20 +71,20 @@ class MeshStrategy(StepStrategy, ModelParallelStrategy):
     # --- processes
 
     def setup_environment(self) -> None:
-        ParallelStrategy.setup_environment(self)
-        self._setup_distributed()
-        if self._device_mesh is None:
+        super().setup_environment()
+        if self._mesh is None:
             self.make_mesh()
             # Checkpoints are agreed upon by the hosts, possibly while training communicates in other groups.
-            self._hosts: Any = dist.new_group(backend="gloo", timeout=self._timeout)
-        assert self.lightning_module is not None
+            self._hosts: Any = dist.new_group(backend="gloo", timeout=self.timeout)
 
     def make_mesh(self) -> None:
-        self._device_mesh = make_mesh(self.degrees, self.root_device.type)
+        self._mesh = make_mesh(self.degrees, self.root_device.type)
 
-    def _get_process_group_backend(self) -> str:
-        # With parameters on the host (cpu_offload, asynchronous checkpoints) collectives on host tensors are needed too.
-        return "gloo" if self.root_device.type == "cpu" else "cpu:gloo,cuda:nccl"
+    @property
+    def device_mesh(self) -> DeviceMesh:
+        """Instead of Lightning's, which has two axes."""
+        assert self._mesh is not None, "setup_environment makes it"
+        return self._mesh
 
     def axis(self, name: str) -> DeviceMesh:
         """One mesh axis, or a named group of them (see mesh.py)."""
@@ -320,7 +322,7 @@ class MeshStrategy(StepStrategy, ModelParallelStrategy):
         return self.lightning_module.state_dict()
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        return getattr(optimizer, "_optimizer", optimizer).state_dict()
+        return optimizer.state_dict()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         self._checkpoints.wait()  # a save in the background communicates among the hosts as well

@@ -18,14 +18,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module, distribute_tensor
-from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    ParallelStyle,
-    RowwiseParallel,
-    SequenceParallel,
-    parallelize_module,
-)
+from torch.distributed.tensor.parallel import ParallelStyle, RowwiseParallel, SequenceParallel, parallelize_module
 
+from meshformer.compat.torch import exchange_parameters
+from meshformer.compat.torch_distributed import ColumnStyle, RowStyle, Style
 from meshformer.config.errors import ConfigError
 from meshformer.model import LoraLinear, head_loss
 from meshformer.model.layout import STYLES, plan_of, retie, ties, uncovered
@@ -33,10 +29,10 @@ from meshformer.model.layout import STYLES, plan_of, retie, ties, uncovered
 from .stages import StandIn, held_blocks
 
 
-class Replicated(ParallelStyle):
+class Replicated(Style):
     """The module computes the same on every rank: plain tensors in and out, parameters as replicated DTensors."""
 
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+    def apply(self, module: Any, mesh: DeviceMesh) -> nn.Module:
         def inward(_: nn.Module, inputs: tuple[Any, ...], mesh: DeviceMesh) -> tuple[Any, ...]:
             return tuple(
                 DTensor.from_local(x, mesh, (Replicate(),), run_check=False) if isinstance(x, Tensor) and not isinstance(x, DTensor) else x
@@ -46,64 +42,58 @@ class Replicated(ParallelStyle):
         def outward(_: nn.Module, output: Any, mesh: DeviceMesh) -> Any:
             return output.to_local() if isinstance(output, DTensor) else output
 
-        return distribute_module(module, device_mesh, None, inward, outward)  # pyright: ignore[reportArgumentType]
+        return distribute_module(module, mesh, None, inward, outward)  # pyright: ignore[reportArgumentType]
 
 
-class OnPieces(ParallelStyle):
+class OnPieces(Style):
     """A linear layer on each rank's part of the sequence, by the whole weight: plain tensors in and out, gradients are sums over that part.
 
     Written out, since a DTensor of torch 2.11 that is cut along time refuses the layer's view.
     """
 
-    def _apply(self, module: Any, device_mesh: DeviceMesh) -> nn.Module:
+    def apply(self, module: Any, mesh: DeviceMesh) -> nn.Module:
         def forward(x: Tensor) -> Tensor:
             weight, bias = (None if p is None else p.to_local(grad_placements=(Partial(),)) for p in (module.weight, module.bias))
             return nn.functional.linear(x, weight, bias)  # pyright: ignore[reportArgumentType]
 
-        distribute_module(module, device_mesh)
+        distribute_module(module, mesh)
         module.forward = forward
         return module
 
 
-class Columns(ColwiseParallel):
+class Columns(ColumnStyle):
     """Of an adapter B is cut like the weight, by output features, and A is whole: the forward pass exchanges nothing."""
 
-    def _partition_linear_fn(self, name: str, module: Any, device_mesh: DeviceMesh) -> None:
+    def cut(self, module: Any, mesh: DeviceMesh) -> None:
         adapter = _taken(module)
-        super()._partition_linear_fn(name, module, device_mesh)
-        _put(module, adapter, device_mesh, lora_A=Replicate(), lora_B=Shard(0))
+        super().cut(module, mesh)
+        _put(module, adapter, mesh, lora_A=Replicate(), lora_B=Shard(0))
 
 
-class Rows(RowwiseParallel):
+class Rows(RowStyle):
     """Of an adapter A is cut like the weight, by input features, and B is whole: B of the sum of A's partial products."""
 
-    def _partition_linear_fn(self, name: str, module: Any, device_mesh: DeviceMesh) -> None:
+    def cut(self, module: Any, mesh: DeviceMesh) -> None:
         adapter = _taken(module)
-        super()._partition_linear_fn(name, module, device_mesh)
-        _put(module, adapter, device_mesh, lora_A=Shard(1), lora_B=Replicate())
+        super().cut(module, mesh)
+        _put(module, adapter, mesh, lora_A=Shard(1), lora_B=Replicate())
 
 
-class VocabularyColumns(ColwiseParallel):
+class VocabularyColumns(ColumnStyle):
     """The head, cut along the vocabulary. Its logits are laid out as asked; where it sums the loss itself, each rank does so over its entries."""
 
-    def _apply(self, module: Any, device_mesh: DeviceMesh) -> nn.Module:
-        rank, size = device_mesh.get_local_rank(), device_mesh.size()
+    def cut(self, module: Any, mesh: DeviceMesh) -> None:
+        super().cut(module, mesh)
+        rank, size = mesh.get_local_rank(), mesh.size()
         widest = -(-module.out_features // size)
         start = min(widest * rank, module.out_features)
 
         def loss(x_BTC: DTensor, targets_BT: Tensor) -> Tensor:
             weight, bias = module.weight.to_local(), None if module.bias is None else module.bias.to_local()
             x_BTC = x_BTC.to_local(grad_placements=(Partial(),))  # pyright: ignore[reportAssignmentType]
-            return head_loss(x_BTC, weight, bias, targets_BT, combine=over(device_mesh.get_group()), start=start, widest=widest)
+            return head_loss(x_BTC, weight, bias, targets_BT, combine=over(mesh.get_group()), start=start, widest=widest)
 
         module.loss = loss
-        return super()._apply(module, device_mesh)
-
-    @staticmethod
-    def _prepare_output_fn(output_layouts: Any, use_local_output: bool, mod: nn.Module, outputs: Any, device_mesh: DeviceMesh) -> Any:
-        if not isinstance(outputs, DTensor):  # a loss
-            return outputs
-        return ColwiseParallel._prepare_output_fn(output_layouts, use_local_output, mod, outputs, device_mesh)
 
 
 def over(group: Any) -> Callable[[Tensor, str], None]:
@@ -120,7 +110,10 @@ def _taken(module: nn.Module) -> dict[str, nn.Parameter]:
     """The adapter of a layer, taken out of it: torch's own styles cut every parameter that they find by columns."""
     if not isinstance(module, LoraLinear):
         return {}
-    return {name: module._parameters.pop(name) for name in ("lora_A", "lora_B")}  # pyright: ignore[reportReturnType]
+    adapter = {name: getattr(module, name) for name in ("lora_A", "lora_B")}
+    for name in adapter:
+        delattr(module, name)
+    return adapter
 
 
 def _put(module: nn.Module, adapter: dict[str, nn.Parameter], mesh: DeviceMesh, **placements: Any) -> None:
@@ -129,39 +122,38 @@ def _put(module: nn.Module, adapter: dict[str, nn.Parameter], mesh: DeviceMesh, 
         module.register_parameter(name, nn.Parameter(cut, requires_grad=p.requires_grad))
 
 
-class Gathered(ParallelStyle):
+class Gathered(Style):
     """Hands a module its first argument whole, one DTensor for all the layers inside that read it: one gather (or, of gradients, one
     all-reduce) for q, k and v together."""
 
     def __init__(self, given: Any):
         self.given = given
 
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+    def apply(self, module: Any, mesh: DeviceMesh) -> nn.Module:
         def whole(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
             x = inputs[0]
-            x = x if isinstance(x, DTensor) else DTensor.from_local(x, device_mesh, (self.given,), run_check=False)
+            x = x if isinstance(x, DTensor) else DTensor.from_local(x, mesh, (self.given,), run_check=False)
             return x.redistribute(placements=(Replicate(),)), *inputs[1:]
 
         module.register_forward_pre_hook(whole)
         return module
 
 
-class OwnParameters(ParallelStyle):
+class OwnParameters(Style):
     """Parameters of a module that has other modules inside: all of them on every rank, and plain tensors while it runs."""
 
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+    def apply(self, module: Any, mesh: DeviceMesh) -> nn.Module:
         own: dict[str, Any] = {}
         for name, p in module.named_parameters(recurse=False):
-            whole = distribute_tensor(p, device_mesh, [Replicate()], src_data_rank=None)
+            whole = distribute_tensor(p, mesh, [Replicate()], src_data_rank=None)
             module.register_parameter(name, nn.Parameter(whole, requires_grad=p.requires_grad))
 
         def enter(_: nn.Module, inputs: Any) -> None:
-            own.update(module._parameters)
-            for name, p in own.items():
-                module._parameters[name] = None if p is None else p.to_local(grad_placements=(Replicate(),))
+            plain = {name: p.to_local(grad_placements=(Replicate(),)) for name, p in module.named_parameters(recurse=False)}
+            own.update(exchange_parameters(module, plain))
 
         def leave(_: nn.Module, inputs: Any, output: Any) -> None:
-            module._parameters.update(own)
+            exchange_parameters(module, own)
 
         module.register_forward_pre_hook(enter)
         module.register_forward_hook(leave, always_call=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -64,11 +65,12 @@ class Evaluated(Task):
         strategy: Any = self.trainer.strategy
         collection = self._metrics[0]
         for metric in collection.values(copy_state=False):
-            for name in metric._defaults:
+            for name in metric.metric_state:
                 total = strategy.reduce(getattr(metric, name), reduce_op="sum")
                 setattr(metric, name, strategy.from_last_stage(total))
-            metric._update_count = 1
-        computed = collection.compute()
+        with warnings.catch_warnings():  # a rank that saw no output is told that nothing was updated
+            warnings.simplefilter("ignore")
+            computed = collection.compute()
         collection.reset()
         return computed
 

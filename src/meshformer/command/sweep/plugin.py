@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra._internal.callbacks import Callbacks
-from hydra._internal.hydra import Hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 from hydra.types import HydraContext
@@ -17,6 +15,7 @@ from omegaconf import DictConfig
 
 from meshformer import compose
 from meshformer.checkpoint.find import candidates
+from meshformer.compat.hydra import Callbacks, Hydra, returned
 from meshformer.config import ConfigError
 from meshformer.config.errors import Stopped
 from meshformer.config.foreign import confine, read_config
@@ -83,4 +82,4 @@ class PluginLauncher:
         HydraConfig.instance().set_config(self.cfg)
         given = [[*point.overrides, *allow, f"hydra.sweep.subdir={compose.quoted(point.folder)}"] for point in points]
         returns = self.launcher.launch(given, initial_job_idx=points[0].number)
-        return [value if (value := done._return_value) and isinstance(value, tuple) else ("failed", str(value)) for done in returns]
+        return [value if (value := returned(done)) and isinstance(value, tuple) else ("failed", str(value)) for done in returns]

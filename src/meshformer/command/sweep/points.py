@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from collections.abc import Sequence
@@ -10,8 +11,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra._internal.hydra import Hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -20,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf, read_write
 from meshformer import compose
 from meshformer.checkpoint.find import latest_checkpoint
 from meshformer.command.folders import claim_folder, write_settings
+from meshformer.compat.hydra import Hydra
 from meshformer.config import ConfigError
 from meshformer.explain import EXPLAINED, explain
 from meshformer.recorded import write_overrides
@@ -123,7 +123,12 @@ def grid(parsed: Sequence[Override]) -> list[list[str]]:
         if override.is_sweep_override() and not override.is_discrete_sweep():
             text = (override.input_line or "").partition("=")[2]
             raise ConfigError("an interval has no end of points", override.get_key_element(), text, fix="Add sweep.search=tpe or random.")
-    return [list(point) for point in BasicSweeper.split_arguments(list(parsed), None)[0]]
+    values: dict[str, list[str]] = {}  # of a key that is given twice, the last
+    for override in parsed:
+        key, swept = override.get_key_element(), override.is_sweep_override()
+        given = override.sweep_string_iterator() if swept else [override.get_value_element_as_str()]
+        values[key] = [f"{key}={value}" for value in given]
+    return [list(point) for point in itertools.product(*values.values())]
 
 
 def differences(recorded: Sequence[Sequence[str]], typed: Sequence[Sequence[str]]) -> list[str]:

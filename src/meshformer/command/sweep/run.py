@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra._internal.callbacks import Callbacks
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from meshformer import compose
 from meshformer.checkpoint.find import candidates
+from meshformer.compat.hydra import Callbacks
 from meshformer.config import ConfigError, validate
 from meshformer.config.resolve import cores, outside, visible_gpus
 from meshformer.config.schema import SweepOptions

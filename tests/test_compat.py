@@ -1,0 +1,207 @@
+"""Private names of other libraries are used in compat/ alone, and each is still what it was: a library that changes one is named here."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.metadata
+import inspect
+import pkgutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
+
+import meshformer
+from meshformer.compat import torch as compat_torch
+from meshformer.compat.lightning import leave_signals_to_us
+
+ROOT = Path(meshformer.__file__).parent
+OF_MODULES = {"_modules", "_parameters", "_buffers"}  # nn.Module's, whoever else may have such a name
+PUBLIC = {"os._exit", "_target_", "_replace"}  # documented: the standard library's, a node's in Hydra, a named tuple's
+MOST = 25
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def own_names(trees: dict[Path, ast.Module]) -> set[str]:
+    """Names with an underscore that this project defines itself."""
+    found: set[str] = set()
+    for tree in trees.values():
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                found.add(node.name)
+            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self":
+                found.add(node.attr)
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                found.add(node.id)
+    return found - OF_MODULES
+
+
+def uses(tree: ast.Module, own: set[str]) -> Iterator[tuple[int, str]]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and is_private(node.attr) and node.attr not in own:
+            yield node.lineno, ast.unparse(node)
+        elif isinstance(node, ast.ImportFrom) and not node.level and not (node.module or "").startswith(("meshformer", "__future__")):
+            for name in {node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)}:
+                if any(map(is_private, name.split("."))):
+                    yield node.lineno, name
+        elif isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names if any(map(is_private, alias.name.split("."))))
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "setattr", "hasattr") and len(node.args) > 1:
+            name = node.args[1]
+            if isinstance(name, ast.Constant) and isinstance(name.value, str) and is_private(name.value) and name.value not in own:
+                yield node.lineno, name.value
+
+
+def private_names(root: Path) -> dict[str, list[str]]:
+    """By file: `line name` of each use."""
+    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(root.rglob("*.py"))}
+    own = own_names(trees)
+    found: dict[str, list[str]] = {}
+    for path, tree in trees.items():
+        for line, name in uses(tree, own):
+            if not PUBLIC & {name, name.rpartition(".")[2]}:
+                found.setdefault(path.relative_to(root).as_posix(), []).append(f"{line} {name}")
+    return found
+
+
+def test_private_names_are_used_in_one_room() -> None:
+    found = private_names(ROOT)
+    assert not {file: names for file, names in found.items() if not file.startswith("compat/")}
+    names = {name.partition(" ")[2].rpartition(".")[2] for file in found for name in found[file]}
+    print(f"{len(names)} private names: {', '.join(sorted(names))}")
+    assert 0 < len(names) <= MOST
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["import torch\ntorch._foreach_norm([])", "from hydra._internal.hydra import Hydra", "import torch._dynamo",
+     "def f(x): return x._modules", "def f(x): return getattr(x, '_optimizer')", "def f(trainer): trainer._results = 1"],
+)  # fmt: skip
+def test_a_private_name_is_seen(tmp_path: Path, line: str) -> None:
+    (tmp_path / "part.py").write_text(line)
+    assert private_names(tmp_path)
+
+
+def test_private_methods_are_overridden_in_one_room() -> None:
+    found: set[str] = set()
+    for info in pkgutil.walk_packages([str(ROOT)], "meshformer."):
+        if info.name.startswith(("meshformer.bench", "meshformer.__main__", "meshformer.compat")) or "submitit" in info.name:
+            continue
+        module = importlib.import_module(info.name)
+        for _, kind in inspect.getmembers(module, inspect.isclass):
+            if kind.__module__ != info.name:
+                continue
+            above = [base for base in kind.__mro__[1:] if not base.__module__.startswith("meshformer") and base is not object]
+            found |= {f"{kind.__qualname__}.{name}" for name in vars(kind) if is_private(name) and any(name in vars(base) for base in above)}
+    assert not {name for name in found if not name.endswith(("._abc_impl", "._is_protocol", "._backward_cls"))}
+
+
+# --- each name is still there, and still does what it did
+
+
+def told(library: str, name: str, doing: str) -> str:
+    return f"{library} {importlib.metadata.version(library)} has changed {name}, which compat/ uses {doing}: look there for its reason"
+
+
+NAMES: list[tuple[str, Any, str, str]] = [
+    ("torch", torch, "_foreach_norm", "for the norm of all gradients in one call"),
+    ("torch", torch, "_foreach_div_", "to divide all gradients in one call"),
+    ("torch", torch, "_foreach_lerp_", "for the average of weights"),
+    ("torch", nn.Module(), "_modules", "to make views of a model that a pipeline cuts"),
+    ("torch", nn.Module(), "_parameters", "to put local tensors in place of DTensors"),
+    ("torch", DeviceMesh, "_flatten", "to name groups of axes"),
+    ("torch", ParallelStyle, "_apply", "to define ways to cut a module"),
+    ("torch", ColwiseParallel, "_partition_linear_fn", "to cut adapters with their layer"),
+    ("torch", RowwiseParallel, "_partition_linear_fn", "to cut adapters with their layer"),
+    ("torch", ColwiseParallel, "_prepare_output_fn", "for a head that returns a loss"),
+    ("lightning", pl.LightningModule, "_on_before_batch_transfer", "to call transfer hooks for each micro-batch"),
+]
+
+
+@pytest.mark.parametrize(("library", "owner", "name", "doing"), NAMES, ids=[f"{case[0]} {case[2]}" for case in NAMES])
+def test_the_name_is_still_there(library: str, owner: Any, name: str, doing: str) -> None:
+    assert hasattr(owner, name), told(library, name, doing)
+
+
+def test_multi_tensor_functions_do_what_their_names_say() -> None:
+    x = [torch.tensor([3.0, 4.0]), torch.tensor([2.0])]
+    assert [n.item() for n in compat_torch.foreach_norm(x, 2, dtype=torch.float32)] == [5.0, 2.0], told("torch", "_foreach_norm", "for norms")
+    compat_torch.foreach_div_(x, torch.tensor(2.0))
+    compat_torch.foreach_lerp_(x, [torch.zeros(2), torch.zeros(1)], 0.5)
+    assert [y.tolist() for y in x] == [[0.75, 1.0], [0.5]]
+
+
+def test_a_view_has_its_own_submodules_and_shares_parameters() -> None:
+    whole = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    view = compat_torch.view_of(whole)
+    setattr(view, "1", nn.Identity())
+    assert isinstance(whole[1], nn.ReLU) and isinstance(view[1], nn.Identity) and view[0] is whole[0], told("torch", "_modules", "for views")
+
+
+def test_parameters_can_be_exchanged_for_tensors() -> None:
+    layer, plain = nn.Linear(2, 2, bias=False), torch.zeros(2, 2)
+    before = compat_torch.exchange_parameters(layer, {"weight": plain})
+    assert layer.weight is plain, told("torch", "_parameters", "for local tensors")
+    compat_torch.exchange_parameters(layer, before)
+    assert layer.weight is before["weight"]
+
+
+def test_flex_attention_has_its_operator() -> None:
+    assert "score_mod" in inspect.signature(type(compat_torch.flex_operator()).__call__).parameters, told("torch", "flex_attention", "on a CPU")
+
+
+def test_torch_distributed_has_what_we_import() -> None:
+    from meshformer.compat import torch_distributed
+
+    for name in ("all_gather", "all_gather_autograd", "all_to_all_autograd", "wait_tensor"):
+        assert callable(getattr(torch_distributed, name)), told("torch", "_functional_collectives", f"for {name}")
+    assert torch_distributed.fake_store() is not None
+    import torch._inductor.config as inductor
+
+    assert isinstance(inductor._micro_pipeline_tp, bool), told("torch", "_micro_pipeline_tp", "for asynchronous tensor parallelism")
+
+
+def test_lightning_leaves_signals_alone(tmp_path: Path) -> None:
+    trainer = pl.Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, default_root_dir=tmp_path)
+    for owner, name in ((trainer._signal_connector, "register_signal_handlers"), (trainer.fit_loop.epoch_loop, "_broadcast_sigterm_tensor")):
+        assert callable(getattr(owner, name, None)), told("lightning", name, "to leave signals to callbacks.Preemption")
+    source = inspect.getsource(type(trainer.fit_loop.epoch_loop).advance) + inspect.getsource(pl.Trainer._run)
+    for name in ("_broadcast_sigterm_tensor()", "_signal_connector.register_signal_handlers()"):
+        assert name in source, told("lightning", name, "to leave signals to callbacks.Preemption")
+    leave_signals_to_us(trainer)
+    assert trainer._signal_connector.register_signal_handlers() is None
+
+
+def test_hydra_has_what_its_commands_are_made_of() -> None:
+    from hydra.core.utils import JobReturn, JobStatus
+
+    from meshformer.compat import hydra
+
+    for name in ("compose_config", "show_cfg", "show_info", "hydra_help", "shell_completion", "create_main_hydra2"):
+        assert hasattr(hydra.Hydra, name), told("hydra-core", f"Hydra.{name}", "for the command line")
+    done = JobReturn(status=JobStatus.FAILED)
+    done.return_value = ValueError("a reason")
+    assert isinstance(hydra.returned(done), ValueError), told("hydra-core", "_return_value", "for the points of a sweep")
+    assert {action.dest for action in hydra.get_args_parser()._actions} >= {"overrides", "multirun", "cfg"}
+
+
+def test_optuna_finds_a_trial_again() -> None:
+    import optuna
+
+    from meshformer.compat.optuna import trial_of
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study()
+    asked = study.ask()
+    trial_of(study, study.trials[0]).report(1.0, 1)
+    assert study.trials[0].intermediate_values == {1: 1.0} and asked.number == 0, told("optuna", "_trial_id", "for pruning")
