@@ -6,8 +6,9 @@ import ctypes
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -71,128 +72,175 @@ def leave_together() -> None:
 
 
 def _train(config: Config, folder: Path, signals: StopSignals) -> dict[str, float]:
+    prepare_process(config["trainer"])
+    data = prepare_data(config)
+    max_steps = total_steps(config, data.steps_per_epoch)
+    start = starting_point(config, folder, data, max_steps)  # before anything in the run folder is touched
+    settle_sizes(config, data)
+
+    loggers, callbacks = build_loggers(config, folder), build_callbacks(config, folder, data.steps_per_epoch)
+    trainer = build_trainer(config, folder, max_steps, [*callbacks, Preemption(signals)], loggers)
+    refuse_emulation(trainer.strategy.root_device, config["trainer"]["precision"])
+    task: Any = build_task(config, max_steps)
+    configure_model(config, task, trainer.strategy, start)
+    if start.resume_from:
+        check_weights(task.model, start.resume_from)
+        trainer.strategy.checkpoint_io.fresh_optimizer = other_optimizer(config, trainer.is_global_zero)  # pyright: ignore[reportAttributeAccessIssue]
+    count_work(task, data)
+
+    rows = next(callback for callback in callbacks if isinstance(callback, Rows))
+    recording = Recording(config, folder, trainer, task, data, rows.tolerant)
+    trainer.callbacks.insert(0, recording)  # pyright: ignore[reportAttributeAccessIssue]
+    with recording:
+        if not config["resume"]:  # a resumed run's record is touched when its first step begins
+            recording.begin()
+        fit(trainer, task, data, start, rows, recording)
+    final = {**rows.latest, **{k: float(v) for k, v in trainer.callback_metrics.items()}}
+    text = final_text(task, trainer, data)
+    recording.finish(final)
+    if trainer.is_global_zero:
+        say(summary(task, text, folder, final))
+    return final
+
+
+def prepare_process(trainer: Config) -> None:
     quiet_libraries()
     keep_freed_memory()
-    torch.set_num_threads(config["trainer"]["threads"])
-    choose_tf32(config["trainer"]["matmul_precision"])
-    folder = Path(folder)
-    continued = config["resume"] or config["fork"]
-    init_from = config["stage"]["init_from"] if not continued else None  # a continued run has its weights already
-    tokenizer = None  # made from the data, except in fine-tuning, which keeps the ids that the weights were trained with
+    torch.set_num_threads(trainer["threads"])
+    choose_tf32(trainer["matmul_precision"])
+
+
+def prepare_data(config: Config) -> SampledData:
+    """The run's data. Its tokenizer is made from it, except in fine-tuning, which keeps the ids that the weights were trained with."""
+    tokenizer = None
     if config["stage"]["name"] == "finetune" and config["data"]["kind"] != "images":
-        tokenizer = load_tokenizer(tokenizer_file(Path(continued or config["stage"]["init_from"])))
+        tokenizer = load_tokenizer(tokenizer_file(Path(config["resume"] or config["fork"] or config["stage"]["init_from"])))
     data = build_data(config, tokenizer)
     data.prepare_data()
-    max_steps = total_steps(config, data.steps_per_epoch)
-    resume_from = latest_checkpoint(Path(continued), key="resume" if config["resume"] else "fork") if continued else None
-    at_end = False
-    if resume_from:  # before anything in the run folder is touched
-        at_end = _check_continues(read_rest(resume_from), data, max_steps, unfinished=bool(config["resume"]) and not _is_finished(folder))
-    settle_sizes(config, data)
-    loggers = build_loggers(config, folder)
-    callbacks = build_callbacks(config, folder, data.steps_per_epoch)
-    rows = next(callback for callback in callbacks if isinstance(callback, Rows))
-    trainer = build_trainer(config, folder, max_steps, [*callbacks, Preemption(signals)], loggers)
-    task: Any = build_task(config, max_steps)
-    strategy: Any = trainer.strategy
-    refuse_emulation(strategy.root_device, config["trainer"]["precision"])
-    weights = latest_checkpoint(Path(init_from), key="stage.init_from") if init_from else None
-    new_parts, stage = (*(HEAD_PARTS if has_own_head(config) else ()), *ADAPTERS), config["stage"]
+    return data
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins: at a checkpoint (`resume_from`), or with the weights of another run (`weights`), or with neither."""
+
+    resume_from: Path | None
+    at_end: bool  # the checkpoint is the last step's: only validation is left
+    weights: Path | None
+
+
+def starting_point(config: Config, folder: Path, data: SampledData, max_steps: int) -> Start:
+    """ConfigError where the checkpoint belongs to other data, or nothing is left to do. Only reads."""
+    continued = config["resume"] or config["fork"]
+    if not continued:
+        init_from = config["stage"]["init_from"]
+        return Start(None, False, latest_checkpoint(Path(init_from), key="stage.init_from") if init_from else None)
+    checkpoint = latest_checkpoint(Path(continued), key="resume" if config["resume"] else "fork")
+    unfinished = bool(config["resume"]) and not _is_finished(folder)
+    return Start(checkpoint, _check_continues(read_rest(checkpoint), data, max_steps, unfinished), None)
+
+
+def configure_model(config: Config, task: Any, strategy: Any, start: Start) -> None:
+    """Builds the model with its first weights: here, or on torch's meta device, where the mesh strategy makes this rank's part real."""
+    stage, float8 = config["stage"], config["trainer"]["float8"]
+    new_parts = (*(HEAD_PARTS if has_own_head(config) else ()), *ADAPTERS)
     reinit = None if (stage.get("lora") or {}).get("rank") else stage.get("reinit") or ()  # where adapters learn, nothing is drawn anew
     torch.manual_seed(config["seed"])  # of models that draw their weights as torch's modules do
     if isinstance(strategy, MeshStrategy):
-        with torch.device("meta"):  # the strategy makes this rank's part real
+        with torch.device("meta"):
             task.configure_model()
         if not hasattr(task.model, "initial_value"):  # a model of the user's, whose weights come with it
             task.model = None
             torch.manual_seed(config["seed"])
             task.configure_model()
-        if config["trainer"]["float8"]:
-            in_float8(task.model)
-        strategy.init_from, strategy.new_parts, strategy.reinit = weights, new_parts, reinit
+        strategy.init_from, strategy.new_parts, strategy.reinit = start.weights, new_parts, reinit
     else:
         task.configure_model()
-        if weights:
-            load_weights(task.model, weights, new=new_parts, reinit=reinit)
-        if config["trainer"]["float8"]:
-            in_float8(task.model)
-        apply_levers(blocks_of(task.model), config["strategy"]["activation_checkpointing"], config["trainer"]["compile"])
-    if resume_from:
-        check_weights(task.model, resume_from)
-        trainer.strategy.checkpoint_io.fresh_optimizer = other_optimizer(config, trainer.is_global_zero)
+        if start.weights:
+            load_weights(task.model, start.weights, new=new_parts, reinit=reinit)
+    if float8:
+        in_float8(task.model)
+    if not isinstance(strategy, MeshStrategy):
+        model: Any = task.model
+        apply_levers(blocks_of(model), config["strategy"]["activation_checkpointing"], config["trainer"]["compile"])
+
+
+def count_work(task: Any, data: SampledData) -> None:
+    """Tokens of a step and FLOPs of a token, which throughput is told in."""
     if isinstance(task.model, Transformer):
         length = data.mean_length or task.model.context_length
         task.tokens_per_step = data.batch_size * length
         task.flops_per_token = training_flops_per_token(task.model, round(length))
-    parameters = sum(p.numel() for p in task.parameters())
 
-    record = RunRecord(folder) if trainer.is_global_zero else None
 
-    def begin() -> None:
-        """Writes what the run folder says of this start. Of a resumed run only when its first step, or its closing validation, begins."""
-        if record is None:
+def fit(trainer: pl.Trainer, task: Any, data: SampledData, start: Start, rows: Rows, recording: Recording) -> None:
+    trainer.fit(task, datamodule=data, ckpt_path=start.resume_from, weights_only=True)
+    if start.at_end:  # Lightning restored the state and found no step left
+        recording.begin()
+        rows.begin(trainer)
+    if rows.validated_step != trainer.global_step:  # the last step was not a validation step
+        trainer.validate(task, datamodule=data, verbose=False)
+
+
+def final_text(task: Any, trainer: pl.Trainer, data: SampledData) -> str | None:
+    """What the model writes at the end, where it writes: every rank must call it."""
+    if not getattr(task, "writes_text", False):
+        return None
+    with averaged(trainer):
+        return continuation(task, data.tokenizer, "\n", TEXT_TOKENS, temperature=0.8, top_p=0.95, seed=1)
+
+
+class Recording(pl.Callback):
+    """Keeps the run folder's record: begun when training begins, ended with how it went (`with`). Rank 0 writes; the others do nothing."""
+
+    def __init__(self, config: Config, folder: Path, trainer: pl.Trainer, task: Any, data: SampledData, tolerant: bool) -> None:
+        self.config, self.folder, self.trainer, self.task, self.data, self.tolerant = config, folder, trainer, task, data, tolerant
+        self.parameters = sum(p.numel() for p in task.parameters())  # before a strategy leaves this rank a part
+        self.record = RunRecord(folder) if trainer.is_global_zero else None
+        self.begun = False
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if error is None:
             return
-        if not config["resume"] and data.tokenizer is not None:
-            data.tokenizer.save(folder / "tokenizer.json")
+        if self.record and self.begun:
+            with tolerating(self.tolerant, "run.json"):
+                self.record.finish("preempted" if isinstance(error, Stopped) else "failed", error=error)
+        if isinstance(error, Stopped) and self.record and checkpoints(self.folder):
+            say(f"continue with  meshformer train {argument('resume', self.folder)}", error=True)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self.begin()
+
+    def begin(self) -> None:
+        """Once."""
+        if self.begun or self.record is None:
+            return
+        self.begun, config, folder = True, self.config, self.folder
+        if not config["resume"] and self.data.tokenizer is not None:
+            self.data.tokenizer.save(folder / "tokenizer.json")
         atomic_write_text(folder / "config.yaml", yaml.safe_dump({**config, "resume": None}, sort_keys=False, allow_unicode=True))
         if (folder / PENDING).exists():
             (folder / PENDING).replace(folder / "overrides.txt")
-        layout = {**config["strategy"], "processes": trainer.world_size}
+        layout = {**config["strategy"], "processes": self.trainer.world_size}
         device = {
-            "accelerator": str(trainer.strategy.root_device),
+            "accelerator": str(self.trainer.strategy.root_device),
             "precision": config["trainer"]["precision"],
             "threads": torch.get_num_threads(),
         }
-        record.start(device=device, layout=layout, parameters=parameters)
-        for logger in loggers:
+        self.record.start(device=device, layout=layout, parameters=self.parameters)
+        for logger in self.trainer.loggers:
             logger.log_hyperparams(config)
 
-    beginning = Beginning(begin)
-    trainer.callbacks.insert(0, beginning)  # pyright: ignore[reportAttributeAccessIssue]
-    try:
-        if not config["resume"]:
-            beginning.now()
-        trainer.fit(task, datamodule=data, ckpt_path=resume_from, weights_only=True)
-        if at_end:  # Lightning restored the state and found no step left
-            beginning.now()
-            rows.begin(trainer)
-        if rows.validated_step != trainer.global_step:  # the last step was not a validation step
-            trainer.validate(task, datamodule=data, verbose=False)
-    except BaseException as error:
-        if record and beginning.done:
-            with tolerating(rows.tolerant, "run.json"):
-                record.finish("preempted" if isinstance(error, Stopped) else "failed", error=error)
-        if isinstance(error, Stopped) and trainer.is_global_zero and checkpoints(folder):
-            say(f"continue with  meshformer train {argument('resume', folder)}", error=True)
-        raise
-    final = {k: float(v) for k, v in trainer.callback_metrics.items()}
-    final = {**rows.latest, **final}
-    text = None
-    if getattr(task, "writes_text", False):
-        with averaged(trainer):
-            text = continuation(task, data.tokenizer, "\n", TEXT_TOKENS, temperature=0.8, top_p=0.95, seed=1)  # takes every rank
-    if record:
-        with tolerating(rows.tolerant, "what the run ends with"):
-            for name, content in task.results(data).items() if isinstance(task, Evaluated) else ():
-                atomic_write_text(folder / name, content)
-            record.finish("finished", None, **final)
-        say(summary(task, text, folder, final))
-    return final
-
-
-class Beginning(pl.Callback):
-    """Calls `begin` once: when the first step of a resumed run is about to be made, or by `now`."""
-
-    def __init__(self, begin: Callable[[], None]) -> None:
-        self._begin, self.done = begin, False
-
-    def now(self) -> None:
-        if not self.done:
-            self.done = True
-            self._begin()
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        self.now()
+    def finish(self, final: dict[str, float]) -> None:
+        if self.record is None:
+            return
+        with tolerating(self.tolerant, "what the run ends with"):
+            for name, content in self.task.results(self.data).items() if isinstance(self.task, Evaluated) else ():
+                atomic_write_text(self.folder / name, content)
+            self.record.finish("finished", None, **final)
 
 
 @contextmanager
