@@ -14,7 +14,7 @@ from typing import Any
 from meshformer.config.degrees import Degrees
 from meshformer.config.errors import ConfigError
 from meshformer.config.resolve import cores
-from meshformer.config.signature import inherits
+from meshformer.config.signature import attribute
 
 Config = dict[str, Any]
 # key -> (lowest, may it be the lowest, highest, may it be the highest); settings of components, whose annotations are plain `float`.
@@ -86,7 +86,7 @@ def check_memory(config: Config) -> None:
     may still not fit."""
     model, memory = config["model"], machine_memory()
     sized = all(model.get(key) is not None for key in ("d_model", "n_layers", "context_length"))
-    if memory is None or not sized or not inherits(model["_target_"], "meshformer.model.Transformer"):
+    if memory is None or not sized or not attribute(model["_target_"], "usual_settings"):
         return
     degrees = Degrees.from_config(config["strategy"])
     on_cpu = config["trainer"]["accelerator"] == "cpu"
@@ -116,7 +116,8 @@ def _parameters(config: Config) -> dict[str, float]:
     entries = model.get("vocab_size") or (data["vocab_size"] if data["tokenizer"] == "bpe" else 1)
     key = "model.n_layers" if layers > width else "model.d_model"
     vocabulary = "model.vocab_size" if model.get("vocab_size") else "data.vocab_size"
-    table = model["context_length"] * width if "Learned" in str(model.get("position", {}).get("_target_")) else 0
+    has_table = attribute(str(model.get("position", {}).get("_target_", "")), "has_table", False)
+    table = model["context_length"] * width if has_table else 0
     return {key: blocks, vocabulary: float(entries * width), "data.context_length": float(table)}
 
 

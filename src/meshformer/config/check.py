@@ -15,13 +15,12 @@ from meshformer.config.errors import ConfigError
 from meshformer.config.foreign import read_config
 from meshformer.config.paths import run_of
 from meshformer.config.resolve import gpus_multiply_bf16
-from meshformer.config.signature import inherits
+from meshformer.config.signature import attribute
 from meshformer.config.stock import check_stock
 from meshformer.config.suggest import did_you_mean
 from meshformer.config.tasks import HEAD, check_labelled_files, check_task, has_own_head
 
 Config = dict[str, Any]
-PAIRED = ("Rotary",)  # positions that need an even head size
 # What finetuning must share with the run it starts from, or the weights do not fit.
 SHAPES = (
     "_target_", "n_layers", "n_heads", "n_kv_heads", "d_model", "d_ff", "norm", "norm_position", "embedding_norm", "token_types", "activation",
@@ -110,8 +109,8 @@ def _files(config: Config) -> None:
 
 def _model(config: Config) -> None:
     model, data = config["model"], config["data"]
-    if not inherits(model["_target_"], "meshformer.model.Transformer"):
-        return  # the settings of a subclass may be fewer
+    if not attribute(model["_target_"], "usual_settings"):
+        return
     for key in ("attention", "position"):
         if key in model and not isinstance(model[key], dict):
             raise ConfigError("needs a _target_: the dotted name of a class or function", f"model.{key}", model[key])
@@ -128,16 +127,12 @@ def _model(config: Config) -> None:
     if kv_heads is not None and heads is not None and heads % kv_heads:
         divisors = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
         raise ConfigError(f"model.n_heads={heads} does not divide by it", "model.n_kv_heads", kv_heads, fix=f"Use one of {divisors}.")
-    position = str(model.get("position", {}).get("_target_", "")).rpartition(".")[2]
-    if position in PAIRED and head_dim is not None and head_dim % 2:
+    even = attribute(str(model.get("position", {}).get("_target_", "")), "needs_even_heads", False)
+    if even and head_dim is not None and head_dim % 2:
         raise ConfigError("rotary positions need an even head size", "model.head_dim", head_dim, fix=f"Use {head_dim + 1}.")
-    if position in PAIRED and width is not None and heads is not None and head_dim is None and width // heads % 2:
+    if even and width is not None and heads is not None and head_dim is None and width // heads % 2:
         message = f"rotary positions need an even head size, and model.d_model={width} / model.n_heads={heads} is {width // heads}"
         raise ConfigError(message, "model.n_heads", heads, fix=f"Use model.d_model={width + heads}, or model/position=learned.")
-    if model.get("causal") is False and config["task"].get("_target_") == "meshformer.tasks.LanguageModelling":
-        raise ConfigError(
-            "predicting the next token is no task when the model sees it", "model.causal", False, fix="Use model.causal=true."
-        )
     if model.get("head_transform"):
         for key, value in {"norm_position": "post", "head": True}.items():
             if model.get(key, value) != value:
@@ -275,7 +270,7 @@ def _commands(config: Config) -> None:
 def _saving(config: Config) -> None:
     """Rules of which checkpoints are kept, where they could never apply."""
     saving, max_steps = config["callbacks"].get("checkpoint"), config["trainer"]["max_steps"]
-    if not saving or saving["_target_"] != "meshformer.callbacks.Checkpoint":
+    if not saving or not str(saving["_target_"]).startswith("meshformer."):
         return
     key, every = "callbacks.checkpoint", saving.get("every_n_steps", 500)
     best, often = saving.get("keep_best", 0), saving.get("keep_every_n_steps")

@@ -12,10 +12,9 @@ from typing import Any
 from meshformer.config.degrees import AXES, Degrees, uses_fsdp
 from meshformer.config.errors import ConfigError
 from meshformer.config.resolve import compute_capability, microbatch_counts, outside, visible_gpus
-from meshformer.config.signature import declares, inherits, signature
+from meshformer.config.signature import attribute, declares, signature
 
 Config = dict[str, Any]
-TRANSFORMER = "meshformer.model.Transformer"
 # Setting -> the axis it is about and its value where that axis is not cut; then those that every mesh layout has.
 OF_AXIS = {
     "sequence_parallel": ("tensor", True),
@@ -200,7 +199,7 @@ def check_cut(config: Config) -> None:
 def _tensor(config: Config) -> None:
     model, strategy, tensor = config["model"], config["strategy"], config["strategy"]["tensor"]
     width = model.get("d_ff")
-    if width is None and "d_model" in model and inherits(model["_target_"], TRANSFORMER):
+    if width is None and "d_model" in model and attribute(model["_target_"], "usual_settings"):
         width = feed_forward_width(model)
     sizes = {key: size for key, size in {**_heads(model), "d_ff": width}.items() if isinstance(size, int)}
     for key, size in sizes.items():

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 DEEPEST = 12  # of re-exports and base classes: more is a circle
@@ -82,11 +83,16 @@ def declares(target: str, name: str) -> bool:
     return False
 
 
-def inherits(target: str, base: str) -> bool:
-    """Whether the class `target` is the class `base` or inherits from it, as far as its bases can be read."""
-    module, _, called = base.rpartition(".")
-    found = _find(module, called)
-    return found is not None and any((where, node.name) == (found[0], found[1].name) for where, node in _lineage(target))
+def attribute(target: str, name: str, default: Any = None) -> Any:
+    """The plain value that the class `target`, or the nearest base class that can be read and assigns one, gives its attribute `name` in its body.
+    `default` where none does, or the value is no plain one."""
+    for _, node in _lineage(target):
+        for value in reversed(_assigned(node, name)):
+            try:
+                return ast.literal_eval(value)
+            except ValueError:
+                return default
+    return default
 
 
 def _lineage(target: str) -> Iterator[tuple[str, ast.ClassDef]]:
@@ -103,19 +109,23 @@ def _lineage(target: str) -> Iterator[tuple[str, ast.ClassDef]]:
         stack.extend(_find_dotted(where, ast.unparse(b.value if isinstance(b, ast.Subscript) else b)) for b in reversed(node.bases))
 
 
+def _assigned(node: ast.ClassDef, name: str) -> list[ast.expr]:
+    """What the body of a class assigns to `name`, in order."""
+    return [
+        statement.value
+        for statement in node.body
+        if isinstance(statement, ast.Assign | ast.AnnAssign) and statement.value is not None
+        for target in (statement.targets if isinstance(statement, ast.Assign) else [statement.target])
+        if isinstance(target, ast.Name) and target.id == name
+    ]
+
+
 def _declared(node: ast.ClassDef, name: str) -> bool | None:
     """What the body of a class says of `name`; None where it says nothing."""
-    said = None
-    for statement in node.body:
-        value = getattr(statement, "value", None)
-        if isinstance(statement, ast.FunctionDef):
-            if statement.name == name or _sets(statement, name):
-                said = True
-        elif isinstance(statement, ast.Assign | ast.AnnAssign) and value is not None:
-            targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
-            if any(isinstance(one, ast.Name) and one.id == name for one in targets):
-                said = not (isinstance(value, ast.Constant) and value.value is None)
-    return said
+    if any(isinstance(one, ast.FunctionDef) and (one.name == name or _sets(one, name)) for one in node.body):
+        return True
+    values = _assigned(node, name)
+    return not (isinstance(values[-1], ast.Constant) and values[-1].value is None) if values else None
 
 
 def _sets(method: ast.FunctionDef, name: str) -> bool:

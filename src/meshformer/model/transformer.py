@@ -64,6 +64,11 @@ class Transformer(nn.Module):
     predictor. Parameters are drawn by `initialise`, each from a seed of its own name. `plan` says how processes share the model out.
     """
 
+    # What is asked before torch is imported, so these are plain values: what a batch must hold for the model; that its settings mean what
+    # conf/model/custom.yaml says they do, so that they are checked; that torch.compile finds one graph in each of its blocks.
+    reads = "tokens"
+    usual_settings = True
+    one_graph = True
     plan = Plan(
         blocks="blocks",
         tensor={

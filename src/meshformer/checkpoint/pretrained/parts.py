@@ -23,6 +23,7 @@ from meshformer.config.errors import ConfigError
 Model = dict[str, Any]  # a node as in conf/model/: arguments of Transformer or VisionTransformer, and their `_target_`
 TEXT, VISION = "meshformer.model.Transformer", "meshformer.model.VisionTransformer"
 POSITIONS = "meshformer.model.position."
+LEARNED, ROTARY = "Learned", "Rotary"  # its classes that foreign layouts have
 SECOND_NAME = {"head.weight": "embedding.tokens.weight"}  # of a tied model of ours
 # Values of arguments that a node leaves out: those of Transformer.
 DEFAULTS: Model = {
@@ -70,7 +71,7 @@ def complete(model: Model) -> Model:
     """The node with every argument spelled out, also those that follow from others. `position` becomes its class's name, `base` a key."""
     vision = model["_target_"] == VISION
     whole = {**(VISION_DEFAULTS if vision else DEFAULTS), **model}
-    place = model.get("position") or position("Learned" if vision else "Rotary")
+    place = model.get("position") or position(LEARNED if vision else ROTARY)
     home, _, name = str(place["_target_"]).rpartition(".")
     whole["position"] = name if home.startswith("meshformer.") else str(place["_target_"])  # a class of the user's may have any name
     whole["base"] = float(place.get("base", 10000.0))
