@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 import yaml
 
-from meshformer.build import HEAD_PARTS, build_callbacks, build_data, build_loggers, build_task, build_trainer
+from meshformer.build import build_callbacks, build_data, build_loggers, build_task, build_trainer
 from meshformer.callbacks import Rows
 from meshformer.callbacks.ema import averaged
 from meshformer.callbacks.preemption import Preemption, StopSignals
@@ -25,16 +25,16 @@ from meshformer.checkpoint.find import checkpoints, latest_checkpoint
 from meshformer.checkpoint.folder import read_rest, refuse_misfits, tensor_sizes
 from meshformer.checkpoint.pretrained.source import tokenizer_of
 from meshformer.checkpoint.weights import PREFIX, load_weights, misfits_of
-from meshformer.config.check import BF16, no_bf16
 from meshformer.config.errors import ConfigError, Stopped
 from meshformer.config.foreign import read_config
 from meshformer.config.signature import signature
-from meshformer.config.tasks import has_own_head
 from meshformer.data import SampledData, load_tokenizer
 from meshformer.model import Transformer, training_flops_per_token
 from meshformer.model.layout import blocks_of
 from meshformer.model.lora import ADAPTERS
+from meshformer.model.settings import HEAD_PARAMETERS
 from meshformer.optim.muon import multiplies_bfloat16
+from meshformer.parallel.check import BF16, no_bf16
 from meshformer.parallel.levers import apply_levers
 from meshformer.parallel.products import in_float8
 from meshformer.parallel.strategy import MeshStrategy
@@ -42,6 +42,7 @@ from meshformer.printing import argument, say
 from meshformer.record.run_folder import PENDING, atomic_write_text
 from meshformer.record.run_json import RunRecord
 from meshformer.tasks import Evaluated
+from meshformer.tasks.check import has_own_head
 
 Config = dict[str, Any]
 # mallopt's M_MMAP_THRESHOLD (at its most), M_TRIM_THRESHOLD and M_TOP_PAD, in bytes.
@@ -97,7 +98,7 @@ def _train(config: Config, folder: Path, signals: StopSignals) -> dict[str, floa
     strategy: Any = trainer.strategy
     refuse_emulation(strategy.root_device, config["trainer"]["precision"])
     weights = latest_checkpoint(Path(init_from), key="stage.init_from") if init_from else None
-    new_parts, stage = (*(HEAD_PARTS if has_own_head(config) else ()), *ADAPTERS), config["stage"]
+    new_parts, stage = (*(HEAD_PARAMETERS if has_own_head(config) else ()), *ADAPTERS), config["stage"]
     reinit = None if (stage.get("lora") or {}).get("rank") else stage.get("reinit") or ()  # where adapters learn, nothing is drawn anew
     torch.manual_seed(config["seed"])  # of models that draw their weights as torch's modules do
     if isinstance(strategy, MeshStrategy):

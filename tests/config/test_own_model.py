@@ -205,7 +205,7 @@ def test_a_subclass_of_ours_gets_the_checks_of_ours():
 
 def test_a_class_of_the_users_is_not_compiled_by_itself(monkeypatch):
     """Its blocks may be no one graph, which would be an error in the run."""
-    monkeypatch.setattr("meshformer.config.compilation.lacking", lambda accelerator: None)
+    monkeypatch.setattr("meshformer.parallel.compilation.lacking", lambda accelerator: None)
     long = ["trainer.max_steps=1000000000", "trainer.compile=auto"]
     assert compose(long)["trainer"]["compile"] is True
     sizes = ["+model.n_layers=2", "+model.n_heads=2", "+model.d_model=16", "+model.context_length=128"]

@@ -14,7 +14,7 @@ from meshformer.compose import compose
 from meshformer.config import ConfigError
 from meshformer.config.paths import conf_dir
 from meshformer.config.signature import attribute
-from meshformer.config.tasks import HOME, _option, has_own_head, writes_text
+from meshformer.tasks.check import HOME, _option, has_own_head, writes_text
 
 CSV = ["data=csv", "data.file={file}", "data.label_column=mood"]
 
@@ -62,7 +62,7 @@ def test_what_does_not_fit_together_is_refused(overrides, key, told, tmp_path):
 def test_every_task_that_is_judged_has_a_file_of_its_own():
     nodes = {file.stem: yaml.safe_load(file.read_text()) for file in (conf_dir() / "task").glob("*.yaml")}
     named = {node.get("task", node)["_target_"]: name for name, node in nodes.items()}
-    judged = [f"{HOME}{name}" for name in vars(tasks) if attribute(f"{HOME}{name}", "learns_from")]
+    judged = [f"{HOME}{name}" for name in dir(tasks) if attribute(f"{HOME}{name}", "learns_from")]
     assert named == {target: _option({"task": {"_target_": target}}) for target in judged}
 
 

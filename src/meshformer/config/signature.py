@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -21,6 +22,7 @@ DEEPEST = 12  # of re-exports and base classes: more is a circle
 class Parameter:
     annotation: ast.expr | None
     required: bool
+    default: ast.expr | None = None
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,21 @@ def signature(target: str) -> Signature:
     else:
         parameters, open_ended = _function_parameters(node, skip_first=False)
     return Signature(where, isinstance(node, ast.ClassDef), parameters, open_ended)
+
+
+def defaults(target: str) -> dict[str, Any]:
+    """The plain values that arguments of `target` have where nobody gives others. Empty where there is no such class or function."""
+    with suppress(TargetNotFound):
+        return _plain_values(signature(target))
+    return {}
+
+
+def _plain_values(found: Signature) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for name, parameter in found.parameters.items():
+        with suppress(ValueError):
+            values |= {} if parameter.default is None else {name: ast.literal_eval(parameter.default)}
+    return values
 
 
 def method(target: str, name: str) -> Signature | None:
@@ -256,14 +273,14 @@ def _absolute(module: str, statement: ast.ImportFrom) -> str:
 def _function_parameters(node: ast.FunctionDef | ast.AsyncFunctionDef, skip_first: bool) -> tuple[dict[str, Parameter], bool]:
     spec = node.args
     positional = (spec.posonlyargs + spec.args)[1 if skip_first else 0 :]
-    with_default = len(spec.defaults)
+    given = [None] * (len(positional) - len(spec.defaults)) + spec.defaults[-len(positional) :]
     parameters = {
-        argument.arg: Parameter(argument.annotation, required=index < len(positional) - with_default)
-        for index, argument in enumerate(positional)
+        argument.arg: Parameter(argument.annotation, required=default is None, default=default)
+        for argument, default in zip(positional, given, strict=True)
         if argument not in spec.posonlyargs
     }
     for argument, default in zip(spec.kwonlyargs, spec.kw_defaults, strict=True):
-        parameters[argument.arg] = Parameter(argument.annotation, required=default is None)
+        parameters[argument.arg] = Parameter(argument.annotation, required=default is None, default=default)
     return parameters, spec.kwarg is not None
 
 
@@ -278,7 +295,7 @@ def _class_parameters(module: str, node: ast.ClassDef, depth: int = 0) -> tuple[
     inherited, open_ended = _base_parameters(module, node, depth)
     if any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list):
         fields = {
-            s.target.id: Parameter(s.annotation, required=s.value is None)
+            s.target.id: Parameter(s.annotation, required=s.value is None, default=s.value)
             for s in node.body
             if isinstance(s, ast.AnnAssign) and isinstance(s.target, ast.Name) and "ClassVar" not in ast.unparse(s.annotation)
         }

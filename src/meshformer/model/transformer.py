@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from .attention import Attend, Attention, Mask, attend_auto, stay_wide, wants_blocks
-from .block import Block, FeedForward, feed_forward_width, gelu
+from .block import Block, FeedForward, gelu
 from .cache import KeyValueCache
 from .draw import fill_part, normal, sizes
 from .head import Head
 from .layout import Plan
 from .norm import make_norm
 from .position import Position, Rotary
+from .settings import feed_forward_width
 
 
 class Embedding(nn.Module):

@@ -10,6 +10,7 @@ import sysconfig
 from pathlib import Path
 from typing import Any
 
+from meshformer.config.errors import ConfigError
 from meshformer.config.signature import attribute
 
 Config = dict[str, Any]
@@ -46,6 +47,13 @@ def lacking(accelerator: str) -> str | None:
         return None if any(name and shutil.which(name) for name in compilers) else "a C compiler (gcc)"
     compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")  # Inductor looks for no other
     return None if shutil.which(compiler) else f"a C++ compiler ({compiler})"
+
+
+def check_compile(config: Config) -> None:
+    """trainer.compile against what this machine has."""
+    missing = lacking(config["trainer"]["accelerator"])
+    if config["trainer"]["compile"] and missing is not None:
+        raise ConfigError(f"torch.compile needs {missing}", "trainer.compile", "true", fix="Install it, or use trainer.compile=false.")
 
 
 def _unsuited(config: Config) -> str | None:

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import csv
 from math import lcm
-from pathlib import Path
 from typing import Any
 
 from meshformer.config.arguments import places
 from meshformer.config.degrees import Degrees
 from meshformer.config.errors import ConfigError
-from meshformer.config.signature import attribute, method
-from meshformer.config.suggest import did_you_mean
+from meshformer.config.signature import attribute, defaults, method
 
 Config = dict[str, Any]
 HOME = "meshformer.tasks."
-HEAD = ("head", "head_bias", "head_transform", "tie_embeddings", "outputs", "classes")  # the model's settings that follow
 KINDS = {"corpus": "running text", "texts": "single texts", "images": "images"}
 EXAMPLES = {"corpus": "data=shakespeare", "texts": "data=sentiment", "images": "data=digits"}
 CALLS = ("inputs", "given", "arguments", "losses", "training_step")  # methods of a task that say how the model is called
@@ -147,52 +143,14 @@ def _groups(config: Config) -> None:
     """Groups of pairs must lie in one micro-batch."""
     if says(config, "objective") != "pairs":
         return
-    strategy, batch, group = config["strategy"], config["data"]["batch_size"], config["task"].get("group", 16)
+    strategy, batch = config["strategy"], config["data"]["batch_size"]
+    group = {**defaults(config["task"]["_target_"]), **config["task"]}["group"]
     slices = Degrees.from_config(strategy).data * config["trainer"]["accumulate_grad_batches"]
     slices *= strategy["microbatches"] if strategy["pipeline"] > 1 else 1
     if batch % (slices * group):
         have = f"data.batch_size={batch}" + (f" / {slices}" if slices > 1 else "")
         message = f"what a process computes at once, {have} = {batch / slices:g} pairs, is no multiple of it"
         raise ConfigError(message, "task.group", group, fix=f"Use data.batch_size={-(-batch // (slices * group)) * slices * group}.")
-
-
-def check_labelled_files(config: Config) -> None:
-    """The files of data=csv are there and have the columns, before a process starts. (Their rows are read by the job.)"""
-    for key in ("file", "validation_file"):
-        name = config["data"][key]
-        if name is None:
-            continue
-        path = Path(name)
-        if path.is_dir():
-            raise ConfigError("is a folder", f"data.{key}", name)
-        if not path.is_file():
-            nearby = sorted(p.name for p in path.parent.iterdir() if p.is_file()) if path.parent.is_dir() else []
-            raise ConfigError("there is no such file", f"data.{key}", name, fix=did_you_mean(path.name, nearby))
-        with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
-            try:
-                header = next(csv.reader(file, delimiter=separator_of(path)), [])
-            except csv.Error as error:
-                raise ConfigError(f"its first line is no header ({error})", f"data.{key}", name) from None
-        if not header:
-            raise ConfigError("is empty", f"data.{key}", name)
-        for column in ("text_column", "label_column", "pair_column"):
-            wanted = config["data"][column]
-            if wanted is not None and wanted not in header:
-                raise no_such_column(path, header, f"data.{column}", wanted)
-
-
-def separator_of(file: Path) -> str:
-    return "\t" if file.suffix == ".tsv" else ","
-
-
-def no_such_column(file: Path, header: list[str], key: str, column: str) -> ConfigError:
-    separator = separator_of(file)
-    for other, word in ((";", "semicolons"), ("\t", "tabs"), (",", "commas"), ("|", "bars")):
-        if other != separator and len(header) == 1 and column in (name.strip('"') for name in header[0].split(other)):
-            message = f"the columns of {file.name} are separated by {word}"
-            rename = f"Call it {file.stem}.tsv." if other == "\t" else f"Write them with {'tabs' if separator == chr(9) else 'commas'} instead."
-            return ConfigError(message, key, column, fix=rename)
-    return ConfigError(f"{file.name} has no such column", key, column, fix=f"Use one of its columns: {', '.join(header)}.")
 
 
 def _option(config: Config) -> str:
