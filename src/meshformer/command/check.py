@@ -16,7 +16,7 @@ from meshformer.config.bounds import Range, check_ranges, setting
 from meshformer.config.errors import ConfigError
 from meshformer.config.resolve import cores
 from meshformer.config.resolve import resolve as resolve_machine
-from meshformer.config.signature import attribute
+from meshformer.config.signature import attribute, defaults
 from meshformer.data.check import check_cache, check_files, check_labelled_files, check_room, check_tokenizer
 from meshformer.model import check as model_check
 from meshformer.parallel.check import check_batch, check_cut, check_precision, check_processes, check_settings
@@ -160,12 +160,14 @@ def _commands(config: Config) -> None:
 def _saving(config: Config) -> None:
     """Rules of which checkpoints are kept, where they could never apply."""
     saving, max_steps = config["callbacks"].get("checkpoint"), config["trainer"]["max_steps"]
-    if not saving or not str(saving["_target_"]).startswith("meshformer."):
+    if not saving or not str(saving["_target_"]).startswith("meshformer.callbacks."):
         return
-    key, every = "callbacks.checkpoint", saving.get("every_n_steps", 500)
-    best, often = saving.get("keep_best", 0), saving.get("keep_every_n_steps")
+    key, saving = "callbacks.checkpoint", {**defaults(saving["_target_"]), **saving}
+    if "every_n_steps" not in saving:  # another callback under that name
+        return
+    every, best, often = (saving[name] for name in ("every_n_steps", "keep_best", "keep_every_n_steps"))
     for name in ("keep_best", "keep_every_n_steps"):
-        if saving.get(name) and saving.get("keep_last") == 0:
+        if saving.get(name) and saving["keep_last"] == 0:
             raise ConfigError(f"{key}.keep_last=0 keeps every checkpoint", f"{key}.{name}", saving[name], fix="Leave one of them out.")
     if often and often % every:
         raise ConfigError(
@@ -174,10 +176,9 @@ def _saving(config: Config) -> None:
             often,
             fix=f"Use {often // every * every or every} or {(often // every + 1) * every}.",
         )
-    both = math.lcm(every, config["trainer"]["val_check_interval"])
-    if best and not str(saving.get("monitor", "val/loss")).startswith("val/"):
+    if best and not str(saving["monitor"]).startswith("val/"):
         raise ConfigError("is no validation metric", f"{key}.monitor", saving["monitor"], fix="Use val/loss.")
-    if best and max_steps is not None and every <= max_steps < both:
+    if best and max_steps is not None and every <= max_steps < (both := math.lcm(every, config["trainer"]["val_check_interval"])):
         message = (
             f"the first step that is saved ({key}.every_n_steps={every}) and validated "
             f"(trainer.val_check_interval={config['trainer']['val_check_interval']}) is {both}, after the last"

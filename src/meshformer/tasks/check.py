@@ -1,4 +1,7 @@
-"""Which data, model and layout a task can work with. On a resolved configuration; tasks of the user's own are not judged."""
+"""Which data, model and layout a task can work with, by what its class says of itself (tasks/base.py). On a resolved configuration. No torch.
+
+Of a task that does not say what it learns from, only what it does say is compared.
+"""
 
 from __future__ import annotations
 
