@@ -17,7 +17,7 @@ Config = dict[str, Any]
 HOME = "meshformer.tasks."
 KINDS = {"corpus": "running text", "texts": "single texts", "images": "images"}
 EXAMPLES = {"corpus": "data=shakespeare", "texts": "data=sentiment", "images": "data=digits"}
-CALLS = ("inputs", "given", "arguments", "losses", "training_step")  # methods of a task that say how the model is called
+CALLS = ("inputs", "given", "arguments", "losses", "forward", "training_step")  # methods of a task that say how the model is called
 COLUMNS = {"label_column": "labels", "pair_column": "pairs"}
 
 
@@ -102,7 +102,7 @@ def _own_model(config: Config) -> None:
     target, task = str(config["model"]["_target_"]), str(config["task"]["_target_"])
     calls = [method(task, name) for name in CALLS]
     forward = None if target.startswith(("meshformer.", "torch.")) else method(target, "forward")
-    if forward is None or not all(found is not None and found.module.startswith(HOME) for found in calls):
+    if forward is None or not all(found is not None and found.module.startswith("meshformer.") for found in calls):
         return  # a task of the user's may give the model other things
     texts, cut = config["data"]["kind"] == "texts", config["strategy"]["context"] > 1
     # As tasks/ gives it: documents keep the padding of texts apart, positions tell where a slice or one of several texts in a sample begins.
