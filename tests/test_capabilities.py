@@ -27,10 +27,11 @@ from meshformer.config.resolve import gpus_multiply_bf16, visible_gpus
 from meshformer.data.base import SampledData
 from meshformer.model import Head, attention, head
 from meshformer.optim.muon import multiplies_bfloat16, orthogonalisation_dtype
+from meshformer.parallel import check as parallel_check
 from meshformer.parallel.strategy import MeshStrategy
 from meshformer.tasks import Task
 
-RESOLVE, CHECK = sys.modules["meshformer.config.resolve"], sys.modules["meshformer.config.check"]
+RESOLVE, CHECK = sys.modules["meshformer.config.resolve"], parallel_check
 CUDA, CPU = torch.device("cuda", 1), torch.device("cpu")
 ASKED = ("is_available", "device_count", "_lazy_init", "current_device", "get_device_capability", "get_device_properties", "synchronize")
 
@@ -275,7 +276,7 @@ PLACES = {
     "model/head.py": "here", "optim/muon.py": "here", "optim/shardwise.py": "here", "parallel/strategy.py": "here", "tasks/base.py": "here",
     "train.py": "here",
     "command/sweep/local.py": "which GPUs a job of a sweep is shown (tests/test_sweep_parts.py)", "command/sweep/run.py": "the same",
-    "config/check_layout.py": "words of a message", "parallel/levers.py": "the name of an operation",
+    "parallel/check.py": "words of a message", "parallel/levers.py": "the name of an operation",
     "parallel/products.py": "refused without a GPU (tests/parallel/test_products.py)",
 }  # fmt: skip
 

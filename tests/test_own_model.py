@@ -12,6 +12,7 @@ import pytest
 import jobs
 from harness import RankFailed, run_ranks
 from jobs import run_tiny, text_file
+from layouts import layouts
 from meshformer.record.metrics_csv import read_metrics
 from test_own_attention import SOURCE as GATED
 
@@ -21,19 +22,11 @@ OWN = [
     "schedule=constant", "trainer.max_steps=6", "trainer.gradient_clip_val=0.5", "data.batch_size=16", "~callbacks.checkpoint",
 ]  # fmt: skip
 TOLERANCE = 5e-6
+ULYSSES = ["strategy.context_method=ulysses"]
 LAYOUTS = {
-    "ddp": (2, ["strategy=ddp"]),
-    "fsdp": (2, ["strategy=fsdp"]),
-    "hsdp": (4, ["strategy=hsdp"]),
-    "tensor": (2, ["strategy=tensor"]),
+    **layouts(context=ULYSSES, fsdp_context=ULYSSES, tensor_pipeline=["strategy.microbatches=4"]),
     "tensor, whole sequences": (2, ["strategy=tensor", "strategy.sequence_parallel=false"]),
-    "context": (2, ["strategy=context", "strategy.context_method=ulysses"]),
-    "pipeline": (2, ["strategy=pipeline"]),
     "interleaved": (2, ["strategy=pipeline", "strategy.schedule=interleaved_1f1b"]),
-    "fsdp_tensor": (4, ["strategy=fsdp_tensor"]),
-    "tensor_pipeline": (4, ["strategy=tensor_pipeline", "strategy.microbatches=4"]),
-    "fsdp_pipeline": (4, ["strategy=fsdp_pipeline"]),
-    "fsdp_context": (4, ["strategy=fsdp_context", "strategy.context_method=ulysses"]),
 }
 
 

@@ -16,6 +16,7 @@ import torch
 import jobs
 from harness import run_ranks
 from jobs import run_labelled, run_tiny, text_file, tiny_config
+from layouts import layouts
 from meshformer.callbacks.samples import whole_model
 from meshformer.data.windows import Batches
 from meshformer.model import draw, head
@@ -41,16 +42,7 @@ Rows = list[dict[str, Any]]
 
 # (name, processes, overrides): every file under conf/strategy, and products that have none.
 LAYOUTS = [
-    ("ddp", 2, ["strategy=ddp"]),
-    ("fsdp", 2, ["strategy=fsdp"]),
-    ("hsdp", 4, ["strategy=hsdp"]),
-    ("tensor", 2, ["strategy=tensor"]),
-    ("context", 2, ["strategy=context"]),
-    ("pipeline", 2, ["strategy=pipeline"]),
-    ("fsdp_tensor", 4, ["strategy=fsdp_tensor"]),
-    ("fsdp_context", 4, ["strategy=fsdp_context"]),
-    ("tensor_pipeline", 4, ["strategy=tensor_pipeline", "strategy.microbatches=4"]),
-    ("fsdp_pipeline", 4, ["strategy=fsdp_pipeline"]),
+    *((name, *layout) for name, layout in layouts(tensor_pipeline=["strategy.microbatches=4"]).items()),
     (
         "mesh: shard × tensor × pipeline",
         8,

@@ -10,6 +10,7 @@ import pytest
 
 from harness import run_ranks
 from jobs import run_tiny, text_file, tiny_config
+from layouts import layouts
 
 STEPS, SAVED = 18, 8  # resumed for ten steps
 COMMON = [
@@ -20,19 +21,11 @@ ADAMW = ["optimizer=adamw", "optimizer.lr=3e-3"]
 MUON = ["optimizer=muon", "optimizer.lr=2e-3", "optimizer.adamw_lr=1e-3"]
 TOLERANCE = 5e-6
 LAYOUTS: dict[str, tuple[int, list[str]]] = {
+    **layouts(fsdp_pipeline=["strategy.microbatches=4"], tensor_pipeline=["strategy.microbatches=4"]),
     "single": (1, ["strategy=single"]),
-    "ddp": (2, ["strategy=ddp"]),
     "ddp, accumulated": (2, ["strategy=ddp", "trainer.accumulate_grad_batches=2"]),
-    "fsdp": (2, ["strategy=fsdp"]),
     "fsdp, four": (4, ["strategy=fsdp"]),
-    "hsdp": (4, ["strategy=hsdp"]),
-    "tensor": (2, ["strategy=tensor"]),
-    "context": (2, ["strategy=context"]),
-    "pipeline": (2, ["strategy=pipeline"]),
     "interleaved": (2, ["strategy=pipeline", "strategy.schedule=interleaved_1f1b"]),
-    "fsdp_tensor": (4, ["strategy=fsdp_tensor"]),
-    "fsdp_pipeline": (4, ["strategy=fsdp_pipeline", "strategy.microbatches=4"]),
-    "tensor_pipeline": (4, ["strategy=tensor_pipeline", "strategy.microbatches=4"]),
 }
 # (saved in, resumed in)
 PAIRS = [

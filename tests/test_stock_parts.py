@@ -10,8 +10,8 @@ import pytest
 
 import jobs
 from meshformer.build import build_callbacks, build_data, build_task, build_trainer
+from meshformer.command.stock import NEED_LOGGER, REFUSED
 from meshformer.config.errors import ConfigError
-from meshformer.config.stock import NEED_LOGGER, REFUSED
 from meshformer.train import total_steps
 
 # Those that train as if they were not there, with what they must be given.

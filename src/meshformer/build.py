@@ -22,17 +22,17 @@ from meshformer.config.errors import ConfigError
 from meshformer.config.foreign import refuse_interpolations
 from meshformer.config.resolve import outside
 from meshformer.config.signature import signature
-from meshformer.config.tasks import has_own_head, padding_multiple
 from meshformer.data import ImageData, SampledData, SequenceData, TextData
 from meshformer.model.layout import Plan
 from meshformer.model.lora import ADAPTERS, add_adapters
+from meshformer.model.settings import HEAD_PARAMETERS
 from meshformer.optim.groups import LayerRates
 from meshformer.parallel.strategies import make_strategy
+from meshformer.tasks.check import has_own_head, padding_multiple
 from meshformer.training.precision import LossScaling
 
 Config = dict[str, Any]
 UNEXPECTED = re.compile(r"unexpected keyword argument '?(.*?)'?$")  # of a class that hands what it does not know on to its base
-HEAD_PARTS = ("head.*", "norm.dense.*", "norm.norm.*")  # what a task with a head of its own draws anew
 
 
 def instantiate(node: Config, config: Config, key: str, **values: Any) -> Any:
@@ -134,7 +134,7 @@ def build_model(config: Config) -> Any:
             add_adapters(model, lora["rank"], lora["alpha"], lora["targets"], config["seed"])
         except ValueError as error:
             raise ConfigError(str(error), "stage.lora.targets", lora["targets"]) from None
-        trained = (*ADAPTERS, *(HEAD_PARTS if has_own_head(config) else ()))
+        trained = (*ADAPTERS, *(HEAD_PARAMETERS if has_own_head(config) else ()))
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(any(fnmatchcase(name, pattern) for pattern in trained))
     freeze(model, stage.get("freeze") or ())
@@ -185,7 +185,7 @@ def build_task(config: Config, max_steps: int) -> pl.LightningModule:
         if key == "lr" or key.endswith("_lr"):
             optimizer[key] *= config["stage"].get("lr_scale", 1.0)
     stage = config["stage"]
-    rates = LayerRates(stage.get("layer_decay", 1.0), stage.get("head_lr_scale", 1.0), stage.get("unfreeze_every"), HEAD_PARTS)
+    rates = LayerRates(stage.get("layer_decay", 1.0), stage.get("head_lr_scale", 1.0), stage.get("unfreeze_every"), HEAD_PARAMETERS)
     task = instantiate(
         config["task"],
         config,

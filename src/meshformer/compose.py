@@ -28,16 +28,18 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from meshformer.checkpoint.check import is_own
 from meshformer.checkpoint.find import candidates, is_foreign
 from meshformer.checkpoint.pretrained import carriers
 from meshformer.checkpoint.pretrained.source import derive, tokenizer_of
+from meshformer.command.check import check, resolve
 from meshformer.compat.hydra import Hydra, create_config_search_path
-from meshformer.config import ConfigError, check, did_you_mean, resolve, validate
-from meshformer.config.check import SHAPES, is_own
+from meshformer.config import ConfigError, did_you_mean, validate
 from meshformer.config.foreign import confine, read_config, refuse_links
 from meshformer.config.paths import conf_dir, run_of
-from meshformer.config.tasks import HEAD, has_own_head
+from meshformer.model.settings import FREE, HEAD, SHAPES
 from meshformer.record import RunNotFound, find_run
+from meshformer.tasks.check import has_own_head
 
 Config = dict[str, Any]
 Refuse = Callable[[str, Any], ConfigError]
@@ -51,7 +53,6 @@ RESUMABLE = (
     "data.workers", "data.eval_batch_size", "allow",
 )  # fmt: skip
 EVALUABLE = ("trainer.threads", "trainer.precision", "trainer.accelerator", "trainer.limit_val_batches", "data", "paths", "allow")
-FREE = ("attention", "dropout", "init_std", "zero_init")  # settings of a model that its weights do not decide
 PER_MACHINE = (
     "strategy",
     "trainer.devices",

@@ -24,6 +24,7 @@ from meshformer.config.errors import ConfigError
 from meshformer.convert import convert
 from meshformer.data import load_tokenizer
 from meshformer.model import Attention, Transformer, VisionTransformer, attend_reference
+from meshformer.model.settings import HEAD_PARAMETERS, SECOND_NAME
 from meshformer.printing import say
 
 Write = Callable[[Path], None]  # what is read and checked, to a path
@@ -60,7 +61,7 @@ def _weights(source: Path) -> dict[str, Tensor]:
 
 
 def _adapter(source: Path) -> Write:
-    return lambda target: write_adapters(source, target, trained=("head.", "norm.dense.", "norm.norm."))
+    return lambda target: write_adapters(source, target, trained=HEAD_PARAMETERS)
 
 
 def _huggingface(source: Path) -> Write:
@@ -103,7 +104,7 @@ def _tokenizer(file: Path) -> str:
 
 def _safetensors(source: Path) -> Write:
     model, weights = derive(source), _weights(source)
-    tied = {"head.weight": "embedding.tokens.weight"} if model.get("tie_embeddings") and model.get("head", True) else {}
+    tied = SECOND_NAME if model.get("tie_embeddings") and model.get("head", True) else {}
     return lambda target: write_weights(target, {f"model.{name}": x for name, x in weights.items()}, tied, {"model": model})
 
 

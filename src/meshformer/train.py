@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 import yaml
 
-from meshformer.build import HEAD_PARTS, build_callbacks, build_data, build_loggers, build_task, build_trainer
+from meshformer.build import build_callbacks, build_data, build_loggers, build_task, build_trainer
 from meshformer.callbacks import Rows
 from meshformer.callbacks.ema import averaged
 from meshformer.callbacks.preemption import Preemption, StopSignals
@@ -26,16 +26,16 @@ from meshformer.checkpoint.find import checkpoints, latest_checkpoint
 from meshformer.checkpoint.folder import read_rest, refuse_misfits, tensor_sizes
 from meshformer.checkpoint.pretrained.source import tokenizer_of
 from meshformer.checkpoint.weights import PREFIX, load_weights, misfits_of
-from meshformer.config.check import BF16, no_bf16
 from meshformer.config.errors import ConfigError, Stopped
 from meshformer.config.foreign import read_config
 from meshformer.config.signature import signature
-from meshformer.config.tasks import has_own_head
 from meshformer.data import SampledData, load_tokenizer
 from meshformer.model import Transformer, training_flops_per_token
 from meshformer.model.layout import blocks_of
 from meshformer.model.lora import ADAPTERS
+from meshformer.model.settings import HEAD_PARAMETERS
 from meshformer.optim.muon import multiplies_bfloat16
+from meshformer.parallel.check import BF16, no_bf16
 from meshformer.parallel.levers import apply_levers
 from meshformer.parallel.products import in_float8
 from meshformer.parallel.strategy import MeshStrategy
@@ -43,6 +43,7 @@ from meshformer.printing import argument, say
 from meshformer.record.run_folder import PENDING, atomic_write_text
 from meshformer.record.run_json import RunRecord
 from meshformer.tasks import Evaluated
+from meshformer.tasks.check import has_own_head
 
 Config = dict[str, Any]
 # mallopt's M_MMAP_THRESHOLD (at its most), M_TRIM_THRESHOLD and M_TOP_PAD, in bytes.
@@ -143,7 +144,7 @@ def starting_point(config: Config, folder: Path, data: SampledData, max_steps: i
 def configure_model(config: Config, task: Any, strategy: Any, start: Start) -> None:
     """Builds the model with its first weights: here, or on torch's meta device, where the mesh strategy makes this rank's part real."""
     stage, float8 = config["stage"], config["trainer"]["float8"]
-    new_parts = (*(HEAD_PARTS if has_own_head(config) else ()), *ADAPTERS)
+    new_parts = (*(HEAD_PARAMETERS if has_own_head(config) else ()), *ADAPTERS)
     reinit = None if (stage.get("lora") or {}).get("rank") else stage.get("reinit") or ()  # where adapters learn, nothing is drawn anew
     torch.manual_seed(config["seed"])  # of models that draw their weights as torch's modules do
     if isinstance(strategy, MeshStrategy):

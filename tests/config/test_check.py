@@ -8,8 +8,9 @@ import sys
 import pytest
 import yaml
 
+from meshformer.command.check import resolve
 from meshformer.compose import settle
-from meshformer.config import ConfigError, resolve, validate
+from meshformer.config import ConfigError, validate
 from meshformer.config.resolve import Outside, cores, outside
 
 RESOLVE = sys.modules["meshformer.config.resolve"]  # the package's name for it is the function

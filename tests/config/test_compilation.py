@@ -11,9 +11,11 @@ import yaml
 
 from meshformer import compose
 from meshformer.command import jobs
+from meshformer.command.check import check, resolve
 from meshformer.compose import settle
-from meshformer.config import ConfigError, check, compilation, resolve, validate
-from meshformer.config.compilation import WORTH_WHILE, compiles, lacking
+from meshformer.config import ConfigError, validate
+from meshformer.parallel import compilation
+from meshformer.parallel.compilation import WORTH_WHILE, compiles, lacking
 
 RESOLVE = sys.modules["meshformer.config.resolve"]
 LONG = {"trainer.max_steps": 10**9}
@@ -115,8 +117,7 @@ def program(path: Path) -> None:
 
 
 def test_without_a_compiler_auto_is_false_and_true_refused(change, monkeypatch):
-    for module in (compilation, sys.modules["meshformer.config.check"]):
-        monkeypatch.setattr(module, "lacking", lambda accelerator: "a C++ compiler (g++)")
+    monkeypatch.setattr(compilation, "lacking", lambda accelerator: "a C++ compiler (g++)")
     config = settle(change(LONG))
     assert config["trainer"]["compile"] is False
     assert compiles(config) == (False, "it needs a C++ compiler (g++)")

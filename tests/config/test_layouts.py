@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
+from meshformer.command.check import resolve
 from meshformer.compose import compose_config, make_hydra, plain, settle
-from meshformer.config import ConfigError, resolve, validate
-from meshformer.config.check_layout import feed_forward_width
+from meshformer.config import ConfigError, validate
 from meshformer.config.degrees import AXES, Degrees, uses_fsdp
 from meshformer.config.paths import conf_dir
 from meshformer.config.resolve import cores, microbatch_counts
+from meshformer.model.settings import feed_forward_width
 
 RESOLVE = sys.modules["meshformer.config.resolve"]
 FILES = {file.stem for file in (conf_dir() / "strategy").glob("*.yaml")}
@@ -396,7 +397,8 @@ def test_cpu_offload_is_for_gpus(layout, monkeypatch):
 
 @pytest.mark.parametrize("activation", ["gelu", "relu2", "swiglu"])
 def test_the_width_that_is_checked_is_the_models(activation):
-    from meshformer.model.block import feed_forward_width as models
+    from meshformer.model import Transformer
 
     for width in (8, 48, 100, 128, 384, 768):
-        assert feed_forward_width({"d_model": width, "activation": activation}) == models(width, activation)
+        model = Transformer(3, 1, 2, width, 4, activation=activation)
+        assert model.blocks[0].mlp.up.out_features == feed_forward_width(width, activation)

@@ -5,7 +5,7 @@ import pytest
 from meshformer.compose import compose
 from meshformer.config.arguments import places
 from meshformer.config.errors import ConfigError
-from meshformer.config.signature import declares, inherits
+from meshformer.config.signature import attribute, declares
 
 SOURCE = """
 from torch import nn
@@ -188,10 +188,10 @@ def test_the_cut_of_any_model_with_such_settings_is_checked():
 
 def test_what_a_class_inherits_is_found_through_modules():
     target = "own_model_for_test."
-    assert inherits(target + "Ours", "meshformer.model.Transformer") and inherits(target + "Pictures", "meshformer.model.Transformer")
-    assert not inherits(target + "Ours", "meshformer.model.VisionTransformer") and not inherits(target + "Fits", "meshformer.model.Transformer")
-    assert not inherits(target + "make", "meshformer.model.Transformer") and not inherits("nowhere.Net", "meshformer.model.Transformer")
-    assert inherits("meshformer.model.transformer.Transformer", "meshformer.model.Transformer")
+    for name, reads in {"Ours": "tokens", "Pictures": "images", "Fits": None, "make": None}.items():
+        assert attribute(target + name, "reads") == reads, name
+    assert attribute("meshformer.model.transformer.Transformer", "reads") == "tokens" and attribute("nowhere.Net", "reads") is None
+    assert attribute(target + "Ours", "plan", "no plain value") == "no plain value"
     assert declares(target + "Ours", "forward") and not declares(target + "Planned", "plans")
 
 
@@ -205,7 +205,7 @@ def test_a_subclass_of_ours_gets_the_checks_of_ours():
 
 def test_a_class_of_the_users_is_not_compiled_by_itself(monkeypatch):
     """Its blocks may be no one graph, which would be an error in the run."""
-    monkeypatch.setattr("meshformer.config.compilation.lacking", lambda accelerator: None)
+    monkeypatch.setattr("meshformer.parallel.compilation.lacking", lambda accelerator: None)
     long = ["trainer.max_steps=1000000000", "trainer.compile=auto"]
     assert compose(long)["trainer"]["compile"] is True
     sizes = ["+model.n_layers=2", "+model.n_heads=2", "+model.d_model=16", "+model.context_length=128"]

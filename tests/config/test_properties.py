@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from layouts import degrees
 from meshformer.cli import main
 from meshformer.command import jobs
 from meshformer.compose import compose
@@ -34,11 +35,7 @@ CHOICES = {
     "callbacks.nonfinite.action": ["stop", "skip"],
     "stage": ["pretrain"],
 }
-LAYOUTS = {
-    "single": {}, "ddp": {"replicate": 2}, "fsdp": {"shard": 2}, "hsdp": {"replicate": 2, "shard": 2}, "tensor": {"tensor": 2},
-    "context": {"context": 2}, "pipeline": {"pipeline": 2}, "fsdp_tensor": {"shard": 2, "tensor": 2}, "tensor_pipeline": {"tensor": 2, "pipeline": 2},
-    "fsdp_context": {"shard": 2, "context": 2}, "fsdp_pipeline": {"shard": 2, "pipeline": 2},
-}  # fmt: skip
+LAYOUTS = {name: cut for name, cut in degrees().items() if name != "mesh"}
 ODD = [
     "many", "-1", "0", "1.5", "null", "[1", "{a:1}", "'", "${x}", "${seed", "", "true", "1e999", "nan", "../x", "a,b", "[]", "{}", "é", "\t", "=",
     "a=b", "9" * 30, "choice(1,2)", "range(3)", "~", "@x", "None",

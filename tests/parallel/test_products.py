@@ -13,9 +13,10 @@ import torch
 from harness import run_ranks
 from jobs import run_tiny
 from meshformer.compose import compose
-from meshformer.config import ConfigError, check_layout
+from meshformer.config import ConfigError
 from meshformer.model import Transformer
-from meshformer.parallel import products
+from meshformer.parallel import check as parallel_check
+from meshformer.parallel import compilation, products
 
 ASYNC = ["strategy=tensor", "strategy.async_tensor_parallel=true", "trainer.compile=true"]
 FLOAT8 = ["trainer.float8=true", "trainer.compile=true", "trainer.precision=bf16-mixed", "model.d_ff=512"]
@@ -25,9 +26,9 @@ FLOAT8 = ["trainer.float8=true", "trainer.compile=true", "trainer.precision=bf16
 def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules["meshformer.config.resolve"], "_torch_has_cuda", lambda: True)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    monkeypatch.setattr(sys.modules["meshformer.config.check"], "lacking", lambda accelerator: None)  # of what compiling needs
-    monkeypatch.setattr(check_layout, "find_spec", lambda name: name)
-    monkeypatch.setattr(check_layout, "compute_capability", lambda: (9, 0))
+    monkeypatch.setattr(compilation, "lacking", lambda accelerator: None)  # of what compiling needs
+    monkeypatch.setattr(parallel_check, "find_spec", lambda name: name)
+    monkeypatch.setattr(parallel_check, "compute_capability", lambda: (9, 0))
 
 
 @pytest.mark.parametrize(
@@ -71,18 +72,18 @@ def test_float8_that_cannot_work_is_refused(two_gpus: None, overrides: list[str]
 )
 def test_float8_of_other_layers_is_refused(two_gpus: None, section: str, change: dict[str, Any], words: str) -> None:
     config = compose(FLOAT8)
-    check_layout.check_settings(config)
+    parallel_check.check_settings(config)
     with pytest.raises(ConfigError, match=words):
-        check_layout.check_settings({**config, section: {**config[section], **change}})
+        parallel_check.check_settings({**config, section: {**config[section], **change}})
 
 
 def test_float8_needs_the_package_and_the_card(two_gpus: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(check_layout, "compute_capability", lambda: (8, 0))
+    monkeypatch.setattr(parallel_check, "compute_capability", lambda: (8, 0))
     with pytest.raises(ConfigError, match="this machine's GPUs multiply no float8"):
         compose(FLOAT8)
-    monkeypatch.setattr(check_layout, "compute_capability", lambda: None)  # not known: the process that has the card looks again
+    monkeypatch.setattr(parallel_check, "compute_capability", lambda: None)  # not known: the process that has the card looks again
     compose(FLOAT8)
-    monkeypatch.setattr(check_layout, "find_spec", lambda name: None)
+    monkeypatch.setattr(parallel_check, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="pip install torchao"):
         compose(FLOAT8)
 
@@ -122,7 +123,7 @@ def applied(folder: Path, ranks: int, *overrides: str) -> list[str]:
     from meshformer.parallel import strategy
 
     found: list[str] = []
-    check_layout._float8 = check_layout._async_tensor_parallel = lambda *config: None
+    parallel_check._float8 = parallel_check._async_tensor_parallel = lambda *config: None
     train.in_float8 = lambda model: found.append(f"float8 of {len(model.blocks)} blocks")
     strategy.overlap = lambda mesh: found.append(f"overlap of {mesh.size()}")
     run_tiny(folder, "run", f"trainer.devices={ranks}", "trainer.max_steps=1", "~callbacks.checkpoint", "model.n_layers=3", *overrides)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from meshformer.bench.speed import PlainTransformer
 from meshformer.build import build_callbacks, build_data, build_task, build_trainer
+from meshformer.callbacks import Checkpoint, Samples
 from meshformer.callbacks.throughput import measure_matrix_rate, peak_memory
 from meshformer.checkpoint.lightning_io import FolderCheckpointIO
 from meshformer.compose import compose
@@ -85,7 +86,7 @@ def _fit(bench: Bench, overrides: list[str], watcher: pl.Callback) -> None:
     config["model"]["vocab_size"] = config["model"]["vocab_size"] or data.vocab_size
     folder = Path(bench.scratch) / f"fit{time.monotonic_ns()}"
     folder.mkdir()
-    callbacks = [c for c in build_callbacks(config, folder, data.steps_per_epoch) if type(c).__name__ not in ("Checkpoint", "Samples")]
+    callbacks = [c for c in build_callbacks(config, folder, data.steps_per_epoch) if not isinstance(c, Checkpoint | Samples)]
     task: Any = build_task(config, config["trainer"]["max_steps"])
     trainer = build_trainer(config, folder, config["trainer"]["max_steps"], [*callbacks, watcher], [])
     task.configure_model()

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, multiprocessing, nn
 
 from meshformer.build import build_callbacks, build_data, build_task, build_trainer
-from meshformer.callbacks import ProgressBar
+from meshformer.callbacks import Checkpoint, ProgressBar, Samples
 from meshformer.callbacks.throughput import measure_matrix_rate
 from meshformer.compose import compose
 from meshformer.config.resolve import cpu_multiplies_bf16
@@ -202,7 +202,7 @@ def trainer_against_bare_loop(size: tuple[int, ...], seconds: float) -> float:
         config["model"]["vocab_size"] = data.vocab_size
         in_turn = _InTurn(_bare_loop(config), 2 * seconds)
         callbacks = build_callbacks(config, Path(folder), data.steps_per_epoch)
-        callbacks = [c for c in callbacks if type(c).__name__ not in ("Checkpoint", "Samples")] + [in_turn]
+        callbacks = [c for c in callbacks if not isinstance(c, Checkpoint | Samples)] + [in_turn]
         task: Any = build_task(config, 100000)
         trainer = build_trainer(config, Path(folder), 100000, callbacks, [])
         trainer.fit(task, datamodule=data)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +46,12 @@ def merge_adapters(source: Path) -> dict[str, Tensor]:
 
 
 def write_adapters(source: Path, target: Path, trained: tuple[str, ...] = ()) -> None:
-    """The adapters of a checkpoint alone, as safetensors, with what they were made for in the metadata, and all parameters whose names start
-    with one of `trained` (a new head). ConfigError where the run trained no adapters."""
+    """The adapters of a checkpoint alone, as safetensors, with what they were made for in the metadata, and all parameters whose names fit one
+    of the patterns `trained` (a new head). ConfigError where the run trained no adapters."""
     stage = settings_of(source)
     if stage is None:
         raise ConfigError("the run trained no adapters (stage.lora.rank)", "run", str(source), fix="Use format=safetensors.")
-    tensors = {f"model.{name}": x for name, x in read_weights(source).items() if is_adapter(name) or name.startswith(trained)}
+    tensors = {f"model.{name}": x for name, x in read_weights(source).items() if is_adapter(name) or any(fnmatchcase(name, one) for one in trained)}
     write_weights(target, tensors, {}, {"lora": stage["lora"], "init_from": stage["init_from"]})
 
 

@@ -19,16 +19,16 @@ from meshformer.command.recipe import FirstRun, pretraining
 from meshformer.command.slurm import MARK, earlier_start, job_mark
 from meshformer.compat.hydra import Callbacks, Hydra, get_args_parser
 from meshformer.config import ConfigError, Convert, Evaluate, Export, Generate, validate
-from meshformer.config.compilation import compiles
 from meshformer.config.foreign import confine, read_config
 from meshformer.config.paths import default_cache, run_of
 from meshformer.config.resolve import outside
-from meshformer.config.tasks import writes_text
 from meshformer.explain import EXPLAINED, explain
+from meshformer.parallel.compilation import compiles
 from meshformer.printing import say
 from meshformer.record import RunRecord, atomic_write_text
 from meshformer.record.run_folder import PENDING
 from meshformer.recorded import read_overrides, write_overrides
+from meshformer.tasks.check import writes_text
 
 Config = dict[str, Any]
 SHOWING = ("cfg", "info", "shell_completion", "hydra_help")

@@ -12,13 +12,15 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from meshformer import compose
+from meshformer.checkpoint.check import check_fits
 from meshformer.checkpoint.find import candidates
-from meshformer.config import ConfigError, check, resolve, validate
-from meshformer.config.check import check_fits
+from meshformer.command.check import check, resolve
+from meshformer.config import ConfigError, validate
 from meshformer.config.foreign import read_config
 from meshformer.config.resolve import outside
 from meshformer.printing import say
 from meshformer.record import RunRecord
+from meshformer.tasks.check import has_own_head
 
 Config = dict[str, Any]
 # What the command says for both runs: where and how they run, and what the weights of one must share with the other.
@@ -104,7 +106,7 @@ def pretraining(config: Config, overrides: Sequence[str], flags: Sequence[str], 
     source = compose.compose(first, config_dir=config_dir)
     later = resolve(validate(compose.adopt(config, source, overrides)))
     check({**later, "resume": "later"})  # which lifts the checks of what is not there yet
-    check_fits(later, source["model"], "the run of stage.pretrain")
+    check_fits(later["model"], source["model"], "the run of stage.pretrain", has_own_head(later))
     return FirstRun([*flags, *first], source)
 
 

@@ -1,7 +1,6 @@
-"""What a configuration may say: the typed schema, cross-field checks, the allow-list. Knows neither torch nor Hydra."""
+"""What a configuration may say: the typed schema, the allow-list, what `auto` stands for. Knows neither torch nor Hydra, nor any other room."""
 
 from meshformer.config.allow import check_object, check_target
-from meshformer.config.check import check
 from meshformer.config.errors import ConfigError
 from meshformer.config.resolve import resolve
 from meshformer.config.schema import Convert, Evaluate, Export, Generate, Root, validate
@@ -14,7 +13,6 @@ __all__ = [
     "Export",
     "Generate",
     "Root",
-    "check",
     "check_object",
     "check_target",
     "did_you_mean",

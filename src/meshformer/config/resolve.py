@@ -14,7 +14,6 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from meshformer.config.compilation import compiles
 from meshformer.config.degrees import AXES, Degrees, uses_fsdp
 from meshformer.config.errors import ConfigError
 
@@ -57,7 +56,8 @@ def _number(env: Mapping[str, str], name: str, least: int, default: int | None =
 
 
 def resolve(config: dict[str, Any], env: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """A copy of a validated configuration with every `auto` and -1 of trainer and strategy, data.files and paths settled."""
+    """A copy of a validated configuration with every `auto` and -1 of trainer and strategy (but trainer.compile's, which the whole run
+    decides), data.files and paths settled."""
     env = os.environ if env is None else env
     config = {**config, **{name: dict(config[name]) for name in ("trainer", "strategy", "data", "paths")}}
     trainer, strategy, data, paths = config["trainer"], config["strategy"], config["data"], config["paths"]
@@ -91,8 +91,6 @@ def resolve(config: dict[str, Any], env: Mapping[str, str] | None = None) -> dic
     if config["optimizer"].get("dtype") == "auto" and trainer["precision"] == "32-true":
         # Muon in bf16, where the processor has it, turns rounding, by which layouts differ, into 1e-5 of the loss within ten steps.
         config["optimizer"]["dtype"] = "float32"
-    if trainer["compile"] == "auto":
-        trainer["compile"], _ = compiles(config)
     return config
 
 

@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any, Literal
 from meshformer.config import types
 from meshformer.config.allow import check_target
 from meshformer.config.errors import ConfigError
+from meshformer.config.paths import conf_dir
 from meshformer.config.signature import Signature, TargetNotFound, signature
 from meshformer.config.suggest import did_you_mean
 
 if TYPE_CHECKING:
     PositiveInt = Count = int
     PositiveFloat = NonNegativeFloat = Share = float
+    LayoutName = str  # one of the files of conf/strategy/
     Target = dict[str, Any]  # a node with _target_
     Targets = dict[str, Any]  # name -> a node with _target_, or null
 
@@ -112,20 +114,7 @@ class Stage:
 class Strategy:
     """`single` and `ddp` are Lightning's own; every other name is the mesh strategy, of which only the degrees differ."""
 
-    name: Literal[
-        "single",
-        "ddp",
-        "fsdp",
-        "hsdp",
-        "tensor",
-        "context",
-        "pipeline",
-        "fsdp_tensor",
-        "fsdp_context",
-        "tensor_pipeline",
-        "fsdp_pipeline",
-        "mesh",
-    ]
+    name: LayoutName
     replicate: Literal[-1] | PositiveInt = 1
     shard: Literal[-1] | PositiveInt = 1
     context: Literal[-1] | PositiveInt = 1
@@ -251,6 +240,11 @@ class SweepOptions:
     sweep: Sweep
 
 
+def layouts() -> list[str]:
+    """The names of conf/strategy/."""
+    return sorted(file.stem for file in (conf_dir() / "strategy").glob("*.yaml"))
+
+
 SECTIONS: dict[str, type] = {c.__name__: c for c in (Paths, Trainer, Data, Lora, Stage, Strategy, Launch, RunsPath, Sweep)}
 
 
@@ -283,6 +277,8 @@ def _section(node: Any, schema: type, path: str, allow: tuple[str, ...]) -> dict
 
 
 def _value(value: Any, kind: str, key: str, allow: tuple[str, ...]) -> Any:
+    if kind == "LayoutName":
+        kind = f"Literal[{', '.join(map(repr, layouts()))}]"
     if kind in SECTIONS:
         return _section(value, SECTIONS[kind], key, allow)
     if kind == "Target":

@@ -8,9 +8,11 @@ from __future__ import annotations
 import ast
 import importlib.util
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 DEEPEST = 12  # of re-exports and base classes: more is a circle
@@ -20,6 +22,7 @@ DEEPEST = 12  # of re-exports and base classes: more is a circle
 class Parameter:
     annotation: ast.expr | None
     required: bool
+    default: ast.expr | None = None
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,21 @@ def signature(target: str) -> Signature:
     return Signature(where, isinstance(node, ast.ClassDef), parameters, open_ended)
 
 
+def defaults(target: str) -> dict[str, Any]:
+    """The plain values that arguments of `target` have where nobody gives others. Empty where there is no such class or function."""
+    with suppress(TargetNotFound):
+        return _plain_values(signature(target))
+    return {}
+
+
+def _plain_values(found: Signature) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for name, parameter in found.parameters.items():
+        with suppress(ValueError):
+            values |= {} if parameter.default is None else {name: ast.literal_eval(parameter.default)}
+    return values
+
+
 def method(target: str, name: str) -> Signature | None:
     """What the method `name` of the class `target` accepts, its own or the nearest inherited one that can be read; None where there is none."""
     module, _, called = target.rpartition(".")
@@ -82,11 +100,16 @@ def declares(target: str, name: str) -> bool:
     return False
 
 
-def inherits(target: str, base: str) -> bool:
-    """Whether the class `target` is the class `base` or inherits from it, as far as its bases can be read."""
-    module, _, called = base.rpartition(".")
-    found = _find(module, called)
-    return found is not None and any((where, node.name) == (found[0], found[1].name) for where, node in _lineage(target))
+def attribute(target: str, name: str, default: Any = None) -> Any:
+    """The plain value that the class `target`, or the nearest base class that can be read and assigns one, gives its attribute `name` in its body.
+    `default` where none does, or the value is no plain one."""
+    for _, node in _lineage(target):
+        for value in reversed(_assigned(node, name)):
+            try:
+                return ast.literal_eval(value)
+            except ValueError:
+                return default
+    return default
 
 
 def _lineage(target: str) -> Iterator[tuple[str, ast.ClassDef]]:
@@ -103,19 +126,23 @@ def _lineage(target: str) -> Iterator[tuple[str, ast.ClassDef]]:
         stack.extend(_find_dotted(where, ast.unparse(b.value if isinstance(b, ast.Subscript) else b)) for b in reversed(node.bases))
 
 
+def _assigned(node: ast.ClassDef, name: str) -> list[ast.expr]:
+    """What the body of a class assigns to `name`, in order."""
+    return [
+        statement.value
+        for statement in node.body
+        if isinstance(statement, ast.Assign | ast.AnnAssign) and statement.value is not None
+        for target in (statement.targets if isinstance(statement, ast.Assign) else [statement.target])
+        if isinstance(target, ast.Name) and target.id == name
+    ]
+
+
 def _declared(node: ast.ClassDef, name: str) -> bool | None:
     """What the body of a class says of `name`; None where it says nothing."""
-    said = None
-    for statement in node.body:
-        value = getattr(statement, "value", None)
-        if isinstance(statement, ast.FunctionDef):
-            if statement.name == name or _sets(statement, name):
-                said = True
-        elif isinstance(statement, ast.Assign | ast.AnnAssign) and value is not None:
-            targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
-            if any(isinstance(one, ast.Name) and one.id == name for one in targets):
-                said = not (isinstance(value, ast.Constant) and value.value is None)
-    return said
+    if any(isinstance(one, ast.FunctionDef) and (one.name == name or _sets(one, name)) for one in node.body):
+        return True
+    values = _assigned(node, name)
+    return not (isinstance(values[-1], ast.Constant) and values[-1].value is None) if values else None
 
 
 def _sets(method: ast.FunctionDef, name: str) -> bool:
@@ -246,14 +273,14 @@ def _absolute(module: str, statement: ast.ImportFrom) -> str:
 def _function_parameters(node: ast.FunctionDef | ast.AsyncFunctionDef, skip_first: bool) -> tuple[dict[str, Parameter], bool]:
     spec = node.args
     positional = (spec.posonlyargs + spec.args)[1 if skip_first else 0 :]
-    with_default = len(spec.defaults)
+    given = [None] * (len(positional) - len(spec.defaults)) + spec.defaults[-len(positional) :]
     parameters = {
-        argument.arg: Parameter(argument.annotation, required=index < len(positional) - with_default)
-        for index, argument in enumerate(positional)
+        argument.arg: Parameter(argument.annotation, required=default is None, default=default)
+        for argument, default in zip(positional, given, strict=True)
         if argument not in spec.posonlyargs
     }
     for argument, default in zip(spec.kwonlyargs, spec.kw_defaults, strict=True):
-        parameters[argument.arg] = Parameter(argument.annotation, required=default is None)
+        parameters[argument.arg] = Parameter(argument.annotation, required=default is None, default=default)
     return parameters, spec.kwarg is not None
 
 
@@ -268,7 +295,7 @@ def _class_parameters(module: str, node: ast.ClassDef, depth: int = 0) -> tuple[
     inherited, open_ended = _base_parameters(module, node, depth)
     if any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list):
         fields = {
-            s.target.id: Parameter(s.annotation, required=s.value is None)
+            s.target.id: Parameter(s.annotation, required=s.value is None, default=s.value)
             for s in node.body
             if isinstance(s, ast.AnnAssign) and isinstance(s.target, ast.Name) and "ClassVar" not in ast.unparse(s.annotation)
         }

@@ -18,7 +18,7 @@ import numpy as np
 
 from meshformer.config.carrier import Carrier, fetch
 from meshformer.config.errors import ConfigError
-from meshformer.config.tasks import no_such_column, separator_of
+from meshformer.data.check import no_such_column, separator_of
 from meshformer.data.corpus import HubText
 
 VADER = Carrier(

@@ -22,8 +22,8 @@ from torch.utils.data import Dataset, Sampler
 
 from meshformer.config.errors import ConfigError
 from meshformer.data.tokenizer import Tokens
+from meshformer.model.settings import IGNORED
 
-IGNORED = -100  # torch's own default for cross_entropy's ignore_index
 Batch = dict[str, Tensor]
 Starts = npt.NDArray[np.int64]
 

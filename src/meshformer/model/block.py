@@ -16,11 +16,6 @@ from .position import Position
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu2", "swiglu")
 
 
-def feed_forward_width(d_model: int, activation: str) -> int:
-    """4·C; for SwiGLU, which has three matrices instead of two, 8/3·C rounded up to a multiple of 32 (Shazeer 2020 keeps the size equal)."""
-    return 4 * d_model if activation != "swiglu" else -(-8 * d_model // 3 // 32) * 32
-
-
 def gelu(x: Tensor, activation: str) -> Tensor:
     return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
 

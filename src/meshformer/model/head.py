@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .settings import IGNORED
+
 Combine = Callable[[Tensor, Literal["max", "sum"]], None]  # over the ranks among which a vocabulary is cut, in place
 AT_ONCE = 2**25  # logits of one stretch: 128 MiB in fp32
 
@@ -39,7 +41,7 @@ def head_loss(
     weight_VC: Tensor,
     bias_V: Tensor | None,
     targets_BT: Tensor,
-    ignored: int = -100,
+    ignored: int = IGNORED,
     combine: Combine | None = None,
     start: int = 0,
     widest: int | None = None,

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .settings import usual_eps
+
 
 class RMSNorm(nn.RMSNorm):
     """x → x / rms(x) · g with rms(x) = √(mean(x²) + ε), the mean over the last dimension and at least in fp32 (Zhang & Sennrich 2019).
@@ -69,10 +71,11 @@ class LayerNorm(nn.LayerNorm):
 def make_norm(kind: str, dim: int, bias: bool, eps: float | None = None) -> nn.Module:
     """`layer`: LayerNorm (Ba et al. 2016), x → (x − mean)/std · g (+ b). `rms`: RMSNorm.
 
-    `eps` is added to the variance; None: 1e-5 for `layer`, 1e-6 for `rms`.
+    `eps` is added to the variance; None: `usual_eps`.
     """
+    eps = usual_eps(kind) if eps is None else eps
     if kind == "layer":
-        return LayerNorm(dim, eps=1e-5 if eps is None else eps, bias=bias)
+        return LayerNorm(dim, eps=eps, bias=bias)
     if kind == "rms":
-        return RMSNorm(dim, eps=1e-6 if eps is None else eps)
+        return RMSNorm(dim, eps=eps)
     raise ValueError(f"norm must be 'layer' or 'rms', not {kind!r}")

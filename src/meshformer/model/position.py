@@ -17,6 +17,8 @@ class Position(nn.Module):
     """What every encoding may do; the defaults do nothing. `uses_keys` is False where queries meet positions instead of keys."""
 
     uses_keys = True
+    needs_even_heads = False
+    has_table = False  # trained rows, one for each position
 
     def __init__(self, d_model: int, n_heads: int, head_dim: int, context_length: int):
         super().__init__()
@@ -98,6 +100,8 @@ class Sinusoidal(Position):
 class Learned(Position):
     """x_i + W_i with W a trained table of `context_length` rows (Gehring et al. 2017; GPT, BERT). Longer inputs are refused."""
 
+    has_table = True
+
     def __init__(self, d_model: int, n_heads: int, head_dim: int, context_length: int):
         super().__init__(d_model, n_heads, head_dim, context_length)
         self.table = nn.Embedding(context_length, d_model)
@@ -111,6 +115,8 @@ class Rotary(Position):
 
     Channel m is paired with channel m + D/2 (the layout of Llama and GPT-NeoX weights), which is the paper's up to a fixed permutation.
     """
+
+    needs_even_heads = True
 
     def __init__(self, d_model: int, n_heads: int, head_dim: int, context_length: int, base: float = 10000.0):
         super().__init__(d_model, n_heads, head_dim, context_length)

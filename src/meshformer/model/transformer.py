@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from .attention import Attend, Attention, Mask, attend_auto, stay_wide, wants_blocks
-from .block import Block, FeedForward, feed_forward_width, gelu
+from .block import Block, FeedForward, gelu
 from .cache import KeyValueCache
 from .draw import fill_part, normal, sizes
 from .head import Head
 from .layout import Plan
 from .norm import make_norm
 from .position import Position, Rotary
+from .settings import feed_forward_width
 
 
 class Embedding(nn.Module):
@@ -64,6 +65,11 @@ class Transformer(nn.Module):
     predictor. Parameters are drawn by `initialise`, each from a seed of its own name. `plan` says how processes share the model out.
     """
 
+    # What is asked before torch is imported, so these are plain values: what a batch must hold for the model; that its settings mean what
+    # conf/model/custom.yaml says they do, so that they are checked; that torch.compile finds one graph in each of its blocks.
+    reads = "tokens"
+    usual_settings = True
+    one_graph = True
     plan = Plan(
         blocks="blocks",
         tensor={
@@ -126,49 +132,26 @@ class Transformer(nn.Module):
         seed: int = 0,
     ):
         super().__init__()
+        if head_transform and (norm_position == "pre" or not head or activation not in ("gelu", "gelu_tanh")):
+            raise ValueError("head_transform is BERT's: it takes norm_position='post', a head, and activation 'gelu' or 'gelu_tanh'")
         n_kv_heads = n_kv_heads or n_heads
-        if d_model % n_heads and head_dim is None:
-            raise ValueError(f"d_model={d_model} must be divisible by n_heads={n_heads}")
-        if n_heads % n_kv_heads:
-            raise ValueError(f"n_heads={n_heads} must be divisible by n_kv_heads={n_kv_heads}")
+        head_dim = _head_size(d_model, n_heads, n_kv_heads, head_dim)
         self.vocab_size, self.d_model, self.n_layers, self.n_heads, self.n_kv_heads = vocab_size, d_model, n_layers, n_heads, n_kv_heads
         self.context_length, self.causal, self.window = context_length, causal, window
         self.tie_embeddings, self.init_std, self.zero_init = tie_embeddings and head, init_std, zero_init
-        d_ff, head_dim = d_ff or feed_forward_width(d_model, activation), head_dim or d_model // n_heads
         new_norm = partial(make_norm, norm, d_model, bias, norm_eps)
 
         self.embedding = Embedding(vocab_size, d_model, token_types, new_norm() if embedding_norm else None)
         self.position = position(d_model=d_model, n_heads=n_heads, head_dim=head_dim, context_length=context_length)
+        options = dict(attend=attention, keys=self.position.uses_keys, qk_norm=qk_norm, dropout=dropout, head_dim=head_dim)
+        attention_bias, d_ff = bias if attention_bias is None else attention_bias, d_ff or feed_forward_width(d_model, activation)
+        new_attention = partial(Attention, d_model, n_heads, n_kv_heads, bias=attention_bias, **options)
         self.blocks = nn.ModuleList(
-            Block(
-                Attention(
-                    d_model,
-                    n_heads,
-                    n_kv_heads,
-                    layer,
-                    attend=attention,
-                    keys=self.position.uses_keys,
-                    bias=bias if attention_bias is None else attention_bias,
-                    qk_norm=qk_norm,
-                    dropout=dropout,
-                    head_dim=head_dim,
-                ),
-                FeedForward(d_model, d_ff, activation, bias),
-                norm,
-                norm_position,
-                dropout,
-                d_model,
-                bias,
-                norm_eps,
-            )
+            Block(new_attention(layer), FeedForward(d_model, d_ff, activation, bias), norm, norm_position, dropout, d_model, bias, norm_eps)
             for layer in range(n_layers)
         )
-        if head_transform:
-            if norm_position == "pre" or not head or activation not in ("gelu", "gelu_tanh"):
-                raise ValueError("head_transform is BERT's: it takes norm_position='post', a head, and activation 'gelu' or 'gelu_tanh'")
-            self.norm = HeadTransform(d_model, activation, new_norm())
-        else:
-            self.norm = new_norm() if norm_position == "pre" else None  # post-norm blocks end in a norm already
+        # Post-norm blocks end in a norm already.
+        self.norm = HeadTransform(d_model, activation, new_norm()) if head_transform else new_norm() if norm_position == "pre" else None
         if outputs is not None and tie_embeddings:
             raise ValueError(f"outputs={outputs} asks for a head of its own, and tie_embeddings=True for the embedding's matrix")
         self.head = Head(d_model, outputs or vocab_size, bias=head_bias) if head else None
@@ -260,3 +243,11 @@ class Transformer(nn.Module):
         if writes_to_residual:
             std /= math.sqrt(2 * self.n_layers)
         return normal(shape, std, f"{seed}/{name}", part)
+
+
+def _head_size(d_model: int, n_heads: int, n_kv_heads: int, head_dim: int | None) -> int:
+    if d_model % n_heads and head_dim is None:
+        raise ValueError(f"d_model={d_model} must be divisible by n_heads={n_heads}")
+    if n_heads % n_kv_heads:
+        raise ValueError(f"n_heads={n_heads} must be divisible by n_kv_heads={n_kv_heads}")
+    return head_dim or d_model // n_heads

@@ -51,6 +51,7 @@ class VisionTransformer(Transformer):
     Transformer's, with ViT's choices as their defaults. Every layout but those with a context axis: nothing is cut along a picture's patches.
     """
 
+    reads = "images"
     plan = replace(Transformer.plan, attention=None)
 
     def __init__(

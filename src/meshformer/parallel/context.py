@@ -45,7 +45,7 @@ class ContextAxis:
     def apply(self, model: Any) -> None:
         """Puts this axis around the attention of every block, and around the mask, in place, as the model's plan says."""
         plan = plan_of(model)
-        assert plan is not None and plan.attention is not None, "config/check_layout.py asks for both"
+        assert plan is not None and plan.attention is not None, "parallel/check.py asks for both"
         if plan.mask is None and self.method != "ulysses":
             message = "hands attention keys of other processes, for which the model's Plan names no `mask`"
             raise ConfigError(message, "strategy.context_method", self.method, fix="Use strategy.context_method=ulysses.")

@@ -1,5 +1,5 @@
 """Matrix products that only GPUs have: in float8, and, under tensor parallel, overlapped with the exchange of what they multiply. Both need
-torch.compile. config/check_layout.py refuses them elsewhere; neither has been measured by us."""
+torch.compile. parallel/check.py refuses them elsewhere; neither has been measured by us."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from meshformer.compat.torch_distributed import overlap_products_with_transfers
-from meshformer.config.check_layout import FLOAT8_CAPABILITY
 from meshformer.config.errors import ConfigError
 from meshformer.model.layout import blocks_name
+from meshformer.parallel.check import FLOAT8_CAPABILITY
 
 
 def in_float8(model: Any) -> None:

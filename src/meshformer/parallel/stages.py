@@ -129,7 +129,7 @@ def present(model: nn.Module, names: Sequence[str]) -> list[str]:
 def check_pipeline_plan(model: nn.Module, stages: int) -> None:
     """ConfigError where the model cannot be cut into stages."""
     plan, blocks = plan_of(model), blocks_name(model)
-    assert plan is not None, "config/check_layout.py asks for a plan"
+    assert plan is not None, "parallel/check.py asks for a plan"
     if blocks is None or len(blocks_of(model)) < stages:
         message = f"the model has {len(blocks_of(model))} blocks, and each of {stages} stages needs one"
         raise ConfigError(message, "strategy.pipeline", stages, fix="Use fewer stages, or a deeper model.")

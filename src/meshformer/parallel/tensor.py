@@ -163,7 +163,7 @@ class OwnParameters(Style):
 def check_tensor_plan(model: nn.Module, degree: int, sequence_parallel: bool) -> None:
     """ConfigError where the model's plan does not say how to cut every parameter into `degree` parts."""
     plan = plan_of(model)
-    assert plan is not None, "config/check_layout.py asks for a plan"
+    assert plan is not None, "parallel/check.py asks for a plan"
     if bare := uncovered(model, plan):
         names = ", ".join(bare[:3]) + (f" and {len(bare) - 3} more" if len(bare) > 3 else "")
         fix = f"Add a pattern for the module to `tensor` of its Plan: {', '.join(STYLES)}."

@@ -1,12 +1,36 @@
 """LightningModules: each holds a Transformer and says what its loss is."""
 
-from .base import Task
-from .classification import Classification, ImageClassification, SequenceClassification, TokenClassification
-from .evaluation import Evaluated
-from .language_modelling import LanguageModelling, MaskedLanguageModelling
-from .sentence_embedding import SentenceEmbedding, embed
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "Classification", "Evaluated", "ImageClassification", "LanguageModelling", "MaskedLanguageModelling", "SentenceEmbedding",
-    "SequenceClassification", "Task", "TokenClassification", "embed",
-]  # fmt: skip
+if TYPE_CHECKING:
+    from .base import Task as Task
+    from .classification import Classification as Classification
+    from .classification import ImageClassification as ImageClassification
+    from .classification import SequenceClassification as SequenceClassification
+    from .classification import TokenClassification as TokenClassification
+    from .evaluation import Evaluated as Evaluated
+    from .language_modelling import LanguageModelling as LanguageModelling
+    from .language_modelling import MaskedLanguageModelling as MaskedLanguageModelling
+    from .sentence_embedding import SentenceEmbedding as SentenceEmbedding
+    from .sentence_embedding import embed as embed
+
+# Module -> the names above that it defines, which load it on first use: they need torch, and what is checked before a job starts does not.
+_HOME = {
+    "base": ("Task",),
+    "classification": ("Classification", "ImageClassification", "SequenceClassification", "TokenClassification"),
+    "evaluation": ("Evaluated",),
+    "language_modelling": ("LanguageModelling", "MaskedLanguageModelling"),
+    "sentence_embedding": ("SentenceEmbedding", "embed"),
+}  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    module = next((module for module, names in _HOME.items() if name in names), None)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{module}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *(name for names in _HOME.values() for name in names)})

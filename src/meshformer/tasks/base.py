@@ -35,6 +35,10 @@ class Task(MicroBatches):
 
     objective = "next"
     writes_text = False
+    learns_from: tuple[str, ...] | None = None  # kinds of data (data.kind); None: tasks/check.py does not judge what the task works with
+    needs_column: str | None = None  # setting of `data` that must name a column where the source has such a setting
+    own_head = False  # the task trains a head that predicts no tokens: one that came with pretrained weights is left behind
+    pooled = False  # one result from all tokens of a sample
 
     def __init__(
         self,

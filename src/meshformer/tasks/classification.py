@@ -26,6 +26,7 @@ class Classification(Evaluated):
     """
 
     objective = "label"
+    own_head = True
 
     def __init__(self, *args: Any, label_smoothing: float = 0.0, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -77,6 +78,10 @@ class SequenceClassification(Classification):
     The head is linear, so the mean of logits is the logits of the mean; pooling after the head leaves every layout as it is.
     """
 
+    learns_from = ("texts",)
+    needs_column = "label_column"
+    pooled = True
+
     def __init__(self, *args: Any, pooling: Literal["mean", "first"] = "mean", **kwargs: Any):
         super().__init__(*args, **kwargs)
         if pooling not in ("mean", "first"):
@@ -96,6 +101,8 @@ class SequenceClassification(Classification):
 class TokenClassification(Classification):
     """A class for each labelled token, as for names in a text; accuracy and F1 count tokens."""
 
+    learns_from = ("texts",)
+    needs_column = "label_column"
     objective = "tags"
 
     def inputs(self, batch: dict[str, Tensor]) -> dict[str, Any]:
@@ -108,6 +115,8 @@ class TokenClassification(Classification):
 
 class ImageClassification(Classification):
     """A class for an image, by a model that returns logits (B, K) for images, such as VisionTransformer."""
+
+    learns_from = ("images",)
 
     def inputs(self, batch: dict[str, Tensor]) -> dict[str, Any]:
         return {"images": batch["images"]}

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torchmetrics import MetricCollection
 
+from meshformer.model.settings import IGNORED
+
 from .base import Task
 
-IGNORED = -100
 # For every metric here: the states are summed by `Evaluated`, over the ranks that saw different items, and not once more by torchmetrics, over all.
 SUMMED_HERE: dict[str, Any] = {"ignore_index": IGNORED, "validate_args": False, "sync_on_compute": False}
 

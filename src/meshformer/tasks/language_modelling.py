@@ -27,6 +27,7 @@ class LanguageModelling(Evaluated):
     a token), which compares models with different tokenizers.
     """
 
+    learns_from = ("corpus", "texts")
     writes_text = True
     large = 2**26  # logits of a batch: from 256 MiB in fp32 on the model's head sums the loss itself and never holds them all
 

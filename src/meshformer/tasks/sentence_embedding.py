@@ -27,6 +27,10 @@ class SentenceEmbedding(Evaluated):
     whose partner is the nearest.
     """
 
+    learns_from = ("texts",)
+    needs_column = "pair_column"
+    own_head = True
+    pooled = True
     objective = "pairs"
 
     def __init__(self, *args: Any, temperature: float = 0.05, group: int = 16, **kwargs: Any):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from .parts import GELU_NAMES, GELUS, TEXT, Model, Part, differences, expect, linear, norm, position, size
+from .parts import GELU_NAMES, GELUS, LEARNED, TEXT, Model, Part, differences, expect, linear, norm, position, size
 
 NAME, TYPES, CLASS = "BERT", ("bert",), TEXT
 LEFT_OUT = re.compile(
@@ -42,7 +42,7 @@ def settings(config: dict[str, Any], names: set[str]) -> Model:
         "d_model": size(config, "hidden_size"),
         "d_ff": size(config, "intermediate_size"),
         "context_length": size(config, "max_position_embeddings"),
-        "position": position("Learned"),
+        "position": position(LEARNED),
         "causal": False,
         "window": None,
         "norm": "layer",
@@ -85,7 +85,7 @@ def parts(model: Model) -> dict[str, Part]:
 
 def unfit(model: Model) -> Model:
     required = {
-        "position": "Learned", "norm": "layer", "norm_position": "post", "bias": True, "attention_bias": True, "qk_norm": False,
+        "position": LEARNED, "norm": "layer", "norm_position": "post", "bias": True, "attention_bias": True, "qk_norm": False,
         "activation": ("gelu", "gelu_tanh"), "causal": False, "window": None, "embedding_norm": True, "outputs": None,
         "head_bias": model["head"], "head_transform": model["head"], "n_kv_heads": model["n_heads"], "head_dim": model["d_model"] // model["n_heads"],
     }  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from .parts import GELU_NAMES, GELUS, TEXT, Model, Part, differences, expect, linear, norm, position, size
+from .parts import GELU_NAMES, GELUS, LEARNED, TEXT, Model, Part, differences, expect, linear, norm, position, size
 
 NAME, TYPES, CLASS = "GPT-2", ("gpt2",), TEXT
 LEFT_OUT = re.compile(r"transformer\.h\.\d+\.attn\.(masked_)?bias|(?!lm_head)[^.]*_head\..*|score\..*")  # masks; heads of other tasks
@@ -34,7 +34,7 @@ def settings(config: dict[str, Any], names: set[str]) -> Model:
         "d_model": width,
         "d_ff": config.get("n_inner") or 4 * width,
         "context_length": size(config, "n_positions"),
-        "position": position("Learned"),
+        "position": position(LEARNED),
         "causal": True,
         "window": None,
         "norm": "layer",
@@ -66,7 +66,7 @@ def parts(model: Model) -> dict[str, Part]:
 
 def unfit(model: Model) -> Model:
     required = {
-        "position": "Learned", "norm": "layer", "norm_position": "pre", "bias": True, "attention_bias": True, "qk_norm": False,
+        "position": LEARNED, "norm": "layer", "norm_position": "pre", "bias": True, "attention_bias": True, "qk_norm": False,
         "activation": ("gelu", "gelu_tanh"), "causal": True, "window": None, "embedding_norm": False, "token_types": 0, "head": True,
         "head_bias": False, "head_transform": False, "outputs": None, "n_kv_heads": model["n_heads"],
         "head_dim": model["d_model"] // model["n_heads"],

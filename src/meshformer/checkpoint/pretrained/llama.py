@@ -7,7 +7,7 @@ from typing import Any
 
 from meshformer.config.errors import ConfigError
 
-from .parts import TEXT, Model, Part, differences, expect, linear, norm, position, size
+from .parts import ROTARY, TEXT, Model, Part, differences, expect, linear, norm, position, size
 
 NAME, TYPES, CLASS = "Llama", ("llama", "mistral"), TEXT
 LEFT_OUT = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq|score\..*|qa_outputs\..*")  # angles; heads of other tasks
@@ -47,7 +47,7 @@ def settings(config: dict[str, Any], names: set[str]) -> Model:
         "d_ff": size(config, "intermediate_size"),
         "head_dim": None if head_dim * heads == width else head_dim,
         "context_length": size(config, "max_position_embeddings"),
-        "position": position("Rotary", base=float(rotary.get("rope_theta") or config.get("rope_theta") or 10000.0)),
+        "position": position(ROTARY, base=float(rotary.get("rope_theta") or config.get("rope_theta") or 10000.0)),
         "causal": True,
         "window": config.get("sliding_window") if mistral else None,
         "norm": "rms",
@@ -80,7 +80,7 @@ def parts(model: Model) -> dict[str, Part]:
 
 def unfit(model: Model) -> Model:
     required = {
-        "position": "Rotary", "norm": "rms", "norm_position": "pre", "activation": "swiglu", "qk_norm": False, "causal": True,
+        "position": ROTARY, "norm": "rms", "norm_position": "pre", "activation": "swiglu", "qk_norm": False, "causal": True,
         "embedding_norm": False, "token_types": 0, "head": True, "head_bias": False, "head_transform": False, "outputs": None,
     }  # fmt: skip
     if model["window"] is not None:  # Mistral's, which has no biases

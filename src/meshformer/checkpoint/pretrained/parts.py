@@ -19,21 +19,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from meshformer.config.errors import ConfigError
+from meshformer.config.signature import defaults
+from meshformer.model.settings import feed_forward_width, usual_eps
 
 Model = dict[str, Any]  # a node as in conf/model/: arguments of Transformer or VisionTransformer, and their `_target_`
 TEXT, VISION = "meshformer.model.Transformer", "meshformer.model.VisionTransformer"
 POSITIONS = "meshformer.model.position."
-SECOND_NAME = {"head.weight": "embedding.tokens.weight"}  # of a tied model of ours
-# Values of arguments that a node leaves out: those of Transformer.
-DEFAULTS: Model = {
-    "causal": True, "window": None, "norm": "rms", "norm_position": "pre", "activation": "gelu", "bias": False, "qk_norm": True, "dropout": 0.0,
-    "tie_embeddings": True, "embedding_norm": False, "token_types": 0, "n_kv_heads": None, "d_ff": None, "head_dim": None, "norm_eps": None,
-    "attention_bias": None, "head": True, "head_bias": False, "head_transform": False, "outputs": None,
-}  # fmt: skip
-VISION_DEFAULTS: Model = {
-    "colours": 1, "classes": None, "pooling": "cls", "d_ff": None, "norm": "layer", "norm_eps": None, "activation": "gelu", "bias": True,
-    "qk_norm": False, "dropout": 0.0,
-}  # fmt: skip
+LEARNED, ROTARY = "Learned", "Rotary"  # its classes that foreign layouts have
 
 
 @dataclass(frozen=True)
@@ -69,30 +61,18 @@ def position(name: str, **options: Any) -> Model:
 def complete(model: Model) -> Model:
     """The node with every argument spelled out, also those that follow from others. `position` becomes its class's name, `base` a key."""
     vision = model["_target_"] == VISION
-    whole = {**(VISION_DEFAULTS if vision else DEFAULTS), **model}
-    place = model.get("position") or position("Learned" if vision else "Rotary")
+    whole = {**defaults(model["_target_"]), **model}
+    place = model.get("position") or position(LEARNED if vision else ROTARY)
     home, _, name = str(place["_target_"]).rpartition(".")
     whole["position"] = name if home.startswith("meshformer.") else str(place["_target_"])  # a class of the user's may have any name
     whole["base"] = float(place.get("base", 10000.0))
-    if vision:
-        whole["d_ff"] = whole["d_ff"] or _width(whole)
-        whole["norm_eps"] = _eps(whole)
-        return whole
-    whole["n_kv_heads"] = whole["n_kv_heads"] or whole["n_heads"]
-    whole["head_dim"] = whole["head_dim"] or whole["d_model"] // whole["n_heads"]
-    whole["d_ff"] = whole["d_ff"] or _width(whole)
-    whole["norm_eps"] = _eps(whole)
-    whole["attention_bias"] = whole["bias"] if whole["attention_bias"] is None else whole["attention_bias"]
+    whole["d_ff"] = whole["d_ff"] or feed_forward_width(whole["d_model"], whole["activation"])
+    whole["norm_eps"] = usual_eps(whole["norm"]) if whole["norm_eps"] is None else whole["norm_eps"]
+    if not vision:
+        whole["n_kv_heads"] = whole["n_kv_heads"] or whole["n_heads"]
+        whole["head_dim"] = whole["head_dim"] or whole["d_model"] // whole["n_heads"]
+        whole["attention_bias"] = whole["bias"] if whole["attention_bias"] is None else whole["attention_bias"]
     return whole
-
-
-def _width(model: Model) -> int:
-    """As model/block.py, which imports torch."""
-    return 4 * model["d_model"] if model["activation"] != "swiglu" else -(-8 * model["d_model"] // 3 // 32) * 32
-
-
-def _eps(model: Model) -> float:
-    return model["norm_eps"] if model["norm_eps"] is not None else 1e-6 if model["norm"] == "rms" else 1e-5
 
 
 def differences(model: Model, required: Mapping[str, Any]) -> Model:

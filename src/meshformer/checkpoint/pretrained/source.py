@@ -17,10 +17,11 @@ from meshformer.config.errors import ConfigError
 from meshformer.config.foreign import read_config
 from meshformer.config.paths import run_of
 from meshformer.config.suggest import did_you_mean
+from meshformer.model.settings import SECOND_NAME
 
 from ..find import CONFIG, INDEX, WEIGHTS, is_folder
 from . import bert, carriers, gpt2, llama, vit
-from .parts import SECOND_NAME, TEXT, VISION, Model, Part, complete
+from .parts import TEXT, VISION, Model, Part, complete
 
 LAYOUTS: tuple[ModuleType, ...] = (gpt2, llama, bert, vit)
 ADAPTER, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"  # of a folder that peft wrote

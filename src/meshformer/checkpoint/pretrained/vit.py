@@ -10,7 +10,7 @@ from typing import Any
 
 from meshformer.config.errors import ConfigError
 
-from .parts import GELU_NAMES, GELUS, VISION, Model, Part, differences, expect, linear, norm, position, size
+from .parts import GELU_NAMES, GELUS, LEARNED, VISION, Model, Part, differences, expect, linear, norm, position, size
 
 NAME, TYPES, CLASS = "ViT", ("vit",), VISION
 LEFT_OUT = re.compile(r"pooler\..*|embeddings\.mask_token|decoder\..*")  # the last two: of pretraining by masked patches
@@ -44,7 +44,7 @@ def settings(config: dict[str, Any], names: set[str]) -> Model:
         "n_heads": size(config, "num_attention_heads"),
         "d_model": size(config, "hidden_size"),
         "d_ff": size(config, "intermediate_size"),
-        "position": position("Learned"),
+        "position": position(LEARNED),
         "norm": "layer",
         "norm_eps": float(config.get("layer_norm_eps", 1e-12)),
         "activation": GELUS[expect(config, "hidden_act", "gelu", "gelu_new", "gelu_pytorch_tanh")],
@@ -81,7 +81,7 @@ def parts(model: Model) -> dict[str, Part]:
 
 def unfit(model: Model) -> Model:
     required = {
-        "position": "Learned", "norm": "layer", "bias": True, "qk_norm": False, "activation": ("gelu", "gelu_tanh"),
+        "position": LEARNED, "norm": "layer", "bias": True, "qk_norm": False, "activation": ("gelu", "gelu_tanh"),
         "pooling": "cls",
     }  # fmt: skip
     return differences(model, required)

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from meshformer.config.errors import ConfigError
+from meshformer.model.settings import SECOND_NAME
 
 from ..find import CONFIG
-from .parts import SECOND_NAME, Model, Part, complete
+from .parts import Model, Part, complete
 from .source import KEEPS_ALL, ONE_FILE, layout_for, listed
 
 

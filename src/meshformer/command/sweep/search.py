@@ -10,6 +10,7 @@ from typing import Any
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 
 from meshformer.config import ConfigError
+from meshformer.config.foreign import PRUNING
 from meshformer.recorded import own_settings
 
 from .book import Point
@@ -71,7 +72,7 @@ class Search:
         if not self.options["pruner"]:
             return config
         callback = {
-            "_target_": "meshformer.callbacks.Pruning",
+            "_target_": PRUNING,
             "study": str(self.folder / FILE),
             "trial": point.number,
             "metric": self.metrics[0],

@@ -10,10 +10,10 @@ import sysconfig
 from pathlib import Path
 from typing import Any
 
-from meshformer.config.signature import inherits
+from meshformer.config.errors import ConfigError
+from meshformer.config.signature import attribute
 
 Config = dict[str, Any]
-OURS = "meshformer.model.Transformer"  # the blocks of it, and of this package's classes that inherit from it, are known to be one graph
 # From how many floating-point operations of a whole run, on each core or GPU, compiling its blocks is worth while; see `compiles`.
 WORTH_WHILE = {"cpu": 5e13, "gpu": 1e17}
 
@@ -49,11 +49,18 @@ def lacking(accelerator: str) -> str | None:
     return None if shutil.which(compiler) else f"a C++ compiler ({compiler})"
 
 
+def check_compile(config: Config) -> None:
+    """trainer.compile against what this machine has."""
+    missing = lacking(config["trainer"]["accelerator"])
+    if config["trainer"]["compile"] and missing is not None:
+        raise ConfigError(f"torch.compile needs {missing}", "trainer.compile", "true", fix="Install it, or use trainer.compile=false.")
+
+
 def _unsuited(config: Config) -> str | None:
     """Why this run is better not compiled, however long it is."""
     model, trainer, stage = config["model"], config["trainer"], config["stage"]
     parts = [model, *(model.get(name) for name in ("attention", "position"))]  # a block that is no one graph would end the run
-    if not inherits(model["_target_"], OURS) or not all(
+    if not attribute(model["_target_"], "one_graph") or not all(
         str(part["_target_"]).startswith("meshformer.") for part in parts if isinstance(part, dict)
     ):
         return "the model has parts of your own"

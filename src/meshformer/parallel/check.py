@@ -5,32 +5,30 @@ On a resolved configuration; each function raises ConfigError for the first thin
 
 from __future__ import annotations
 
+from dataclasses import fields
 from importlib.util import find_spec
 from math import gcd
 from typing import Any
 
 from meshformer.config.degrees import AXES, Degrees, uses_fsdp
 from meshformer.config.errors import ConfigError
-from meshformer.config.resolve import compute_capability, microbatch_counts, outside, visible_gpus
-from meshformer.config.signature import declares, inherits, signature
+from meshformer.config.resolve import compute_capability, gpus_multiply_bf16, microbatch_counts, outside, visible_gpus
+from meshformer.config.schema import Strategy
+from meshformer.config.signature import attribute, declares, signature
+from meshformer.model.settings import feed_forward_width
 
 Config = dict[str, Any]
-TRANSFORMER = "meshformer.model.Transformer"
-# Setting -> the axis it is about and its value where that axis is not cut; then those that every mesh layout has.
+# Setting -> the axis that it is about; then those that every mesh layout has.
 OF_AXIS = {
-    "sequence_parallel": ("tensor", True),
-    "loss_parallel": ("tensor", False),
-    "async_tensor_parallel": ("tensor", False),
-    "context_method": ("context", "all_gather"),
-    "schedule": ("pipeline", "1f1b"),
-    "microbatches": ("pipeline", 1),
-    "stages_per_rank": ("pipeline", 1),
-    "blocks_per_stage": ("pipeline", None),
-}
-OF_MESH = {
-    "param_dtype": None, "reduce_dtype": None, "reshard_after_forward": True, "cpu_offload": False,
-    "reduce_gradients": "last",
+    "sequence_parallel": "tensor", "loss_parallel": "tensor", "async_tensor_parallel": "tensor", "context_method": "context", "schedule": "pipeline",
+    "microbatches": "pipeline", "stages_per_rank": "pipeline", "blocks_per_stage": "pipeline",
 }  # fmt: skip
+OF_MESH = ("param_dtype", "reduce_dtype", "reshard_after_forward", "cpu_offload", "reduce_gradients")
+# What nobody asked for, settled: the schema's defaults, and what `auto` becomes where there is no such axis, or no mesh.
+UNASKED = {field.name: field.default for field in fields(Strategy)} | {
+    "microbatches": 1, "stages_per_rank": 1, "param_dtype": None, "reduce_dtype": None, "reshard_after_forward": True,
+}  # fmt: skip
+BF16 = ("bf16-mixed", "bf16-true")
 FLOAT8_CAPABILITY = (8, 9)  # of the GPUs that multiply float8 matrices
 
 
@@ -80,14 +78,14 @@ def check_settings(config: Config) -> None:
     name = strategy["name"]
     if trainer["float8"]:
         _float8(config)
-    for setting, (axis, usual) in OF_AXIS.items():
-        if strategy[axis] == 1 and strategy[setting] != usual:
+    for setting, axis in OF_AXIS.items():
+        if strategy[axis] == 1 and strategy[setting] != UNASKED[setting]:
             message = f"is about the {axis} axis and would be ignored, as strategy.{axis} is 1"
             fix = f"Leave it out, or use a layout with that axis, such as strategy={axis}."
             raise ConfigError(message, f"strategy.{setting}", _plain(strategy[setting]), fix=fix)
     if name in ("single", "ddp"):
-        for setting, usual in OF_MESH.items():
-            if strategy[setting] != usual:
+        for setting in OF_MESH:
+            if strategy[setting] != UNASKED[setting]:
                 message = f"strategy={name} has no such setting and would ignore it"
                 fix = "Leave it out, or use another layout, such as strategy=fsdp."
                 raise ConfigError(message, f"strategy.{setting}", _plain(strategy[setting]), fix=fix)
@@ -165,6 +163,20 @@ def _async_tensor_parallel(trainer: Config, strategy: Config) -> None:
             raise ConfigError(message, "strategy.async_tensor_parallel", "true", fix=fix)
 
 
+def check_precision(config: Config) -> None:
+    """trainer.precision against what the device multiplies."""
+    if config["trainer"]["precision"] == "16-mixed" and config["trainer"]["accelerator"] == "cpu":
+        raise ConfigError("half precision needs a GPU", "trainer.precision", "16-mixed", fix="Use bf16-mixed, 32-true or auto.")
+    if config["trainer"]["accelerator"] == "gpu" and config["trainer"]["precision"] in BF16 and not gpus_multiply_bf16():
+        raise no_bf16(config["trainer"]["precision"])
+
+
+def no_bf16(precision: str) -> ConfigError:
+    """Of a GPU older than Ampere (a V100, a T4)."""
+    message = "this machine's GPU has no bfloat16 matrix units, and would emulate them"
+    return ConfigError(message, "trainer.precision", precision, fix="Use 32-true, or 16-mixed with strategy=single or ddp.")
+
+
 def _fsdp_alone(strategy: Config) -> None:
     """What only FSDP reads."""
     pipeline, uses = strategy["pipeline"] > 1, uses_fsdp(strategy)
@@ -200,8 +212,8 @@ def check_cut(config: Config) -> None:
 def _tensor(config: Config) -> None:
     model, strategy, tensor = config["model"], config["strategy"], config["strategy"]["tensor"]
     width = model.get("d_ff")
-    if width is None and "d_model" in model and inherits(model["_target_"], TRANSFORMER):
-        width = feed_forward_width(model)
+    if width is None and "d_model" in model and attribute(model["_target_"], "usual_settings"):
+        width = feed_forward_width(model["d_model"], model.get("activation", ""))
     sizes = {key: size for key, size in {**_heads(model), "d_ff": width}.items() if isinstance(size, int)}
     for key, size in sizes.items():
         if size % tensor:
@@ -287,11 +299,6 @@ def _microbatches(config: Config) -> None:
     else:
         fix = f"No number suits {have}: use data.batch_size={_either(_nearest(batch, slices * pipeline))}."
     raise ConfigError(message, "strategy.microbatches", asked, fix=fix)
-
-
-def feed_forward_width(model: Config) -> int:
-    """What the model takes where d_ff is null; the same as model/block.py, which imports torch."""
-    return -(-8 * model["d_model"] // 3 // 32) * 32 if model.get("activation") == "swiglu" else 4 * model["d_model"]
 
 
 def _heads(model: Config) -> dict[str, int]:

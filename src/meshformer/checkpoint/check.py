@@ -1,0 +1,86 @@
+"""What a run starts from: that it is there, and that its weights fit the model. No torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from meshformer.config.errors import ConfigError
+from meshformer.config.foreign import read_config
+from meshformer.config.paths import run_of
+from meshformer.config.signature import defaults
+from meshformer.model.settings import HEAD, SHAPES
+
+Config = dict[str, Any]
+
+
+def check_start(config: Config, own_head: bool) -> None:
+    """The weights that the run starts from are there, and are those of its model. `own_head`: see `check_fits`."""
+    stage = config["stage"]
+    source = stage["init_from"]
+    if config["fork"] is not None and (recorded := Path(config["fork"]) / "config.yaml").is_file():
+        check_fits(config["model"], read_config(recorded.parent)["model"], "the run to fork", own_head)
+    if config["resume"] is not None or config["fork"] is not None:
+        return  # the weights are in the run by now; where they came from may be gone
+    if stage["name"] == "pretrain":
+        if source is not None:
+            raise ConfigError(
+                "stage=pretrain starts from scratch and would ignore it", "stage.init_from", source, fix="Add stage=finetune."
+            )
+        if config["data"]["tokenizer"] == "pretrained":
+            raise ConfigError("comes with pretrained weights", "data.tokenizer", "pretrained", fix="Use char or bpe, or stage=finetune.")
+        return
+    if source is None and stage.get("pretrain"):
+        message = "trains another run first, once, which a sweep or a fork does not"
+        fix = "Train that run by a command of its own, and add stage.init_from=RUN stage.pretrain=null."
+        raise ConfigError(message, "stage.pretrain", stage["pretrain"], fix=fix)
+    if source is None:
+        raise ConfigError(
+            "stage=finetune needs weights to start from", "stage.init_from", fix="Add stage.init_from=RUN, a run folder or last."
+        )
+    if not Path(source).exists():
+        raise ConfigError("there is no such run, checkpoint or model", "stage.init_from", source)
+    recorded = run_of(source) / "config.yaml"
+    if not recorded.is_file():  # weights from outside, which compose.py has compared
+        return
+    before = read_config(recorded.parent)
+    check_fits(config["model"], before["model"], "the run to start from", own_head, by_name=True)
+    if config["data"]["tokenizer"] != before["data"].get("tokenizer"):
+        message = f"finetuning keeps the tokenizer of the run it starts from, which is {before['data'].get('tokenizer')}"
+        raise ConfigError(
+            message, "data.tokenizer", config["data"]["tokenizer"], fix=f"Use data.tokenizer={before['data'].get('tokenizer')}."
+        )
+
+
+def is_own(node: Any) -> bool:
+    """Whether a part is of a class or function of the user's."""
+    return isinstance(node, dict) and not str(node.get("_target_", "meshformer.")).startswith("meshformer.")
+
+
+def check_fits(model: Config, theirs: Config, who: str, own_head: bool, by_name: bool = False) -> None:
+    """ConfigError for the first setting of `model` with which the weights of `who`, whose model is `theirs`, would not fit.
+
+    `own_head`: the task trains a head of its own, so theirs is left behind. `by_name`: of a class of the user's on either side, that shares some
+    tensors with the other, those decide that are compared when they are loaded, by name and shape.
+    """
+    left_out = HEAD if own_head else ()
+    if is_own(model) or is_own(theirs):
+        shared = model.keys() & theirs.keys() - ({"_target_"} if by_name else set())
+        left_out = (*left_out, *(key for key in SHAPES if key not in shared))
+    both = [(node, defaults(str(node.get("_target_", "")))) for node in (model, theirs)]  # a run may be older than a setting
+    for key in (key for key in SHAPES if key not in left_out):
+        mine, other = (node.get(key, usual.get(key)) for node, usual in both)
+        if mine != other:
+            raise ConfigError(
+                f"{who} has model.{key}={_plain(other)}, so its weights do not fit",
+                f"model.{key}",
+                _plain(mine),
+                fix=f"Use the model of that run: model.{key}={_plain(other)}, or the model= that its overrides.txt names.",
+            )
+    mine, other = (node.get("position", {}).get("_target_") for node in (model, theirs))
+    if mine != other:
+        raise ConfigError(f"{who} has {other}, so its weights do not fit", "model.position._target_", mine)
+
+
+def _plain(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

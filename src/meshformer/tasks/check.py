@@ -1,0 +1,164 @@
+"""Which data, model and layout a task can work with, by what its class says of itself (tasks/base.py). On a resolved configuration. No torch.
+
+Of a task that does not say what it learns from, only what it does say is compared.
+"""
+
+from __future__ import annotations
+
+from math import lcm
+from typing import Any
+
+from meshformer.config.arguments import places
+from meshformer.config.degrees import Degrees
+from meshformer.config.errors import ConfigError
+from meshformer.config.signature import attribute, defaults, method
+
+Config = dict[str, Any]
+HOME = "meshformer.tasks."
+KINDS = {"corpus": "running text", "texts": "single texts", "images": "images"}
+EXAMPLES = {"corpus": "data=shakespeare", "texts": "data=sentiment", "images": "data=digits"}
+CALLS = ("inputs", "given", "arguments", "losses", "forward", "training_step")  # methods of a task that say how the model is called
+COLUMNS = {"label_column": "labels", "pair_column": "pairs"}
+
+
+def says(config: Config, name: str, default: Any = None) -> Any:
+    """What the task's class says of itself, or inherits (tasks/base.py)."""
+    return attribute(str(config["task"].get("_target_", "")), name, default)
+
+
+def has_own_head(config: Config) -> bool:
+    """Whether the task puts a head of its own on the model, so that one that came with pretrained weights is left behind."""
+    return bool(says(config, "own_head")) or config["model"].get("outputs") is not None
+
+
+def writes_text(config: Config) -> bool:
+    """Whether the model of this run predicts next tokens. (Of a task that does not say what it learns from nothing is known.)"""
+    judged = says(config, "learns_from") is not None
+    return (not judged or bool(says(config, "writes_text"))) and config["model"].get("causal", True) is not False
+
+
+def padding_multiple(config: Config) -> int:
+    """What the width of a batch is rounded up to: 16, and what the layout cuts along time into equal parts."""
+    return lcm(16, config["strategy"].get("tensor", 1) * config["strategy"].get("context", 1))
+
+
+def check_task(config: Config) -> None:
+    """Raise ConfigError for a task that cannot learn from the data, with the model, or in the layout."""
+    judged = (_data,) if says(config, "learns_from") else ()
+    for part in (*judged, _images, _head, _causal, _own_model, _packing, _layout, _groups):
+        part(config)
+
+
+def _data(config: Config) -> None:
+    data, task, kinds = config["data"], _option(config), says(config, "learns_from")
+    if data["kind"] not in kinds:
+        given = str(data["source"].get("_target_", "")).rpartition(".")[2]
+        message = f"learns from {' or '.join(KINDS[k] for k in kinds)}, and the data ({given}) is {KINDS[data['kind']]}"
+        raise ConfigError(message, "task", task, fix=f"Use {' or '.join(EXAMPLES[k] for k in kinds)}.")
+    column, source = says(config, "needs_column"), data["source"]
+    if column is not None and column in source and source[column] is None:
+        message = f"task={task} learns from {COLUMNS[column]}: say which column holds them"
+        raise ConfigError(message, f"data.{column}", fix=f"Add data.{column}=… to the command.")
+    if says(config, "objective") == "pairs" and column not in source:
+        raise ConfigError("learns from pairs, and this data has none", "task", task, fix="Use data=csv data.pair_column=….")
+
+
+def _images(config: Config) -> None:
+    model, data, kinds = config["model"], config["data"], says(config, "learns_from")
+    reads = attribute(str(model.get("_target_", "")), "reads")
+    if kinds == ("images",) and reads == "tokens":
+        raise ConfigError("reads tokens, and the task is about images", "model._target_", model["_target_"], fix="Use model=vit_tiny.")
+    if reads == "images" and kinds is not None and "images" not in kinds:
+        raise ConfigError("reads images, and the task is about texts", "model._target_", model["_target_"], fix="Use model=nano.")
+    if reads == "images" and data["kind"] == "images" and data["image_size"] not in (None, model.get("image_size")):
+        message = f"the images have {data['image_size']} × {data['image_size']} pixels (data.image_size)"
+        raise ConfigError(message, "model.image_size", model.get("image_size"), fix=f"Use model.image_size={data['image_size']}.")
+
+
+def _head(config: Config) -> None:
+    model = config["model"]
+    if model.get("outputs") is not None and model.get("tie_embeddings"):
+        message = "a head of model.outputs classes cannot be the embedding's matrix"
+        raise ConfigError(message, "model.tie_embeddings", "true", fix="Use model.tie_embeddings=false.")
+    if says(config, "needs_column") == "label_column":
+        if model.get("tie_embeddings"):
+            raise ConfigError("the classes need a head of their own", "model.tie_embeddings", "true", fix="Use model.tie_embeddings=false.")
+        if model.get("head") is False:
+            raise ConfigError(f"task={_option(config)} needs a head", "model.head", "false", fix="Leave it out.")
+
+
+def _causal(config: Config) -> None:
+    model = config["model"]
+    if says(config, "objective") == "mask" and model.get("causal") is True:
+        message = "a hidden token is guessed from both sides, and a causal model sees one"
+        raise ConfigError(message, "model.causal", "true", fix="Use model.causal=false.")
+    if says(config, "writes_text") and model.get("causal") is False and attribute(model["_target_"], "usual_settings"):
+        message = "predicting the next token is no task when the model sees it"
+        raise ConfigError(message, "model.causal", False, fix="Use model.causal=true.")
+
+
+def _own_model(config: Config) -> None:
+    """A module of the user's can be called with what the task's batches hold."""
+    target, task = str(config["model"]["_target_"]), str(config["task"]["_target_"])
+    calls = [method(task, name) for name in CALLS]
+    forward = None if target.startswith(("meshformer.", "torch.")) else method(target, "forward")
+    if forward is None or not all(found is not None and found.module.startswith("meshformer.") for found in calls):
+        return  # a task of the user's may give the model other things
+    texts, cut = config["data"]["kind"] == "texts", config["strategy"]["context"] > 1
+    # As tasks/ gives it: documents keep the padding of texts apart, positions tell where a slice or one of several texts in a sample begins.
+    holds = {
+        "images" if says(config, "learns_from") == ("images",) else "tokens_BT": True,
+        "positions_BT": (cut or config["data"]["packing"]) and not says(config, "pooled"),
+        "documents_BT": texts,
+    }
+    held, empty = ([name for name, there in holds.items() if there is kind] for kind in (True, False))
+    required = {name: parameter.required for name, parameter in forward.parameters.items()}
+    try:
+        places(required, forward.open_ended, held, empty)
+    except ValueError as error:
+        raise ConfigError(str(error), "model._target_", target, fix="Let it take them, or give what else it takes a default.") from None
+
+
+def _packing(config: Config) -> None:
+    texts = config["data"]["kind"] == "texts"
+    if config["data"]["packing"] and (not texts or says(config, "own_head")):
+        why = "the task has a result for each text" if texts else "running text has no gaps"
+        raise ConfigError(f"puts several texts into a sample, and {why}", "data.packing", "true", fix="Leave it out.")
+
+
+def _layout(config: Config) -> None:
+    strategy, images = config["strategy"], config["data"]["kind"] == "images"
+    if strategy["context"] > 1 and images:
+        message = "cuts sequences of tokens over processes, and the data is images"
+        raise ConfigError(message, "strategy.context", strategy["context"], fix="Use another layout, such as strategy=tensor.")
+    if strategy["context"] > 1 and says(config, "pooled"):
+        message = f"cuts each text over processes, and task={_option(config)} takes the mean over all of it"
+        raise ConfigError(message, "strategy.context", strategy["context"], fix="Use another layout, such as strategy=fsdp.")
+    if strategy["loss_parallel"] and says(config, "learns_from") and not says(config, "writes_text"):
+        message = f"is about large vocabularies, and task={_option(config)} reads whole outputs"
+        raise ConfigError(message, "strategy.loss_parallel", "true", fix="Leave it out.")
+    if strategy["tensor"] > 1 and strategy["sequence_parallel"] and config["model"].get("head") is False:
+        message = "leaves the last hidden states cut along time, and a model without a head returns them"
+        raise ConfigError(message, "strategy.sequence_parallel", "true", fix="Use strategy.sequence_parallel=false.")
+
+
+def _groups(config: Config) -> None:
+    """Groups of pairs must lie in one micro-batch."""
+    if says(config, "objective") != "pairs":
+        return
+    strategy, batch = config["strategy"], config["data"]["batch_size"]
+    group = {**defaults(config["task"]["_target_"]), **config["task"]}["group"]
+    slices = Degrees.from_config(strategy).data * config["trainer"]["accumulate_grad_batches"]
+    slices *= strategy["microbatches"] if strategy["pipeline"] > 1 else 1
+    if batch % (slices * group):
+        have = f"data.batch_size={batch}" + (f" / {slices}" if slices > 1 else "")
+        message = f"what a process computes at once, {have} = {batch / slices:g} pairs, is no multiple of it"
+        raise ConfigError(message, "task.group", group, fix=f"Use data.batch_size={-(-batch // (slices * group)) * slices * group}.")
+
+
+def _option(config: Config) -> str:
+    """SequenceClassification -> sequence_classification, as it is typed; of a task of the user's the class."""
+    target = str(config["task"]["_target_"])
+    if not target.startswith(HOME):
+        return target
+    return "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in target.rpartition(".")[2]).lstrip("_")

@@ -1,0 +1,23 @@
+"""The layouts of conf/strategy/, as their files say them."""
+
+from __future__ import annotations
+
+from math import prod
+
+import yaml
+
+from meshformer.config.degrees import AXES
+from meshformer.config.paths import conf_dir
+
+Layout = tuple[int, list[str]]  # processes, overrides
+
+
+def degrees() -> dict[str, dict[str, int]]:
+    """Layout -> the axes that it cuts, and into how many parts on a CPU: 2 where the file says -1."""
+    nodes = {file.stem: yaml.safe_load(file.read_text(encoding="utf-8")) for file in sorted((conf_dir() / "strategy").glob("*.yaml"))}
+    return {name: {axis: abs(node[axis]) + (node[axis] == -1) for axis in AXES if node.get(axis, 1) != 1} for name, node in nodes.items()}
+
+
+def layouts(**more: list[str]) -> dict[str, Layout]:
+    """Every layout that cuts something; `more`: further overrides of some."""
+    return {name: (prod(cut.values()), [f"strategy={name}", *more.get(name, [])]) for name, cut in degrees().items() if cut}
