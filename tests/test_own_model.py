@@ -1,4 +1,4 @@
-"""The model of docs/make_it_yours/model.md, plain PyTorch under its own names in a file outside the checkout, trains to the same loss in every layout."""
+"""The model of docs/make_it_yours/model.md, plain PyTorch in a file outside the checkout, trains to the same loss in every layout."""
 
 import re
 import shlex

@@ -21,7 +21,8 @@ def draw(runs: Path, folder: Path) -> None:
         for i, name in enumerate(LAYOUTS):
             colour = figures.COLOURS[i]
             # Each of the coinciding lines is narrower than the one below it, so that all can be seen.
-            left.plot(loss.index, loss[name].rolling(SMOOTHED, min_periods=1).mean(), color=colour, label=f"strategy={name}", linewidth=9 - 1.9 * i, solid_capstyle="butt")
+            smooth = loss[name].rolling(SMOOTHED, min_periods=1).mean()
+            left.plot(smooth.index, smooth, color=colour, label=f"strategy={name}", linewidth=9 - 1.9 * i, solid_capstyle="butt")
             if name != "single":
                 off = (loss[name] - loss["single"]).abs().cummax()
                 right.plot(off.index[off > 0], off[off > 0], color=colour, linewidth=4.4 - 0.8 * i, drawstyle="steps-post")

@@ -18,7 +18,8 @@ from meshformer.config.signature import TargetNotFound, signature
 
 ROOT = Path(__file__).parents[2]
 CONF = ROOT / "conf"
-WHOLE = {"stage": "finetune", "strategy": "mesh", "trainer": "default", "model": "custom", "callbacks": "default"}  # options with all keys of their group
+# The options that have all keys of their groups.
+WHOLE = {"stage": "finetune", "strategy": "mesh", "trainer": "default", "model": "custom", "callbacks": "default"}
 Config = dict[str, Any]
 
 
@@ -31,7 +32,10 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    return markdown.replace("{{ floors }}", floors())
+    for name, make in (("floors", floors), ("private_imports", private_imports)):
+        if f"{{{{ {name} }}}}" in markdown:
+            markdown = markdown.replace(f"{{{{ {name} }}}}", make())
+    return markdown
 
 
 # --- reference/options.md: the groups
@@ -113,7 +117,8 @@ def _part(title: str, key: str, node: Config, said: dict[str, str]) -> list[str]
         annotation = parameters[name].annotation if name in parameters else None
         value = node[name]
         words = "a part" if isinstance(value, dict) else types.describe(annotation)
-        rows.append(f"| `{key}.{name}` | {_cell(words)} | {'' if isinstance(value, dict) else _code(value)} | {_cell(said.get(f'{key}.{name}', ''))} |")
+        default, comment = "" if isinstance(value, dict) else _code(value), said.get(f"{key}.{name}", "")
+        rows.append(f"| `{key}.{name}` | {_cell(words)} | {default} | {_cell(comment)} |")
     others = [f"`{name}`" for name in parameters if name not in node]
     table = ["| key | value | default | |", "|---|---|---|---|", *rows, ""] if rows else []
     return [f"### {title}\n", f"`{target}`\n", *table, *([f"Further arguments: {', '.join(others)}.\n"] if others else [])]
@@ -128,7 +133,8 @@ def _targets() -> Iterator[tuple[str, str, Config, Path]]:
             key, node = stack.pop(0)
             if "_target_" in node:
                 yield option if key == _prefix(file) else f"{option}: {key}", key, node, file
-            stack += [(f"{key}.{name}" if key else name, inner) for name, inner in node.items() if isinstance(inner, dict) and name != "hydra"]
+            inside = [(name, inner) for name, inner in node.items() if isinstance(inner, dict) and name != "hydra"]
+            stack += [(f"{key}.{name}" if key else name, inner) for name, inner in inside]
 
 
 def _read(file: Path) -> Config:
@@ -219,5 +225,22 @@ def floors() -> str:
         for node in tree.body
         if isinstance(node, ast.Assign) and any(isinstance(name, ast.Name) and name.id == "FLOORS" for name in node.targets)
     ]
-    rows = [f"| {floor} | {', '.join(f'`{room}`' for room, at in table.items() if at == floor)} |" for floor in sorted(set(table.values()), reverse=True)]
-    return "\n".join(["| floor | rooms |", "|---|---|", *rows])
+    rooms = {floor: ", ".join(f"`{room}`" for room, at in table.items() if at == floor) for floor in table.values()}
+    return "\n".join(["| floor | rooms |", "|---|---|", *(f"| {floor} | {rooms[floor]} |" for floor in sorted(rooms, reverse=True))])
+
+
+def private_imports() -> str:
+    """Modules and names of other packages that start with an underscore, and the files that import them."""
+    found: dict[str, set[str]] = {}
+    for file in sorted((ROOT / "src").rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+            for name in names:
+                if any(part.startswith("_") and not part.startswith("__") for part in name.split(".")) and not name.startswith("meshformer"):
+                    found.setdefault(name, set()).add(file.relative_to(ROOT / "src" / "meshformer").as_posix())
+    rows = [f"| `{name}` | {', '.join(f'`{file}`' for file in sorted(files))} |" for name, files in sorted(found.items())]
+    return "\n".join(["| name | used in |", "|---|---|", *rows])
