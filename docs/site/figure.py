@@ -25,7 +25,7 @@ def draw(runs: Path, folder: Path) -> None:
             left.plot(smooth.index, smooth, color=colour, label=f"strategy={name}", linewidth=9 - 1.9 * i, solid_capstyle="butt")
             if name != "single":
                 off = (loss[name] - loss["single"]).abs().cummax()
-                right.plot(off.index[off > 0], off[off > 0], color=colour, linewidth=4.4 - 0.8 * i, drawstyle="steps-post")
+                right.plot(off.index[off > 0], off[off > 0], color=colour, linewidth=6 - 1.2 * i, drawstyle="steps-post")
         left.set(xlabel="optimizer steps", ylabel=f"training loss (nats, mean of {SMOOTHED} steps)", title="The same loss in five layouts")
         left.legend(fontsize=8)
         right.axhline(figures.TOLERANCE, color=figures.GREY, linestyle="--", linewidth=1)
@@ -34,6 +34,7 @@ def draw(runs: Path, folder: Path) -> None:
         right.set(xlabel="optimizer steps", yscale="log", ylim=(5e-8, 2e-5), title="Largest difference from one process so far (nats)")
         right.set_yticks([10.0**n for n in range(-7, -4)], [f"1e{n}" for n in range(-7, -4)])
     plt.close(figure)
+    plt.rcParams["svg.hashsalt"] = "layouts"  # the same file from the same runs
     figures.save(figure, folder / "layouts", ("svg",))
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import re
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     for name, make in (("floors", floors), ("private_imports", private_imports)):
         if f"{{{{ {name} }}}}" in markdown:
             markdown = markdown.replace(f"{{{{ {name} }}}}", make())
-    return markdown
+    return re.sub(r"{{ source: (\S+) (\S+) }}", lambda match: f"```python\n{source(*match.groups())}\n```", markdown)
 
 
 # --- reference/options.md: the groups
@@ -227,6 +228,15 @@ def floors() -> str:
     ]
     rooms = {floor: ", ".join(f"`{room}`" for room, at in table.items() if at == floor) for floor in table.values()}
     return "\n".join(["| floor | rooms |", "|---|---|", *(f"| {floor} | {rooms[floor]} |" for floor in sorted(rooms, reverse=True))])
+
+
+def source(file: str, name: str) -> str:
+    """The code of a function or method (`Class.method`) of a file in src/meshformer."""
+    text = (ROOT / "src" / "meshformer" / file).read_text(encoding="utf-8")
+    node: Any = ast.parse(text)
+    for part in name.split("."):
+        node = next(one for one in node.body if getattr(one, "name", None) == part)
+    return textwrap.dedent("\n".join(text.splitlines()[node.lineno - 1 : node.end_lineno]))
 
 
 def private_imports() -> str:
