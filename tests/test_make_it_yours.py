@@ -3,6 +3,7 @@ process's loss. (The page about models is the matter of test_own_model.py.)"""
 
 from __future__ import annotations
 
+import importlib
 import re
 import shlex
 import sys
@@ -111,6 +112,8 @@ def test_data(work: Path) -> None:
     assert rows_of(subwords, work, "subwords", "data.context_length=16", "data.vocab_size=300")
     assert rows_of(table, work, "table", "data.context_length=16")
     layouts_agree(sums, parallel, work)
+    source = importlib.import_module("my_data").Sums(lines=50)
+    assert source.text() == source.text() and all(eval(line.replace("=", "==")) for line in source.text().splitlines())
 
 
 def test_task(work: Path) -> None:
