@@ -38,7 +38,7 @@ notebooks: $(STAMP) ## run every notebook in notebooks/, each from start to end
 	$(BIN)/python -m pytest -q --nbmake runs/notebooks
 
 docs: $(STAMP) ## build the site of docs/ into build/site; every warning is an error
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --config-file docs/site/mkdocs.yml
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --config-file docs/site/mkdocs.yml
 
 pair: $(STAMP) ## write the edits of notebooks/*.py into the .ipynb beside them, or the other way round: the newer wins
 	$(BIN)/jupytext --quiet --sync notebooks/*.py

@@ -259,6 +259,12 @@ def test_every_option_is_on_its_page() -> None:
     assert "| `alibi` | To run on longer texts than trained on" in page
 
 
+def test_every_placeholder_of_a_page_is_filled() -> None:
+    filled = {page.name: hooks.on_page_markdown(page.read_text(encoding="utf-8")) for page in PAGES}
+    assert [name for name, text in filled.items() if "{{" in text] == []
+    assert "def optimizer_step(" in filled["one_step.md"]
+
+
 def test_the_house_is_that_of_the_test() -> None:
     from test_imports import FLOORS
 

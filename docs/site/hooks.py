@@ -235,7 +235,9 @@ def source(file: str, name: str) -> str:
     text = (ROOT / "src" / "meshformer" / file).read_text(encoding="utf-8")
     node: Any = ast.parse(text)
     for part in name.split("."):
-        node = next(one for one in node.body if getattr(one, "name", None) == part)
+        node = next((one for one in node.body if getattr(one, "name", None) == part), None)
+        if node is None:
+            raise LookupError(f"a page shows {name} of {file}, which is not there")
     return textwrap.dedent("\n".join(text.splitlines()[node.lineno - 1 : node.end_lineno]))
 
 
