@@ -12,6 +12,7 @@ from pathlib import Path
 
 from jobs import TINY, labelled_file, text_file
 from meshformer.cli import main
+from meshformer.command import helptext
 
 ROOT = Path(__file__).parents[1]
 DAMAGED = ("one", "all", "swapped", "linked")  # runs: one checkpoint, or all; those of another model; a folder that leads out
@@ -48,8 +49,14 @@ def commands() -> Iterator[tuple[str, str]]:
                 yield page.relative_to(ROOT).as_posix(), span
 
 
+def help_commands() -> Iterator[str]:
+    """The examples of `meshformer COMMAND --help`, which are on the page of the commands."""
+    for text in helptext.EXAMPLES.values():
+        yield from re.findall(r"^  (meshformer .*?)(?: {2,}.*)?$", text, re.MULTILINE)
+
+
 def dialogues() -> Iterator[tuple[str, str, str]]:
-    """(page, command, what it prints) of the console blocks; `…` in it stands for anything."""
+    """(page, command, lines that it prints, among others) of the console blocks; `…` in a line stands for anything."""
     for block in blocks("console"):
         for part in re.split(r"^\$ ", block.text, flags=re.MULTILINE)[1:]:
             command, _, printed = part.partition("\n")
