@@ -11,7 +11,7 @@ TORCH := torch==2.13.0
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint notebooks pair bench faults clean
+.PHONY: help setup train test lint notebooks docs pair bench faults clean
 
 help:
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-17s %s\n", $$1, $$2 }'
@@ -21,12 +21,12 @@ setup: $(STAMP) ## make .venv and install meshformer into it, editable
 train: $(STAMP) ## train the default recipe; ARGS="key=value ..." overrides
 	$(BIN)/meshformer train $(ARGS)
 
-test: $(STAMP) ## lint, type check, run the notebooks and the whole suite; ARGS="..." goes to pytest
-	@$(MAKE) --no-print-directory -j2 --output-sync=target lint notebooks
+test: $(STAMP) ## lint, type check, run the notebooks, build the documentation and run the whole suite; ARGS="..." goes to pytest
+	@$(MAKE) --no-print-directory -j2 --output-sync=target lint notebooks docs
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(STAMP) ## ruff and basedpyright
-	$(BIN)/ruff check src tests
+	$(BIN)/ruff check src tests docs
 	$(BIN)/basedpyright
 
 notebooks: $(STAMP) ## run every notebook in notebooks/, each from start to end
@@ -36,6 +36,9 @@ notebooks: $(STAMP) ## run every notebook in notebooks/, each from start to end
 		$(BIN)/jupytext --quiet --to ipynb --output "runs/notebooks/$$(basename "$$source" .py).ipynb" "$$source"; \
 	done
 	$(BIN)/python -m pytest -q --nbmake runs/notebooks
+
+docs: $(STAMP) ## build the site of docs/ into build/site; every warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --config-file docs/site/mkdocs.yml
 
 pair: $(STAMP) ## write the edits of notebooks/*.py into the .ipynb beside them, or the other way round: the newer wins
 	$(BIN)/jupytext --quiet --sync notebooks/*.py

@@ -1,4 +1,4 @@
-"""The model of docs/own_model.md, plain PyTorch under its own names in a file outside the checkout, trains to the same loss in every layout."""
+"""The model of docs/make_it_yours/model.md, plain PyTorch in a file outside the checkout, trains to the same loss in every layout."""
 
 import re
 import shlex
@@ -16,7 +16,7 @@ from layouts import layouts
 from meshformer.record.metrics_csv import read_metrics
 from test_own_attention import SOURCE as GATED
 
-PAGE = Path(__file__).parents[1] / "docs" / "own_model.md"
+PAGE = Path(__file__).parents[1] / "docs" / "make_it_yours" / "model.md"
 OWN = [
     "~model", "+model={_target_: my_model.Net, vocab_size: null, width: 32, length: 16}", "allow=[my_model]", "optimizer=sgd", "optimizer.lr=0.3",
     "schedule=constant", "trainer.max_steps=6", "trainer.gradient_clip_val=0.5", "data.batch_size=16", "~callbacks.checkpoint",

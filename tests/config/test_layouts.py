@@ -289,7 +289,7 @@ FOUR = {"strategy.shard": 2, "strategy.tensor": 2}
         ("fsdp", {"data.batch_size": 6, "trainer.accumulate_grad_batches": 2}, "data.batch_size", "4 and 8"),
         ("fsdp", {"trainer.precision": "16-mixed"}, "trainer.precision", "no gradient scaler"),
         ("fsdp", {"strategy.cpu_offload": True}, "strategy.cpu_offload", "nothing to offload"),
-        ("tensor", {"model": OTHER}, "model._target_", "strategy.tensor=2 needs. See docs/own_model.md, or use strategy=fsdp or ddp"),
+        ("tensor", {"model": OTHER}, "model._target_", "strategy.tensor=2 needs. See docs/make_it_yours/model.md, or use strategy=fsdp or ddp"),
         ("fsdp_context", {"model": OTHER}, "model._target_", "strategy.context=2"),
         ("pipeline", {"model": OTHER}, "model._target_", "strategy.pipeline=2"),
         ("tensor", {"strategy.tensor": 3}, "strategy.tensor", "model.n_heads=4 does not divide by it. Use strategy.tensor=1 or 2"),

@@ -101,7 +101,8 @@ def check_settings(config: Config) -> None:
     for axis in ("tensor", "context", "pipeline"):
         if strategy[axis] > 1 and not has_plan(config["model"]):
             message = f"declares no plan (meshformer.model.Plan), which strategy.{axis}={strategy[axis]} needs"
-            raise ConfigError(message, "model._target_", config["model"]["_target_"], fix="See docs/own_model.md, or use strategy=fsdp or ddp.")
+            fix = "See docs/make_it_yours/model.md, or use strategy=fsdp or ddp."
+            raise ConfigError(message, "model._target_", config["model"]["_target_"], fix=fix)
 
 
 def has_plan(model: Config) -> bool:

@@ -187,7 +187,7 @@ class MeshStrategy(StepStrategy, ModelParallelStrategy):
         plan = plan_of(model)
         for axis in ("tensor", "context", "pipeline"):
             if (degree := getattr(self.degrees, axis)) > 1 and (lacking := "a Plan" if plan is None else plan.lacks(axis)):
-                message = f"the model lacks {lacking} (docs/own_model.md)"
+                message = f"the model lacks {lacking} (docs/make_it_yours/model.md)"
                 raise ConfigError(message, f"strategy.{axis}", degree, fix="Add it, or use strategy=fsdp or ddp.")
         if self.degrees.tensor > 1:
             check_tensor_plan(model, self.degrees.tensor, self.settings["sequence_parallel"])

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from meshformer.config.errors import ConfigError
 
 TOLERANCE = 1e-3  # of the largest output: sums in another order differ by 1e-6 in fp32
-FIX = "See docs/own_model.md: heads are numbered by view(B, T, -1, size), and q, k and v are matrices of their own."
+FIX = "See docs/make_it_yours/model.md: heads are numbered by view(B, T, -1, size), and q, k and v are matrices of their own."
 
 
 def trial_batch(length: int) -> dict[str, Tensor]:
