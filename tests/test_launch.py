@@ -120,10 +120,10 @@ def broken_task(work: Path, mistake: str) -> list[str]:
         "import os, time\n"
         "from meshformer.tasks import LanguageModelling\n"
         "class Broken(LanguageModelling):\n"
-        "    def losses(self, batch, phase):\n"
+        "    def training_step(self, batch, batch_idx):\n"
         "        if os.environ['RANK'] == '1' and self.trainer.global_step == 2:\n"
         f"            {mistake}\n"
-        "        return super().losses(batch, phase)\n"
+        "        return super().training_step(batch, batch_idx)\n"
     )
     return [f"task._target_={name}.Broken", f"allow=[{name}]"]
 
@@ -179,9 +179,9 @@ def test_a_slurm_job_told_to_stop_is_requeued_once_and_goes_on_in_its_folder(wor
         "import os, time\n"
         "from meshformer.tasks import LanguageModelling\n"
         "class Slow(LanguageModelling):\n"
-        "    def losses(self, batch, phase):\n"
+        "    def training_step(self, batch, batch_idx):\n"
         "        time.sleep(0 if 'SLURM_RESTART_COUNT' in os.environ else 0.3)\n"
-        "        return super().losses(batch, phase)\n"
+        "        return super().training_step(batch, batch_idx)\n"
     )
     command = [*CLI, *settings(work, "strategy=tensor", "trainer.devices=2", "trainer.max_steps=40", "launch.requeue=true")]
     command += ["task._target_=slow_first.Slow", "allow=[slow_first]", f"paths.runs={work}/slurm"]

@@ -60,10 +60,10 @@ def slow_task(work: Path, pause: str, when: str) -> list[str]:
         "import time\n"
         "from meshformer.tasks import LanguageModelling\n"
         "class Slow(LanguageModelling):\n"
-        "    def losses(self, batch, phase):\n"
+        "    def training_step(self, batch, batch_idx):\n"
         f"        if {when}:\n"
         f"            {pause}\n"
-        "        return super().losses(batch, phase)\n"
+        "        return super().training_step(batch, batch_idx)\n"
     )
     return [f"task._target_={name}.Slow", f"allow=[{name}]"]
 

@@ -139,6 +139,9 @@ class Task(MicroBatches):
                 raise ConfigError(message, "task._target_", f"{kind.__module__}.{kind.__qualname__}", fix="Override training_step.")
 
     def on_train_start(self) -> None:
+        if self.pipeline is not None and type(self).losses is not Task.losses:
+            message = f"{type(self).__name__} overrides losses, and in a pipeline only score is called, for each of its micro-batches"
+            raise ConfigError(message, "strategy.pipeline", fix="Override score.")
         strategy: Any = self.trainer.strategy
         for schedule in self.trainer.lr_scheduler_configs:
             if isinstance(schedule.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
