@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from meshformer import train as job
-from meshformer.compose import compose
+from meshformer.command.compose import compose
+from meshformer.job import train as job
+from meshformer.job.train import train
 from meshformer.model import Plan
 from meshformer.parallel.strategy import MeshStrategy
 from meshformer.record.metrics_csv import read_metrics
 from meshformer.tasks import LanguageModelling
-from meshformer.train import train
 from meshformer.training.protocol import StepStrategy
 
 job.TEXT_TOKENS = 16  # 400 take a second of every run here

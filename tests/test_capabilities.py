@@ -19,17 +19,20 @@ import torch
 
 import meshformer
 from jobs import run_tiny
-from meshformer import doctor, train
 from meshformer.callbacks import throughput
-from meshformer.compose import settle
+from meshformer.command import doctor
+from meshformer.command.compose import settle
 from meshformer.config import ConfigError
 from meshformer.config.resolve import gpus_multiply_bf16, visible_gpus
 from meshformer.data.base import SampledData
+from meshformer.job import train
 from meshformer.model import Head, attention, head
 from meshformer.optim.muon import multiplies_bfloat16, orthogonalisation_dtype
 from meshformer.parallel import check as parallel_check
+from meshformer.parallel.mesh import AXES
+from meshformer.parallel.strategies import make_strategy
 from meshformer.parallel.strategy import MeshStrategy
-from meshformer.tasks import Task
+from meshformer.training.step import reseed
 
 RESOLVE, CHECK = sys.modules["meshformer.config.resolve"], parallel_check
 CUDA, CPU = torch.device("cuda", 1), torch.device("cpu")
@@ -91,7 +94,7 @@ def settled(composed: dict[str, Any], **changes: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def composed() -> dict[str, Any]:
-    from meshformer.compose import compose_config, make_hydra, plain
+    from meshformer.command.compose import compose_config, make_hydra, plain
 
     return plain(compose_config(make_hydra(), "train", []))
 
@@ -231,18 +234,20 @@ def test_dropout_is_seeded_on_the_tasks_own_device(monkeypatch: pytest.MonkeyPat
     seeded: list[tuple[int, int]] = []
     generators = [SimpleNamespace(manual_seed=lambda seed, i=i: seeded.append((i, seed))) for i in range(2)]
     monkeypatch.setattr(torch.cuda, "default_generators", generators)
-    Task._reseed(SimpleNamespace(device=CUDA), 5)  # pyright: ignore[reportArgumentType]
-    assert seeded == [(1, 5)] and torch.default_generator.initial_seed() == 5
+    reseed(CUDA, 5, 0)
+    ((index, seed),) = seeded
+    assert index == 1 and torch.default_generator.initial_seed() == seed
     monkeypatch.setattr(torch.cuda, "default_generators", ())
-    Task._reseed(SimpleNamespace(device=CPU), 6)  # pyright: ignore[reportArgumentType]
-    assert torch.default_generator.initial_seed() == 6
+    reseed(CPU, 5, 1)
+    assert torch.default_generator.initial_seed() != seed
 
 
 @pytest.mark.parametrize(("device", "pinned", "backend"), [(CUDA, True, "cpu:gloo,cuda:nccl"), (CPU, False, "gloo")], ids=["cuda", "cpu"])
 def test_batches_are_pinned_and_groups_made_for_the_device(device: torch.device, pinned: bool, backend: str) -> None:
     around: Any = SimpleNamespace(trainer=SimpleNamespace(strategy=SimpleNamespace(root_device=device)))
     assert SampledData._on_gpu(around) is pinned
-    assert MeshStrategy._get_process_group_backend(SimpleNamespace(root_device=device)) == backend  # pyright: ignore[reportArgumentType]
+    strategy = make_strategy({"name": "fsdp", "timeout": 1, **dict.fromkeys(AXES, 1)}, device=str(device))
+    assert isinstance(strategy, MeshStrategy) and strategy.process_group_backend == backend
 
 
 def test_on_a_cpu_nothing_of_the_model_is_compiled_or_asks(absent: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,12 +276,12 @@ PLACES = {
     "bench/__main__.py": "the choice of the user",
     "bench/gpu.py": "a command for a GPU (tests/test_gpu_bench.py)",
     "bench/gpu_parts.py": "the same",
-    "callbacks/throughput.py": "here", "config/resolve.py": "here", "data/base.py": "here", "doctor.py": "here",
+    "callbacks/throughput.py": "here", "config/resolve.py": "here", "data/base.py": "here", "command/doctor.py": "here",
     "model/attention.py": "here, and what `auto` picks (tests/model/test_flex.py)",
-    "model/head.py": "here", "optim/muon.py": "here", "optim/shardwise.py": "here", "parallel/strategy.py": "here", "tasks/base.py": "here",
-    "train.py": "here",
+    "model/head.py": "here", "optim/muon.py": "here", "optim/shardwise.py": "here", "parallel/strategy.py": "here", "training/step.py": "here",
+    "job/train.py": "here", "job/build.py": "here",
     "command/sweep/local.py": "which GPUs a job of a sweep is shown (tests/test_sweep_parts.py)", "command/sweep/run.py": "the same",
-    "parallel/check.py": "words of a message", "parallel/levers.py": "the name of an operation",
+    "parallel/check.py": "words of a message",
     "parallel/products.py": "refused without a GPU (tests/parallel/test_products.py)",
 }  # fmt: skip
 

@@ -218,7 +218,7 @@ def test_what_stands_in_the_environment_is_named(environment, words, monkeypatch
 
 def test_a_number_from_the_environment_is_a_number(monkeypatch):
     monkeypatch.setenv("LR", "0.25")
-    from meshformer.compose import compose
+    from meshformer.command.compose import compose
 
     config = compose(["optimizer.lr=${oc.env:LR}"])
     assert config["optimizer"]["lr"] == 0.25

@@ -13,12 +13,12 @@ import safetensors.torch
 import torch
 
 from jobs import TINY, text_file
-from meshformer.build import build_model
 from meshformer.checkpoint.folder import read_into, read_rest, read_tensors, tensor_sizes
 from meshformer.checkpoint.weights import load_weights
 from meshformer.cli import main
-from meshformer.compose import read_config
+from meshformer.command.compose import read_config
 from meshformer.config.errors import ConfigError
+from meshformer.job.build import build_model
 from meshformer.record.metrics_csv import read_metrics
 
 STEP = "step-00000004"

@@ -20,10 +20,10 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 import pages
-from meshformer import compose
 from meshformer.bench import __main__ as bench
 from meshformer.bench import examples
 from meshformer.cli import main
+from meshformer.command import compose
 from meshformer.command import jobs as commands
 from meshformer.config import ConfigError, schema
 from pages import PAGES, ROOT

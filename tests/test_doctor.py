@@ -43,7 +43,7 @@ def test_a_wrong_layout_is_told(tmp_path: Path) -> None:
         "import importlib.abc, sys\n"
         "class Break(importlib.abc.MetaPathFinder):\n"
         "    def find_spec(self, name, path, target=None):\n"
-        "        if name == 'meshformer.train' and 'meshformer.parallel.strategy' not in sys.modules:\n"
+        "        if name == 'meshformer.job.train' and 'meshformer.parallel.strategy' not in sys.modules:\n"
         "            sys.meta_path.remove(self)\n"
         "            from meshformer.parallel.strategy import MeshStrategy\n"
         "            MeshStrategy.averaged_over = 1\n"

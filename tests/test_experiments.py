@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from meshformer.compose import compose
+from meshformer.command.compose import compose
 from meshformer.config.paths import conf_dir
+from meshformer.job.train import train
 from meshformer.record.metrics_csv import read_metrics
-from meshformer.train import train
 
 EXPERIMENTS = sorted(path.stem for path in (conf_dir() / "experiment").glob("*.yaml"))
 FROM_A_RUN = ("kjv_finetune", "mlm_then_classify", "mlm_pretrain_then_classify")  # weights from outside come with the recipe

@@ -14,13 +14,13 @@ from jobs import TINY, run_tiny, text_file
 from meshformer.checkpoint import derive, load_pretrained
 from meshformer.checkpoint.folder import read_tensors
 from meshformer.cli import main
-from meshformer.compose import compose
+from meshformer.command.compose import compose
 from meshformer.config.errors import ConfigError
 from meshformer.data import load_tokenizer
-from meshformer.export import exported
+from meshformer.job.export import exported
+from meshformer.job.train import train
 from meshformer.model import Learned, Transformer, VisionTransformer
 from meshformer.record.metrics_csv import read_metrics
-from meshformer.train import train
 
 LLAMA = ["model.qk_norm=false", "model.activation=swiglu", "model.n_kv_heads=2", "data.tokenizer=bpe", "data.vocab_size=300"]
 OURS = [words for words in TINY if not words.startswith("model")]  # of a run whose model comes with its weights
@@ -71,7 +71,7 @@ def test_back_from_the_folder_every_bit_is_the_runs(work: Path, llama: Path) -> 
 def test_a_character_tokenizer_goes_along(work: Path, tmp_path: Path) -> None:
     from tokenizers import Tokenizer
 
-    from meshformer.export import _tokenizer
+    from meshformer.job.export import _tokenizer
 
     ours = load_tokenizer(work / "ours" / "tokenizer.json")
     theirs = Tokenizer.from_str(_tokenizer(work / "ours" / "tokenizer.json"))

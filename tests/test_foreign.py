@@ -13,12 +13,12 @@ import pytest
 import yaml
 
 from jobs import TINY, text_file
-from meshformer.build import build_callbacks, build_data, build_loggers, build_task
 from meshformer.cli import main
-from meshformer.compose import settle
+from meshformer.command.compose import settle
 from meshformer.config import ConfigError
 from meshformer.config.foreign import confine, read_config
-from meshformer.train import settle_sizes
+from meshformer.job.build import build_callbacks, build_data, build_loggers, build_task
+from meshformer.job.train import settle_sizes
 from planted import KINDS, Plants, Watch, places, planted, refuse_raw
 
 

@@ -9,7 +9,7 @@ import pytest
 
 import jobs
 from harness import run_ranks
-from meshformer.compose import compose
+from meshformer.command.compose import compose
 from meshformer.config import ConfigError
 
 DIGITS = [

@@ -16,9 +16,9 @@ import pytest
 
 from harness import run_ranks
 from jobs import TINY, labelled_file, text_file
-from meshformer.compose import compose
+from meshformer.command.compose import compose
+from meshformer.job.train import train
 from meshformer.record.metrics_csv import read_metrics
-from meshformer.train import train
 
 PAGES = Path(__file__).parents[1] / "docs" / "make_it_yours"
 SHORT = [

@@ -50,7 +50,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("nonfinite")
     text_file(folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("meshformer.train.continuation", lambda *_, **__: "")  # half of the time of so short a run
+        patch.setattr("meshformer.job.train.continuation", lambda *_, **__: "")  # half of the time of so short a run
         yield folder
 
 

@@ -14,9 +14,9 @@ from meshformer.checkpoint.find import latest_checkpoint
 from meshformer.checkpoint.folder import read_tensors, write_folder
 from meshformer.checkpoint.weights import load_weights
 from meshformer.cli import main
-from meshformer.compose import compose
+from meshformer.command.compose import compose
 from meshformer.config.errors import ConfigError
-from meshformer.train import train
+from meshformer.job.train import train
 
 MODULE = "gated_model_for_test"
 SOURCE = """

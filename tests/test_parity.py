@@ -20,7 +20,7 @@ from layouts import layouts
 from meshformer.callbacks.samples import whole_model
 from meshformer.data.windows import Batches
 from meshformer.model import draw, head
-from meshformer.parallel import context, levers, pipeline, strategy, tensor
+from meshformer.parallel import context, memory_options, pipeline, strategy, tensor
 from meshformer.tasks import LanguageModelling, Task
 from meshformer.training.protocol import StepStrategy
 
@@ -135,7 +135,7 @@ def rows(
     folder: Path, name: str, overrides: list[str], ignore: bool = True, break_it: Callable[[], None] | None = None, tiles: bool = False
 ) -> Rows:
     """Trains in folder/name; the rows, the first of which also holds the model's first weights. In a process of its own."""
-    levers.BACKEND = "aot_eager"
+    memory_options.BACKEND = "aot_eager"
     if tiles:  # first values of these small matrices are drawn in several, whose edges no cut meets
         draw.WHOLE, draw.TILE = 200, 7
     if ignore:

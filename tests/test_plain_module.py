@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from jobs import PLAIN_PLAN, TINY, PlainNet, text_file
-from meshformer.build import build_model, build_task
 from meshformer.cli import main
-from meshformer.compose import compose
+from meshformer.command.compose import compose
 from meshformer.config import ConfigError
+from meshformer.job.build import build_model, build_task
 from meshformer.model import LoraLinear, Transformer, VisionTransformer, add_adapters, keeps_what_it_read
 from meshformer.model.lora import adaptable
 from meshformer.optim import muon

@@ -9,8 +9,8 @@ import pytest
 
 from harness import run_ranks
 from jobs import text_file, tiny_config
+from meshformer.job.train import train
 from meshformer.record.metrics_csv import read_metrics
-from meshformer.train import train
 
 optuna = pytest.importorskip("optuna")
 

@@ -9,10 +9,10 @@ import lightning.pytorch.callbacks as stock
 import pytest
 
 import jobs
-from meshformer.build import build_callbacks, build_data, build_task, build_trainer
 from meshformer.command.stock import NEED_LOGGER, REFUSED
 from meshformer.config.errors import ConfigError
-from meshformer.train import total_steps
+from meshformer.job.build import build_callbacks, build_data, build_task, build_trainer
+from meshformer.job.train import total_steps
 
 # Those that train as if they were not there, with what they must be given.
 WORK = {

@@ -10,14 +10,14 @@ import pytest
 import yaml
 
 from meshformer.cli import main
+from meshformer.command.compose import compose
+from meshformer.command.recorded import read_overrides
 from meshformer.command.sweep import results
 from meshformer.command.sweep.book import Book, Point
 from meshformer.command.sweep.local import Ended
 from meshformer.command.sweep.points import differences
 from meshformer.command.sweep.resources import Machine, Need
-from meshformer.compose import compose
 from meshformer.config import ConfigError
-from meshformer.recorded import read_overrides
 
 
 class FakeLauncher:

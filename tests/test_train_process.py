@@ -9,7 +9,7 @@ import pytest
 
 PAGES = """
 import resource, sys, torch
-from meshformer.train import keep_freed_memory
+from meshformer.job.train import keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory()
 for turn in range(12):

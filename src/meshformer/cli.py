@@ -80,7 +80,7 @@ def _dispatch(arguments: list[str]) -> int:
     if command == "doctor":
         if arguments[1:]:
             raise ConfigError("doctor takes no settings", arguments[1], fix="Leave it out.")
-        from meshformer.doctor import doctor
+        from meshformer.command.doctor import doctor
 
         return doctor()
     if command in ("runs", "report"):

@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 
 from meshformer.checkpoint import derive, load_pretrained
-from meshformer.checkpoint.pretrained import carriers
+from meshformer.checkpoint.pretrained import pinned
 from meshformer.checkpoint.pretrained.tensors import foreign_tensors
 from meshformer.checkpoint.pretrained.write import write_folder
 from meshformer.config.errors import ConfigError
@@ -157,8 +157,8 @@ def test_the_version_4_way_to_write_theta_is_read(folders: Folders, tmp_path: Pa
 
 
 def test_the_decoder_matches_its_own_package() -> None:
-    model, folder = load_pretrained("glassllm"), carriers.folder("glassllm")
-    wheel = folder.parents[1] / "carriers" / carriers.MODELS["glassllm"].carrier.filename
+    model, folder = load_pretrained("glassllm"), pinned.folder("glassllm")
+    wheel = folder.parents[1] / "carriers" / pinned.MODELS["glassllm"].package.filename
     text = "Alice was beginning to get very tired.\n\n“What,” thought  Alice: {42}!"
     script = (
         "import sys, json, numpy as np; sys.path.insert(0, sys.argv[1]); import glassllm; m, t = glassllm.load_pretrained('en'); "
@@ -189,7 +189,7 @@ def test_minilm_gives_the_published_similarities() -> None:
     from tokenizers import Tokenizer
 
     model = load_pretrained("all-minilm-l6-v2")
-    tokenizer = Tokenizer.from_file(str(carriers.folder("all-minilm-l6-v2") / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(pinned.folder("all-minilm-l6-v2") / "tokenizer.json"))
     tokenizer.no_truncation()
     tokenizer.enable_padding()  # to the longest: the others' padding must change nothing
     texts = [

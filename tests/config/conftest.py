@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from meshformer.compose import compose_config, make_hydra, plain
+from meshformer.command.compose import compose_config, make_hydra, plain
 
 Change = Callable[..., dict[str, Any]]
 

@@ -24,7 +24,7 @@ def test_components_are_allowed(target):
     "target",
     [
         "os.system", "builtins.eval", "torch.hub.load", "torch.hub._import_module", "torch.load", "torch.nn.modules.module._forward_unimplemented",
-        "meshformer.record.run_folder.atomic_write_text", "meshformer.data.carrier.fetch", "lightning.pytorch.Trainer", "subprocess.Popen",
+        "meshformer.record.run_folder.atomic_write_text", "meshformer.data.pinned_package.fetch", "lightning.pytorch.Trainer", "subprocess.Popen",
         "torch.optimx.AdamW", "torch.nn.functional.gelu", "not a name", "", None, "torch.optim.",
     ],
 )  # fmt: skip

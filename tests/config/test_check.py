@@ -9,9 +9,9 @@ import pytest
 import yaml
 
 from meshformer.command.check import resolve
-from meshformer.compose import settle
+from meshformer.command.compose import settle
 from meshformer.config import ConfigError, validate
-from meshformer.config.resolve import Outside, cores, outside
+from meshformer.config.resolve import ExternalLauncher, cores, external_launcher
 
 RESOLVE = sys.modules["meshformer.config.resolve"]  # the package's name for it is the function
 DDP = {"strategy": {"name": "ddp", "replicate": -1, "timeout": 60}}
@@ -203,9 +203,9 @@ def test_bfloat16_is_chosen_by_the_processor(change, monkeypatch):
 
 def test_processes_from_outside_are_counted(change):
     torchrun = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
-    assert outside(torchrun) == Outside(rank=3, world=4, local_world=2)
-    assert outside({"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES": "2"}) == Outside(1, 8, 4)
-    assert outside({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}) is None, "the shell of a batch script, before srun"
+    assert external_launcher(torchrun) == ExternalLauncher(rank=3, world=4, local_world=2)
+    assert external_launcher({"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES": "2"}) == ExternalLauncher(1, 8, 4)
+    assert external_launcher({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}) is None, "the shell of a batch script, before srun"
     trainer = resolved(change, DDP, torchrun)["trainer"]
     assert (trainer["devices"], trainer["num_nodes"]) == (2, 2)
     with pytest.raises(ConfigError, match="2 processes on this node"):

@@ -13,9 +13,9 @@ import yaml
 from meshformer.checkpoint.find import PARTS
 from meshformer.checkpoint.manifest import write_manifest
 from meshformer.cli import main
+from meshformer.command.recorded import read_overrides, write_overrides
 from meshformer.config import ConfigError
 from meshformer.record.run_folder import PENDING
-from meshformer.recorded import read_overrides, write_overrides
 
 Calls = list[tuple[dict[str, Any], Path]]
 
@@ -43,7 +43,7 @@ def calls(tmp_path, monkeypatch) -> Calls:
         return {"val/loss": 2.0}
 
     monkeypatch.setattr("meshformer.command.jobs._launch", launch)
-    monkeypatch.setattr("meshformer.launch.launch", launch)  # of the points of a sweep with Hydra's own launcher
+    monkeypatch.setattr("meshformer.command.launch.launch", launch)  # of the points of a sweep with Hydra's own launcher
     return made
 
 
@@ -189,7 +189,7 @@ def test_a_sweep_goes_on_after_a_failed_job_and_then_fails(calls, monkeypatch, c
             raise RuntimeError("boom")
         return {"val/loss": 1.0}
 
-    monkeypatch.setattr("meshformer.launch.launch", launch)
+    monkeypatch.setattr("meshformer.command.launch.launch", launch)
     assert main(["train", "-m", "seed=1,2", "hydra/launcher=basic"]) == 1
     assert seen == [1, 2]
     assert "boom" in capsys.readouterr().err

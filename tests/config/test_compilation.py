@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from meshformer import compose
-from meshformer.command import jobs
+from meshformer.command import compose, jobs
 from meshformer.command.check import check, resolve
-from meshformer.compose import settle
+from meshformer.command.compose import settle
 from meshformer.config import ConfigError, validate
 from meshformer.parallel import compilation
 from meshformer.parallel.compilation import WORTH_WHILE, compiles, lacking

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from meshformer.compose import compose_config, make_hydra, plain, settle
+from meshformer.command.compose import compose_config, make_hydra, plain, settle
 from meshformer.config import Evaluate, Generate, validate
 from meshformer.config.paths import conf_dir
 

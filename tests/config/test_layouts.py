@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from meshformer.command.check import resolve
-from meshformer.compose import compose_config, make_hydra, plain, settle
+from meshformer.command.compose import compose_config, make_hydra, plain, settle
 from meshformer.config import ConfigError, validate
 from meshformer.config.degrees import AXES, Degrees, uses_fsdp
 from meshformer.config.paths import conf_dir

@@ -2,7 +2,7 @@
 
 import pytest
 
-from meshformer.compose import compose
+from meshformer.command.compose import compose
 from meshformer.config.arguments import places
 from meshformer.config.errors import ConfigError
 from meshformer.config.signature import attribute, declares
@@ -221,7 +221,7 @@ def test_which_blocks_an_optimizer_is_given_is_no_setting():
 
 
 def test_a_module_without_a_seed_is_built():
-    from meshformer.build import build_model
+    from meshformer.job.build import build_model
 
     config = composed("Fits")
     config["model"]["vocab_size"] = 7

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from layouts import degrees
 from meshformer.cli import main
 from meshformer.command import jobs
-from meshformer.compose import compose
+from meshformer.command.compose import compose
 
 EXAMPLES = int(os.environ.get("MESHFORMER_EXAMPLES", "15"))
 CHOICES = {

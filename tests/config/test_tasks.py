@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from meshformer import tasks
-from meshformer.compose import compose
+from meshformer.command.compose import compose
 from meshformer.config import ConfigError
 from meshformer.config.paths import conf_dir
 from meshformer.config.signature import attribute

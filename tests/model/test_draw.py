@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from meshformer.compose import compose
+from meshformer.command.compose import compose
 from meshformer.model import Transformer, draw
 from meshformer.model.draw import fill_part, normal
 

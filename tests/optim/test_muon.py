@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from jobs import tiny_config
-from meshformer.build import build_task
 from meshformer.config.errors import ConfigError
+from meshformer.job.build import build_task
 from meshformer.optim import MuonAdamW, linear, muon, orthogonalise
 from meshformer.optim.muon import COEFFICIENTS, SAFETY, multiplies_bfloat16, orthogonalisation_dtype
 

@@ -16,7 +16,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from harness import run_ranks
 from meshformer.optim import adamw, muon, sgd
-from meshformer.optim.owners import _plan
+from meshformer.optim.gather_compute_scatter import _plan
 from meshformer.optim.shardwise import ShardwiseSGD
 
 torch.set_num_threads(1)
@@ -122,7 +122,7 @@ def on_a_rank(axes: dict[str, int]) -> dict[str, Any]:
     cuts = [distribute_tensor(x, m.device_mesh, m.placements, src_data_rank=None) for x, m in zip(wholes, matrices, strict=True)]
     found["regions"] = [torch.equal(x[plan.regions[k][plan.me]], cuts[k].to_local()) for k, x in enumerate(wholes)]
     # Negative control: each rank orthogonalises what it happens to hold, as torch.optim.Muon would.
-    import_module("meshformer.optim.muon").on_owners = lambda function, held, matrices: [
+    import_module("meshformer.optim.muon").gather_compute_scatter = lambda function, held, matrices: [
         x for k, piece in enumerate(held) for x in (function([piece]) if piece.numel() else [held[k]])
     ]
     return {**found, "muon on pieces": distance_to_one_process(axes, "muon")}

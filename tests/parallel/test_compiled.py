@@ -18,8 +18,8 @@ from torch._dynamo.utils import counters
 from harness import run_ranks
 from jobs import run_tiny, tiny_config
 from meshformer.model import Transformer, attention, position
-from meshformer.parallel import levers
-from meshformer.parallel.levers import apply_levers
+from meshformer.parallel import memory_options
+from meshformer.parallel.memory_options import apply_memory_options
 
 LAYERS = 10  # more than the eight compilations of one function that torch allows
 ONCE_EACH = {"graphs": 2, "breaks": 0}  # one for training, one for evaluation, which keeps nothing for a backward pass
@@ -37,9 +37,9 @@ class Counting:
         counters.clear()
         self.backend = CompileCounterWithBackend("eager")
         if monkeypatch is not None:
-            monkeypatch.setattr(levers, "BACKEND", self.backend)
+            monkeypatch.setattr(memory_options, "BACKEND", self.backend)
         else:  # in a process of its own
-            levers.BACKEND = self.backend
+            memory_options.BACKEND = self.backend
 
     @property
     def found(self) -> dict[str, int]:
@@ -58,7 +58,7 @@ def use(model: nn.Module, batches: int = 2, bf16: bool = False) -> None:
 
 def compiled(**options: Any) -> Transformer:
     model = Transformer(13, LAYERS, 4, 32, 16, **options)
-    apply_levers(model.blocks, "none", compile=True)
+    apply_memory_options(model.blocks, "none", compile=True)
     return model
 
 

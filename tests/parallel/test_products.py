@@ -12,7 +12,7 @@ import torch
 
 from harness import run_ranks
 from jobs import run_tiny
-from meshformer.compose import compose
+from meshformer.command.compose import compose
 from meshformer.config import ConfigError
 from meshformer.model import Transformer
 from meshformer.parallel import check as parallel_check

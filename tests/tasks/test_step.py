@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback, LambdaCallback
 
 from jobs import TINY, ForeignOptimizer, OwnStep, Short, Watching, text_file
-from meshformer.build import build_callbacks, build_data, build_task, build_trainer
-from meshformer.compose import compose
+from meshformer.command.compose import compose
 from meshformer.config.errors import ConfigError
 from meshformer.data import TextData
+from meshformer.job.build import build_callbacks, build_data, build_task, build_trainer
 from meshformer.record.metrics_csv import read_metrics
 from meshformer.tasks.base import NOT_CALLED
 

@@ -15,7 +15,7 @@ import jobs
 from harness import run_ranks
 from meshformer.config.errors import ConfigError
 from meshformer.data import load_tokenizer
-from meshformer.evaluate import evaluate
+from meshformer.job.evaluate import evaluate
 from meshformer.model import Transformer
 from meshformer.record.metrics_csv import read_metrics
 from meshformer.tasks import (

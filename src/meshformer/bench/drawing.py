@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from meshformer.build import build_model
+from meshformer.command.compose import compose
 from meshformer.compat.torch_distributed import fake_store
-from meshformer.compose import compose
+from meshformer.job.build import build_model
 from meshformer.parallel.pipeline import local
 from meshformer.parallel.strategies import make_strategy
 

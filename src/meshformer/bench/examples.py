@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 
+from meshformer.command.doctor import silence
 from meshformer.config.paths import default_cache
-from meshformer.doctor import silence
 from meshformer.record import read_run
 
 SMALL = [

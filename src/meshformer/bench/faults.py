@@ -26,12 +26,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from meshformer import train
 from meshformer.bench.__main__ import machine
 from meshformer.checkpoint.find import candidates, checkpoints, step_of
-from meshformer.compose import compose
+from meshformer.command.compose import compose
+from meshformer.command.launch import launch
 from meshformer.config.errors import ConfigError, Stopped
-from meshformer.launch import launch
+from meshformer.job import train
 from meshformer.record.metrics_csv import read_metrics
 from meshformer.record.run_json import read_run
 from meshformer.tasks import LanguageModelling

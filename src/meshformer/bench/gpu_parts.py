@@ -16,15 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from meshformer.bench.speed import PlainTransformer
-from meshformer.build import build_callbacks, build_data, build_task, build_trainer
 from meshformer.callbacks import Checkpoint, Samples
 from meshformer.callbacks.throughput import measure_matrix_rate, peak_memory
 from meshformer.checkpoint.lightning_io import FolderCheckpointIO
-from meshformer.compose import compose
+from meshformer.command.compose import compose
+from meshformer.job.build import build_callbacks, build_data, build_task, build_trainer
+from meshformer.job.train import choose_tf32, quiet_libraries
 from meshformer.model import Head, Transformer, attend_auto, attend_flex, attend_fused, attend_reference, training_flops_per_token
 from meshformer.model.position import Alibi, Learned, NoPosition, PositionalAttention, Rotary, Sinusoidal
-from meshformer.parallel.levers import apply_levers
-from meshformer.train import choose_tf32, quiet_libraries
+from meshformer.parallel.memory_options import apply_memory_options
 
 if TYPE_CHECKING:
     from meshformer.bench.gpu import Bench
@@ -90,7 +90,7 @@ def _fit(bench: Bench, overrides: list[str], watcher: pl.Callback) -> None:
     task: Any = build_task(config, config["trainer"]["max_steps"])
     trainer = build_trainer(config, folder, config["trainer"]["max_steps"], [*callbacks, watcher], [])
     task.configure_model()
-    apply_levers(task.model.blocks, config["strategy"]["activation_checkpointing"], config["trainer"]["compile"])
+    apply_memory_options(task.model.blocks, config["strategy"]["activation_checkpointing"], config["trainer"]["compile"])
     trainer.fit(task, datamodule=data)
 
 
@@ -283,7 +283,7 @@ def long_context(bench: Bench) -> None:
             with device:
                 model = Transformer(512, 2, heads, width, T, attention=attend, **settings)
             torch.compiler.reset()
-            apply_levers(model.blocks, "none", compile=not bench.tiny)
+            apply_memory_options(model.blocks, "none", compile=not bench.tiny)
 
             def step(model: Any = model, packed: bool = packed) -> None:
                 with torch.autocast(device.type, torch.bfloat16):

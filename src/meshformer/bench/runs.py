@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from meshformer.compose import compose
+from meshformer.command.compose import compose
 from meshformer.record import RunRecord, read_run
 
 RUNS, ROWS = 2000, 80

@@ -22,15 +22,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, multiprocessing, nn
 
-from meshformer.build import build_callbacks, build_data, build_task, build_trainer
 from meshformer.callbacks import Checkpoint, ProgressBar, Samples
 from meshformer.callbacks.throughput import measure_matrix_rate
-from meshformer.compose import compose
+from meshformer.command.compose import compose
 from meshformer.config.resolve import cpu_multiplies_bf16
+from meshformer.job.build import build_callbacks, build_data, build_task, build_trainer
+from meshformer.job.train import keep_freed_memory, quiet_libraries
 from meshformer.model import Head, Learned, Transformer, attend_auto, attend_fused, attend_reference, training_flops_per_token
-from meshformer.parallel.levers import apply_levers
+from meshformer.parallel.memory_options import apply_memory_options
 from meshformer.tasks.language_modelling import summed_cross_entropy
-from meshformer.train import keep_freed_memory, quiet_libraries
 
 WARM_UP, PROCESSES = 2, 5
 LOSS = (8192, 512, 50304)  # tokens, width and vocabulary of the loss that `memory` measures
@@ -316,7 +316,7 @@ def _one_network(size: tuple[int, ...], seconds: float, modern: bool, settings: 
 
     def ours(attend: Any, compiled: bool = False) -> nn.Module:
         model = Transformer(84, layers, heads, width, context, attention=attend, **settings)
-        apply_levers(model.blocks, "none", compiled)
+        apply_memory_options(model.blocks, "none", compiled)
         return model
 
     variants: dict[str, tuple[nn.Module, bool]] = {

@@ -63,8 +63,8 @@ def _seconds(words: list[str]) -> float:
 BARE = """
 import sys, time, statistics
 from pathlib import Path
-from meshformer.compose import compose
-from meshformer.train import train
+from meshformer.command.compose import compose
+from meshformer.job.train import train
 folder, rounds, *overrides = sys.argv[1:]
 times = []
 for n in range(int(rounds) + 1):

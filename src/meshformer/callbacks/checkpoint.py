@@ -43,7 +43,7 @@ class Checkpoint(Callback):
     ):
         self.every_n_steps, self.asynchronous, self.on_failure = every_n_steps, asynchronous, on_failure
         self.keep_last, self.keep_best, self.monitor, self.keep_every_n_steps = keep_last, keep_best, monitor, keep_every_n_steps
-        self.folder: Path | None = None  # set by build.py: RUN/checkpoints
+        self.folder: Path | None = None  # set by job/build.py: RUN/checkpoints
         self.saved_step = self.validated_step = -1
 
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
@@ -99,11 +99,11 @@ class Checkpoint(Callback):
 
     def _io(self, trainer: pl.Trainer) -> FolderCheckpointIO:
         io = trainer.strategy.checkpoint_io
-        assert isinstance(io, FolderCheckpointIO), "build.py gives the Trainer a FolderCheckpointIO"
+        assert isinstance(io, FolderCheckpointIO), "job/build.py gives the Trainer a FolderCheckpointIO"
         return io
 
     def save(self, trainer: pl.Trainer) -> None:
-        assert self.folder is not None, "build.py sets Checkpoint.folder"
+        assert self.folder is not None, "job/build.py sets Checkpoint.folder"
         self.saved_step = trainer.global_step
         trainer.save_checkpoint(self.folder / checkpoint_name(self.saved_step))
 

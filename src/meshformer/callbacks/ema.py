@@ -29,7 +29,7 @@ class EMA(Callback):
     export, fine-tuning) use the average; `resume` and `fork` go on from the weights, and with the average. It is kept in fp32, cut as the
     parameters are. State: "average.<parameter>", tensors beside the checkpoint's "model.<parameter>".
 
-    Comes after what looks at weights in validation (Samples) and before what saves: build.py sees to it.
+    Comes after what looks at weights in validation (Samples) and before what saves: job/build.py sees to it.
     """
 
     def __init__(self, decay: Share | None = None):

@@ -26,7 +26,7 @@ class Rows(Callback):
         self.csv: MetricsCsv | None = None  # rank 0 alone
         self.latest: dict[str, float] = {}
         self._lr, self._epoch_samples = 0.0, 0
-        self.tolerant = False  # set by build.py: callbacks.checkpoint.on_failure=warn
+        self.tolerant = False  # set by job/build.py: callbacks.checkpoint.on_failure=warn
         self._unwritten: list[tuple[int, dict[str, Any]]] = []
         self._told_of_failure = False
         self._told: set[str] = set()  # metrics of ours that Lightning was told

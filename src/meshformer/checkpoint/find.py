@@ -8,7 +8,7 @@ from typing import Any
 
 from meshformer.config.errors import ConfigError
 from meshformer.config.paths import CHECKPOINT
-from meshformer.config.resolve import outside
+from meshformer.config.resolve import external_launcher
 from meshformer.printing import say
 
 from .manifest import METADATA, PARTS, REST, Damaged, check_single, check_sizes, check_sums
@@ -120,7 +120,7 @@ def latest_checkpoint(run: Path, key: str = "run") -> Path:
             fix = "Name the run folder: the newest of its checkpoints that is whole is taken."
             raise ConfigError(f"the checkpoint is damaged: {problem}", key, str(run), fix=fix)
         return run
-    around = outside()
+    around = external_launcher()
     damaged: list[str] = []
     for found in reversed(candidates(run)):
         problem, told = _verify(found)

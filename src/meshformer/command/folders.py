@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from meshformer.config import ConfigError
-from meshformer.config.resolve import Outside
+from meshformer.config.resolve import ExternalLauncher
 from meshformer.printing import argument
 from meshformer.record import atomic_write_text, new_run_folder
 
@@ -60,7 +60,7 @@ def forget_folder(folder: Path, runs: Path | None = None) -> None:
         above = above.parent
 
 
-def shared_folder(config: dict[str, Any], around: Outside | None) -> Path:
+def shared_folder(config: dict[str, Any], around: ExternalLauncher | None) -> Path:
     """A new run folder; under torchrun or srun, one that every rank derives alike (a clock read by each would differ)."""
     runs, experiment = Path(config["paths"]["runs"]), config["experiment"]
     if around is None or around.world == 1:

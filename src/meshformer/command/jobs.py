@@ -11,23 +11,23 @@ from hydra.core.utils import run_job
 from hydra.types import HydraContext
 from omegaconf import DictConfig, read_write
 
-from meshformer import compose
 from meshformer.checkpoint.find import candidates, latest_checkpoint
+from meshformer.command import compose
 from meshformer.command.conversion import export_source_and_target, source_and_target
+from meshformer.command.explain import EXPLAINED, explain
 from meshformer.command.folders import claim_folder, forget_folder, shared_folder, write_settings
 from meshformer.command.recipe import FirstRun, pretraining
+from meshformer.command.recorded import read_overrides, write_overrides
 from meshformer.command.slurm import MARK, earlier_start, job_mark
 from meshformer.compat.hydra import Callbacks, Hydra, get_args_parser
 from meshformer.config import ConfigError, Convert, Evaluate, Export, Generate, validate
 from meshformer.config.foreign import confine, read_config
 from meshformer.config.paths import default_cache, run_of
-from meshformer.config.resolve import outside
-from meshformer.explain import EXPLAINED, explain
+from meshformer.config.resolve import external_launcher
 from meshformer.parallel.compilation import compiles
 from meshformer.printing import say
 from meshformer.record import RunRecord, atomic_write_text
 from meshformer.record.run_folder import PENDING
-from meshformer.recorded import read_overrides, write_overrides
 from meshformer.tasks.check import writes_text
 
 Config = dict[str, Any]
@@ -88,7 +88,7 @@ def _train_both(argv: Sequence[str], first: FirstRun) -> int:
 
 def _train(args: argparse.Namespace, hydra: Hydra, cfg: DictConfig, config: Config, overrides: str, run: Path | None = None) -> int:
     """One run in one folder: `run` where it continues there, that of a SLURM job's earlier start, else the user's or a new one."""
-    around = outside()
+    around = external_launcher()
     _refuse_lonely_node(config)
     wanted, earlier, mark = str(cfg.hydra.run.dir), None, None
     if run is None:
@@ -155,7 +155,7 @@ def _verify(config: Config) -> None:
 
 
 def _refuse_lonely_node(config: Config) -> None:
-    if outside() is None and config["trainer"]["num_nodes"] > 1:
+    if external_launcher() is None and config["trainer"]["num_nodes"] > 1:
         message = "one command starts the processes of one node alone, and would wait for the others in vain"
         raise ConfigError(message, "trainer.num_nodes", config["trainer"]["num_nodes"], fix="Start it with torchrun or srun on every node.")
 
@@ -239,9 +239,9 @@ def _use_run(command: str, hydra: Hydra, config_name: str, overrides: list[str],
     # Resume lifts the checks of where finetuning started from: that run is not needed any more.
     config = compose.settle({**config, "resume": str(run)})
     if command == "evaluate":
-        from meshformer.evaluate import evaluate as use
+        from meshformer.job.evaluate import evaluate as use
     else:
-        from meshformer.generate import generate as use
+        from meshformer.job.generate import generate as use
     use({**config, "resume": None}, options)
     return 0
 
@@ -257,12 +257,12 @@ def _write_elsewhere(command: str, hydra: Hydra, config_name: str, overrides: li
     options = validate({**options, **text}, Convert if command == "convert" else Export)
     if command == "convert":
         source, target = source_and_target(options)
-        from meshformer.convert import convert  # imports torch
+        from meshformer.job.convert import convert  # imports torch
 
         convert(source, target, options["to"])
     else:
         source, target = export_source_and_target(options)
-        from meshformer.export import export  # imports torch
+        from meshformer.job.export import export  # imports torch
 
         export(source, target, options["format"])
     return 0
@@ -281,7 +281,7 @@ def _changed(run: Path, changes: list[str], config_dir: str | None) -> Config:
 
 
 def _launch(config: Config, folder: Path) -> Config | None:
-    from meshformer.launch import launch  # imports torch
+    from meshformer.command.launch import launch  # imports torch
 
     return launch(config, folder)
 

@@ -11,13 +11,13 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from meshformer import compose
 from meshformer.checkpoint.check import check_fits
 from meshformer.checkpoint.find import candidates
+from meshformer.command import compose
 from meshformer.command.check import check, resolve
 from meshformer.config import ConfigError, validate
 from meshformer.config.foreign import read_config
-from meshformer.config.resolve import outside
+from meshformer.config.resolve import external_launcher
 from meshformer.printing import say
 from meshformer.record import RunRecord
 from meshformer.tasks.check import has_own_head
@@ -95,7 +95,7 @@ def pretraining(config: Config, overrides: Sequence[str], flags: Sequence[str], 
     if config["stage"]["init_from"] is not None:
         message = "says where the weights come from, and so does stage.init_from"
         raise ConfigError(message, "stage.pretrain", listed, fix="Leave one of them out.")
-    if outside() is not None:
+    if external_launcher() is not None:
         message = "trains two runs, and torchrun or srun starts the processes of one"
         raise ConfigError(message, "stage.pretrain", listed, fix="Train the first by a command of its own, and add stage.init_from=RUN.")
     own = [o for o in config["stage"]["pretrain"] if _key(o).startswith(("hydra", "paths"))]

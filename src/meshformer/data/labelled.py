@@ -16,12 +16,12 @@ from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 
-from meshformer.config.carrier import Carrier, fetch
 from meshformer.config.errors import ConfigError
+from meshformer.config.pinned_package import PinnedPackage, fetch
 from meshformer.data.check import no_such_column, separator_of
 from meshformer.data.corpus import HubText
 
-VADER = Carrier(
+VADER = PinnedPackage(
     "vaderSentiment", "3.3.2", "vaderSentiment-3.3.2.tar.gz", "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9", sdist=True
 )
 

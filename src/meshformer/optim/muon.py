@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from meshformer.config.errors import ConfigError
-from meshformer.optim.owners import on_owners
+from meshformer.optim.gather_compute_scatter import gather_compute_scatter
 from meshformer.optim.shardwise import ShardwiseOptimizer, gradient_pieces, pieces, sgd_step, update_by_adamw
 
 # (a, b, c) of each iteration, the last one repeated. `jordan` maximises the slope at zero and leaves singular values in about
@@ -128,7 +128,7 @@ def _directions(parameters: list[Tensor], updates: list[Tensor], group: dict[str
     for (mesh, dtype, device), indices in together.items():
         kind = orthogonalisation_dtype(group["dtype"], device, dtype)
         given = [updates[i].to(kind) for i in indices]
-        some = work(given) if mesh is None else on_owners(work, given, [parameters[i] for i in indices])  # pyright: ignore[reportArgumentType]
+        some = work(given) if mesh is None else gather_compute_scatter(work, given, [parameters[i] for i in indices])  # pyright: ignore[reportArgumentType]
         found.update(zip(indices, some, strict=True))
     return [found[i] for i in range(len(parameters))]
 

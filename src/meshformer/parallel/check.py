@@ -12,7 +12,7 @@ from typing import Any
 
 from meshformer.config.degrees import AXES, Degrees, uses_fsdp
 from meshformer.config.errors import ConfigError
-from meshformer.config.resolve import compute_capability, gpus_multiply_bf16, microbatch_counts, outside, visible_gpus
+from meshformer.config.resolve import compute_capability, external_launcher, gpus_multiply_bf16, microbatch_counts, visible_gpus
 from meshformer.config.schema import Strategy
 from meshformer.config.signature import attribute, declares, signature
 from meshformer.model.settings import feed_forward_width
@@ -38,7 +38,7 @@ def check_processes(config: Config) -> None:
     devices, nodes = trainer["devices"], trainer["num_nodes"]
     if strategy["name"] == "single" and devices * nodes != 1:
         key, value = ("trainer.devices", devices) if devices != 1 else ("trainer.num_nodes", nodes)
-        if (around := outside()) is not None:
+        if (around := external_launcher()) is not None:
             message = f"{around.variables} in the environment say that a launcher started {around.world} processes, and strategy=single is one"
             raise ConfigError(message, fix=f"Use strategy=ddp, or, where they are left over, unset {around.variables.replace(' and ', ' ')}.")
         raise ConfigError("strategy=single is one process", key, value, fix="Use strategy=ddp, or leave it out.")

@@ -36,7 +36,7 @@ from meshformer.printing import say
 from meshformer.training.protocol import StepStrategy
 
 from .context import ContextAxis
-from .levers import apply_levers
+from .memory_options import apply_memory_options
 from .mesh import make_mesh
 from .pipeline import Pipeline, Stage, local
 from .products import overlap
@@ -154,7 +154,7 @@ class MeshStrategy(StepStrategy, ModelParallelStrategy):
                 self.context.apply(part)
             if whole_output is not None:
                 self._check_output(task, part, whole_output)
-            apply_levers(held_blocks(part), settings["activation_checkpointing"], self.compile)
+            apply_memory_options(held_blocks(part), settings["activation_checkpointing"], self.compile)
         stages: list[Any] = list(parts)
         if degrees.pipeline > 1:
             stages = [Stage(part, self.precision_plugin.forward_context) for part in parts]
@@ -347,7 +347,7 @@ class MeshStrategy(StepStrategy, ModelParallelStrategy):
 
     @property
     def _checkpoints(self) -> FolderCheckpointIO:
-        assert isinstance(self.checkpoint_io, FolderCheckpointIO), "build.py gives the Trainer a FolderCheckpointIO"
+        assert isinstance(self.checkpoint_io, FolderCheckpointIO), "job/build.py gives the Trainer a FolderCheckpointIO"
         return self.checkpoint_io
 
     def reshard(self) -> None:

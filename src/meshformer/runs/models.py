@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from meshformer.build import build_data, build_model, build_task
 from meshformer.checkpoint.find import latest_checkpoint
 from meshformer.checkpoint.weights import load_weights
 from meshformer.config import validate
 from meshformer.config.foreign import confine, read_config, refuse_links
 from meshformer.config.paths import default_cache, run_of
 from meshformer.data import load_tokenizer
+from meshformer.job.build import build_data, build_model, build_task
 from meshformer.model import Attention, Learned, Mask, Transformer, attend_reference, training_flops_per_token
 
 

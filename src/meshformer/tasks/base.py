@@ -63,7 +63,7 @@ class Task(MicroBatches):
         self.trouble: Trouble | None = None  # what the last row found
         self._restored, self._restored_guard = (0.0, 0.0), (0.0, None)
         self.automatic_optimization = False  # the step is training/step.py's
-        self.gradient_clip_val: float | None = None  # the global norm's limit; build.py sets it
+        self.gradient_clip_val: float | None = None  # the global norm's limit; job/build.py sets it
 
     def inputs(self, batch: dict[str, Tensor]) -> dict[str, Any]:
         """What of the batch the model is given; None for what it might hold and does not. The first is what enters the first pipeline stage."""

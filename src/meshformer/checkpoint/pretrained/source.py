@@ -20,7 +20,7 @@ from meshformer.config.suggest import did_you_mean
 from meshformer.model.settings import SECOND_NAME
 
 from ..find import CONFIG, INDEX, WEIGHTS, is_folder
-from . import bert, carriers, gpt2, llama, vit
+from . import bert, gpt2, llama, pinned, vit
 from .parts import TEXT, VISION, Model, Part, complete
 
 LAYOUTS: tuple[ModuleType, ...] = (gpt2, llama, bert, vit)
@@ -65,15 +65,15 @@ def derive(path: str | Path, cache: Path | None = None) -> Model:
 
 
 def find(path: str | Path, cache: Path | None = None) -> Path:
-    """The file or folder that `path` means; a carrier's name means its folder in the cache, where there is no folder of that name."""
+    """The file or folder that `path` means; a pinned package's name means its folder in the cache, where there is no folder of that name."""
     place = Path(path).expanduser()
     if place.exists():
         return place.absolute()
-    if str(path) in carriers.MODELS:
-        return carriers.folder(str(path), cache)
+    if str(path) in pinned.MODELS:
+        return pinned.folder(str(path), cache)
     nearby = [p.name for p in place.parent.iterdir()] if place.parent.is_dir() else []
     raise ConfigError(
-        f"there is no file or folder {path}, and no such pretrained model", fix=did_you_mean(str(path), [*carriers.MODELS, *nearby])
+        f"there is no file or folder {path}, and no such pretrained model", fix=did_you_mean(str(path), [*pinned.MODELS, *nearby])
     )
 
 

@@ -13,13 +13,13 @@ from hydra.core.plugins import Plugins
 from hydra.types import HydraContext
 from omegaconf import DictConfig
 
-from meshformer import compose
 from meshformer.checkpoint.find import candidates
+from meshformer.command import compose
+from meshformer.command.recorded import write_overrides
 from meshformer.compat.hydra import Callbacks, Hydra, returned
 from meshformer.config import ConfigError
 from meshformer.config.errors import Stopped
 from meshformer.config.foreign import confine, read_config
-from meshformer.recorded import write_overrides
 
 from .book import Point
 from .points import open_folder
@@ -45,7 +45,7 @@ class PointTask:
                 config = compose.settle(told, overrides)
                 shutil.rmtree(folder, ignore_errors=True)
                 open_folder(folder, config, write_overrides(overrides, self.flags["config_dir"], self.flags["config_name"]))
-            from meshformer.launch import launch
+            from meshformer.command.launch import launch
 
             return "done", launch(config, folder, own_process=self.own_process)
         except Stopped as stopped:

@@ -16,13 +16,13 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf, read_write
 
-from meshformer import compose
 from meshformer.checkpoint.find import latest_checkpoint
+from meshformer.command import compose
+from meshformer.command.explain import EXPLAINED, explain
 from meshformer.command.folders import claim_folder, write_settings
+from meshformer.command.recorded import write_overrides
 from meshformer.compat.hydra import Hydra
 from meshformer.config import ConfigError
-from meshformer.explain import EXPLAINED, explain
-from meshformer.recorded import write_overrides
 
 Config = dict[str, Any]
 

@@ -16,16 +16,16 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from meshformer import compose
 from meshformer.checkpoint.find import candidates
+from meshformer.command import compose
+from meshformer.command.explain import EXPLAINED
+from meshformer.command.recorded import confirmed, option_name, own_settings, split_command
 from meshformer.compat.hydra import Callbacks
 from meshformer.config import ConfigError, validate
-from meshformer.config.resolve import cores, outside, visible_gpus
+from meshformer.config.resolve import cores, external_launcher, visible_gpus
 from meshformer.config.schema import SweepOptions
-from meshformer.explain import EXPLAINED
 from meshformer.printing import argument, say
 from meshformer.record import RunRecord
-from meshformer.recorded import confirmed, option_name, own_settings, split_command
 
 from . import results
 from .book import FILE as BOOK
@@ -45,7 +45,7 @@ WAIT_SECONDS = 0.2
 
 def run_sweep(args: argparse.Namespace, overrides: list[str]) -> int:
     """`meshformer train -m`; returns the exit code: 0 all done, 1 a run failed, 75 or 130 told to stop, with runs left."""
-    if outside() is not None:
+    if external_launcher() is not None:
         raise ConfigError("a sweep starts its own processes", "--multirun", fix="Start it without torchrun or srun.")
     taken, overrides = compose.take(overrides, "sweep.resume")
     flags = {"config_dir": str(Path(args.config_dir).absolute()) if args.config_dir else None, "config_name": args.config_name}

@@ -9,9 +9,9 @@ from typing import Any
 
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 
+from meshformer.command.recorded import own_settings
 from meshformer.config import ConfigError
 from meshformer.config.foreign import PRUNING
-from meshformer.recorded import own_settings
 
 from .book import Point
 

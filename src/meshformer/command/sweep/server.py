@@ -40,7 +40,7 @@ class Order:
 def main(handle: int, preload: list[str]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group of the terminal; the sweep passes it on
     connection = Connection(handle)
-    for name in ("meshformer.launch", "meshformer.train", "torch.distributed.launcher.api", *preload):
+    for name in ("meshformer.command.launch", "meshformer.job.train", "torch.distributed.launcher.api", *preload):
         importlib.import_module(name)
     connection.send(("ready",))
     order, results = _serve(connection)
@@ -100,8 +100,8 @@ def _work(order: Order, results: int) -> int:
     os.environ.update(order.environment)
     sys.path[:] = order.path
     threading.Thread(target=_leave_with, args=(os.getppid(),), daemon=True).start()
+    from meshformer.command.launch import launch
     from meshformer.config.errors import ConfigError, Stopped
-    from meshformer.launch import launch
 
     code, outcome = 1, None
     try:

@@ -21,8 +21,8 @@ from meshformer.checkpoint.pretrained.source import TOKENIZER, tokenizer_of
 from meshformer.checkpoint.pretrained.write import laid_out, save
 from meshformer.checkpoint.single_file import write_weights
 from meshformer.config.errors import ConfigError
-from meshformer.convert import convert
 from meshformer.data import load_tokenizer
+from meshformer.job.convert import convert
 from meshformer.model import Attention, Transformer, VisionTransformer, attend_reference
 from meshformer.model.settings import HEAD_PARAMETERS, SECOND_NAME
 from meshformer.printing import say

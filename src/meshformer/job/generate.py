@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from meshformer.config.errors import ConfigError
-from meshformer.evaluate import load_run
+from meshformer.job.evaluate import load_run
 from meshformer.model import generate as draw
 from meshformer.model import keeps_what_it_read
 from meshformer.printing import say

@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 import yaml
 
-from meshformer.build import build_callbacks, build_data, build_loggers, build_task, build_trainer
 from meshformer.callbacks import Rows
 from meshformer.callbacks.ema import averaged
 from meshformer.callbacks.preemption import Preemption, StopSignals
@@ -30,13 +29,14 @@ from meshformer.config.errors import ConfigError, Stopped
 from meshformer.config.foreign import read_config
 from meshformer.config.signature import signature
 from meshformer.data import SampledData, load_tokenizer
+from meshformer.job.build import build_callbacks, build_data, build_loggers, build_task, build_trainer
 from meshformer.model import Transformer, training_flops_per_token
 from meshformer.model.layout import blocks_of
 from meshformer.model.lora import ADAPTERS
 from meshformer.model.settings import HEAD_PARAMETERS
 from meshformer.optim.muon import multiplies_bfloat16
 from meshformer.parallel.check import BF16, no_bf16
-from meshformer.parallel.levers import apply_levers
+from meshformer.parallel.memory_options import apply_memory_options
 from meshformer.parallel.products import in_float8
 from meshformer.parallel.strategy import MeshStrategy
 from meshformer.printing import argument, say
@@ -163,7 +163,7 @@ def configure_model(config: Config, task: Any, strategy: Any, start: Start) -> N
         in_float8(task.model)
     if not isinstance(strategy, MeshStrategy):
         model: Any = task.model
-        apply_levers(blocks_of(model), config["strategy"]["activation_checkpointing"], config["trainer"]["compile"])
+        apply_memory_options(blocks_of(model), config["strategy"]["activation_checkpointing"], config["trainer"]["compile"])
 
 
 def count_work(task: Any, data: SampledData) -> None:

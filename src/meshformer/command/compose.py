@@ -30,7 +30,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from meshformer.checkpoint.check import is_own
 from meshformer.checkpoint.find import candidates, is_foreign
-from meshformer.checkpoint.pretrained import carriers
+from meshformer.checkpoint.pretrained import pinned
 from meshformer.checkpoint.pretrained.source import derive, tokenizer_of
 from meshformer.command.check import check, resolve
 from meshformer.compat.hydra import Hydra, create_config_search_path
@@ -266,8 +266,8 @@ def locate(spec: str, runs: str, key: str) -> Path:
 def locate_foreign(spec: str, cache: str) -> Path | None:
     """The absolute path of what holds foreign weights, where `spec` means such; fetches those that are only named."""
     path = Path(spec).expanduser()
-    if spec in carriers.MODELS and not path.exists():
-        return carriers.folder(spec, Path(cache)).absolute()
+    if spec in pinned.MODELS and not path.exists():
+        return pinned.folder(spec, Path(cache)).absolute()
     return path.absolute() if path.exists() and is_foreign(path) else None
 
 

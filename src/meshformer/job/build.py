@@ -20,7 +20,7 @@ from meshformer.compat.lightning import leave_signals_to_us
 from meshformer.config.allow import check_object, check_target
 from meshformer.config.errors import ConfigError
 from meshformer.config.foreign import refuse_interpolations
-from meshformer.config.resolve import outside
+from meshformer.config.resolve import external_launcher
 from meshformer.config.signature import signature
 from meshformer.data import ImageData, SampledData, SequenceData, TextData
 from meshformer.model.layout import Plan
@@ -262,7 +262,7 @@ def build_trainer(config: Config, folder: Path, max_steps: int, callbacks: list[
         callbacks=callbacks,
         logger=loggers,
         # An allocation's shell has SLURM_NTASKS too, by which Lightning would take this process for one of several tasks.
-        plugins=[FolderCheckpointIO(), *scaled, *([LightningEnvironment()] if outside() is None else [])],
+        plugins=[FolderCheckpointIO(), *scaled, *([LightningEnvironment()] if external_launcher() is None else [])],
         log_every_n_steps=trainer["log_every_n_steps"],
         default_root_dir=folder,
         num_sanity_val_steps=0,

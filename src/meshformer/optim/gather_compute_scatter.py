@@ -29,7 +29,7 @@ class _Plan(NamedTuple):
     regions: list[list[Region]]  # [matrix][rank] -> what the rank holds
 
 
-def on_owners(function: Callable[[list[Tensor]], list[Tensor]], held: Sequence[Tensor], matrices: Sequence[DTensor]) -> list[Tensor]:
+def gather_compute_scatter(function: Callable[[list[Tensor]], list[Tensor]], held: Sequence[Tensor], matrices: Sequence[DTensor]) -> list[Tensor]:
     """This rank's pieces of `function(whole matrices)`, which returns a matrix of the same shape and type for each.
 
     `held` are this rank's pieces of the matrices to work on, of one type, cut as the 2-D parameters `matrices` are; these lie on one mesh.

@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from meshformer.build import build_data, build_model, build_task, build_trainer
 from meshformer.checkpoint.find import latest_checkpoint
 from meshformer.checkpoint.weights import load_weights
 from meshformer.config.errors import ConfigError
 from meshformer.config.paths import run_of
 from meshformer.data import load_tokenizer
+from meshformer.job.build import build_data, build_model, build_task, build_trainer
+from meshformer.job.train import choose_tf32, quiet_libraries
 from meshformer.printing import say
-from meshformer.train import choose_tf32, quiet_libraries
 
 
 def evaluate(config: dict[str, Any], options: dict[str, Any]) -> dict[str, float]:

@@ -21,7 +21,7 @@ KEPT = ("aten.mm.", "aten.addmm.", "aten.bmm.", "scaled_dot_product", "all_gathe
 BACKEND = "inductor"  # of torch.compile
 
 
-def apply_levers(blocks: Iterable[Any], activation_checkpointing: str, compile: bool) -> None:
+def apply_memory_options(blocks: Iterable[Any], activation_checkpointing: str, compile: bool) -> None:
     """`activation_checkpointing`: `none`; `full`: a block keeps its input alone and is computed again in the backward pass (Chen et al. 2016);
     `selective`: it also keeps the results of the operations in KEPT."""
     for block in blocks:
