@@ -7,6 +7,7 @@ import importlib
 import importlib.metadata
 import inspect
 import pkgutil
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,12 @@ def test_private_names_are_used_in_one_room() -> None:
 def test_a_private_name_is_seen(tmp_path: Path, line: str) -> None:
     (tmp_path / "part.py").write_text(line)
     assert private_names(tmp_path)
+
+
+def test_strategies_are_asked_by_a_declared_protocol() -> None:
+    asked = re.compile(r"(get|has)attr\([\w.]*strategy\b")
+    assert asked.search('getattr(self.trainer.strategy, "x", None)')
+    assert not [path for path in ROOT.rglob("*.py") if asked.search(path.read_text(encoding="utf-8"))]
 
 
 def test_private_methods_are_overridden_in_one_room() -> None:

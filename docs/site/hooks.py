@@ -33,10 +33,9 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    for name, make in (("floors", floors), ("private_imports", private_imports)):
-        if f"{{{{ {name} }}}}" in markdown:
-            markdown = markdown.replace(f"{{{{ {name} }}}}", make())
-    return re.sub(r"{{ source: (\S+) (\S+) }}", lambda match: f"```python\n{source(*match.groups())}\n```", markdown)
+    if "{{ floors }}" in markdown:
+        markdown = markdown.replace("{{ floors }}", floors())
+    return re.sub(r"{{ source: (\S+)(?: (\S+))? }}", lambda match: f"```python\n{source(*match.groups())}\n```", markdown)
 
 
 # --- reference/options.md: the groups
@@ -230,29 +229,14 @@ def floors() -> str:
     return "\n".join(["| floor | rooms |", "|---|---|", *(f"| {floor} | {rooms[floor]} |" for floor in sorted(rooms, reverse=True))])
 
 
-def source(file: str, name: str) -> str:
-    """The code of a function or method (`Class.method`) of a file in src/meshformer."""
+def source(file: str, name: str | None = None) -> str:
+    """The code of a file in src/meshformer, or of a function or method (`Class.method`) in it."""
     text = (ROOT / "src" / "meshformer" / file).read_text(encoding="utf-8")
+    if name is None:
+        return text.strip()
     node: Any = ast.parse(text)
     for part in name.split("."):
         node = next((one for one in node.body if getattr(one, "name", None) == part), None)
         if node is None:
             raise LookupError(f"a page shows {name} of {file}, which is not there")
     return textwrap.dedent("\n".join(text.splitlines()[node.lineno - 1 : node.end_lineno]))
-
-
-def private_imports() -> str:
-    """Modules and names of other packages that start with an underscore, and the files that import them."""
-    found: dict[str, set[str]] = {}
-    for file in sorted((ROOT / "src").rglob("*.py")):
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            names = []
-            if isinstance(node, ast.Import):
-                names = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom) and not node.level:
-                names = [f"{node.module}.{alias.name}" for alias in node.names]
-            for name in names:
-                if any(part.startswith("_") and not part.startswith("__") for part in name.split(".")) and not name.startswith("meshformer"):
-                    found.setdefault(name, set()).add(file.relative_to(ROOT / "src" / "meshformer").as_posix())
-    rows = [f"| `{name}` | {', '.join(f'`{file}`' for file in sorted(files))} |" for name, files in sorted(found.items())]
-    return "\n".join(["| name | used in |", "|---|---|", *rows])

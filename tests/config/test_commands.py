@@ -228,7 +228,7 @@ def used(monkeypatch) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
     """Calls of evaluate and generate."""
     made: list[tuple[str, dict[str, Any], dict[str, Any]]] = []
     for name in ("evaluate", "generate"):
-        module = types.ModuleType(f"meshformer.{name}")
+        module = types.ModuleType(f"meshformer.job.{name}")
         setattr(module, name, lambda config, options, name=name: made.append((name, config, options)))
         monkeypatch.setitem(sys.modules, module.__name__, module)
     return made

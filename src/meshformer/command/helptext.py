@@ -71,7 +71,7 @@ Options
 Examples
   meshformer runs                                           every run below runs/, and what tells them apart
   meshformer runs model=nano state=finished 'val/loss<1.7' --sort val/loss
-  meshformer runs runs/shakespeare_char 'started>2026-11-24' --columns run,lr,val/loss --csv
+  meshformer runs runs/shakespeare_char 'started>2026-11-24' --columns run,optimizer.lr,val/loss --csv
   meshformer runs show last
   meshformer runs diff 3f0a 81c2""",
     "report": """\
