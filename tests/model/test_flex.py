@@ -26,7 +26,7 @@ from meshformer.model import (
     attend_reference,
     attention,
 )
-from meshformer.model.attention import Mask, wants_blocks
+from meshformer.model.attention import Mask, needs_block_mask
 
 T = 160  # more than one block of 128
 POSITIONS = [Rotary, Sinusoidal, Learned, Alibi, PositionalAttention, NoPosition]
@@ -145,7 +145,7 @@ def test_a_compiled_block_is_given_each_batchs_block_mask_and_compiled_once(
     attend: Any, position: Any, calls: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attention, "_lacks_gradient", lambda q: False)  # true of inductor, not of this backend
-    monkeypatch.setattr(attention, "_blocks_are_faster", lambda *args: True)  # as on a GPU
+    monkeypatch.setattr(attention, "_flex_is_faster", lambda *args: True)  # as on a GPU
     graphs = Graphs()
     model, reference = (
         compiled(network(attend, position=position, window=50), graphs),
@@ -203,7 +203,7 @@ def test_what_auto_picks_on_a_gpu(case: Any) -> None:
     mask = Mask(settings.get("causal", True), settings.get("window"), positions, positions)
     with FakeTensorMode():
         x = torch.empty(1, length, 64, device="cuda", dtype=dtype)
-    assert wants_blocks(attend_auto, mask, slopes, x, 16) is wanted
-    assert not wants_blocks(attend_auto, mask, slopes, torch.empty(1, length, 64, dtype=dtype), 16), "today's choice stays on a CPU"
-    assert not wants_blocks(attend_auto, mask, slopes, x, 8), "the kernel takes heads of 16 or more"
-    assert not wants_blocks(attend_fused, mask, slopes, x, 16)
+    assert needs_block_mask(attend_auto, mask, slopes, x, 16) is wanted
+    assert not needs_block_mask(attend_auto, mask, slopes, torch.empty(1, length, 64, dtype=dtype), 16), "today's choice stays on a CPU"
+    assert not needs_block_mask(attend_auto, mask, slopes, x, 8), "the kernel takes heads of 16 or more"
+    assert not needs_block_mask(attend_fused, mask, slopes, x, 16)

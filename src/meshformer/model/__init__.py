@@ -40,7 +40,8 @@ if TYPE_CHECKING:
     from .vision import PatchEmbedding as PatchEmbedding
     from .vision import VisionTransformer as VisionTransformer
 
-# Module -> the names above that it defines, which load it on first use: they need torch, and what is checked before a job starts does not.
+# Module -> the names above that it defines. A module is imported when one of its names is first used, so the checks that run before a job
+# starts can import this package without loading torch.
 _HOME = {
     "attention": ("Attention", "Mask", "attend_auto", "attend_flex", "attend_fused", "attend_reference", "cast_once"),
     "block": ("Block", "FeedForward"),

@@ -1,7 +1,7 @@
 """Scaled dot-product attention, softmax(Q Kᵀ / √d_k) V (Vaswani et al. 2017, equation 1), and the multi-head layer around it.
 
 Shapes: B batch, T time (queries), S time (keys), H query heads, K key/value heads (H is a multiple of K), D head dim, C channels.
-The number of heads is never divided by anything: `view(B, T, -1, D)` infers it, so the same code runs on all heads or on one rank's share of them.
+`view(B, T, -1, D)` infers the number of heads, so the same code runs on all heads or, under tensor parallelism, on one rank's heads.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from meshformer.compat.torch import flex_operator
 
 from .cache import KeyValueCache
 from .norm import RMSNorm
-from .position import Position, falling_bias
+from .position import Position, distance_bias
 
 
 @dataclass(frozen=True)
 class Mask:
-    """Which keys a query may see, kept as its ingredients so that a kernel can use the cheapest equivalent form.
+    """Which keys each query attends to, stored as positions and rules instead of a (T, S) matrix: each kernel builds the form it runs fastest.
 
     A key is visible when all of these hold: `causal` → its position is not after the query's; `window` w → it is fewer than w positions
-    away; documents given → it is in the query's document (padding is a document of its own, so no row is ever empty).
-    `*_positions` are (B or 1, T or S); `natural` says both are 0, 1, 2, … which allows the kernels' built-in causal mask.
-    `blocks` and `slopes_H` are there for `flex_attention` alone, see `with_blocks`.
+    away; documents given → it is in the query's document (padding is a document of its own, so every query sees at least one key).
+    `*_positions` and `*_documents` are (B or 1, T or S). `natural`: both positions are 0, 1, 2, …, so a kernel's built-in causal mask is correct.
+    Only `flex_attention` reads `blocks` (its BlockMask) and `slopes_H` (ALiBi), see `with_blocks`.
     """
 
     causal: bool
@@ -53,7 +53,7 @@ class Mask:
         return not self.causal and self.window is None and self.q_documents_BT is None
 
     def visible(self) -> Tensor | None:
-        """Boolean (B or 1, 1, T, S), True where the query may look; None when it may look everywhere."""
+        """Boolean (B or 1, 1, T, S), True where the query attends to the key; None when every key is visible."""
         if self.hides_nothing:
             return None
         ahead_BTS = self.k_positions_BS[:, None, :] - self.q_positions_BT[:, :, None]
@@ -65,16 +65,16 @@ class Mask:
         return visible_BTS[:, None]
 
     def with_blocks(self, slopes_H: Tensor | None = None) -> Mask:
-        """The same with what `flex_attention` takes: which blocks of 128 queries × 128 keys hold something to see, and slopes in place of a bias.
+        """A copy with the arguments of `flex_attention`: a BlockMask (which 128 × 128 blocks of scores are not fully masked) and ALiBi slopes.
 
-        Made once a batch, before the first block runs, so that a compiled block is given it like any other input.
+        Call it once per forward pass, before the first Transformer block, so that a compiled block receives it as an ordinary input.
         """
         from torch.nn.attention.flex_attention import create_block_mask
 
         causal, window, ahead_of = self.causal, self.window, self._ahead()
         q_documents, k_documents = self.q_documents_BT, self.k_documents_BS
 
-        def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
             ahead = ahead_of(b, q, k)
             seen = ahead <= 0 if causal else ahead == ahead
             if window is not None:
@@ -86,11 +86,11 @@ class Mask:
         batch = max(1 if x is None else x.shape[0] for x in (self.q_positions_BT, self.k_positions_BS, q_documents))
         make = _compiled(create_block_mask) if self.q_positions_BT.is_cuda else create_block_mask
         sizes = (self.q_positions_BT.shape[1], self.k_positions_BS.shape[1])
-        blocks = make(sees, batch if batch > 1 else None, None, *sizes, device=self.q_positions_BT.device)
+        blocks = make(mask_mod, batch if batch > 1 else None, None, *sizes, device=self.q_positions_BT.device)
         return replace(self, slopes_H=slopes_H, blocks=blocks)
 
     def _ahead(self) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        """How many positions key k lies ahead of query q, by their indices."""
+        """A function of (batch, query, key) indices: the position of the key minus the position of the query."""
         if self.natural:
             return lambda b, q, k: k - q
         q_positions, k_positions = self.q_positions_BT, self.k_positions_BS
@@ -98,20 +98,20 @@ class Mask:
             return lambda b, q, k: k_positions[0, k] - q_positions[0, q]
         return lambda b, q, k: k_positions[b, k] - q_positions[b, q]
 
-    def fall(self) -> Callable[..., Tensor] | None:
-        """`score_mod` of `flex_attention`: each head's score less its slope times the distance."""
+    def score_mod(self) -> Callable[..., Tensor] | None:
+        """`score_mod` of `flex_attention` for ALiBi: score − slope · |distance|; None without slopes."""
         slopes, ahead_of = self.slopes_H, self._ahead()
         return None if slopes is None else lambda score, b, h, q, k: score - slopes[h] * ahead_of(b, q, k).abs()
 
     def bias(self) -> Tensor | None:
-        """The slopes as a stored bias, for the kernels that know no other form."""
-        return None if self.slopes_H is None else falling_bias(self.slopes_H, self.q_positions_BT, self.k_positions_BS)
+        """The ALiBi slopes as a bias (B or 1, H, T, S), for the kernels that take a tensor; None without slopes."""
+        return None if self.slopes_H is None else distance_bias(self.slopes_H, self.q_positions_BT, self.k_positions_BS)
 
     def added(self, dtype: torch.dtype) -> Tensor | None:
-        """The same as a number to add to scores, (B or 1, 1, T, S): 0 where the query may look, −∞ elsewhere; None when it may look everywhere.
+        """The additive mask (B or 1, 1, T, S): 0 where the key is visible, −∞ elsewhere; None when every key is visible.
 
-        Hidden scores must be finite (∞ − ∞ is not hidden). One mask serves all heads, so adding it costs a fifth of filling every head's scores
-        (bf16, 6 heads, 256 tokens, two CPU cores).
+        Masked scores must be finite before the addition, since ∞ − ∞ is NaN. Adding one mask for all heads takes a fifth of the time of
+        `masked_fill` on every head's scores (bf16, 6 heads, 256 tokens, two CPU cores).
         """
         visible = self.visible()
         return None if visible is None else torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, float("-inf"))
@@ -125,7 +125,7 @@ Attend = Callable[[Tensor, Tensor, Tensor, Mask, "Tensor | None", float], Tensor
 def attend_reference(
     q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask: Mask, bias: Tensor | None = None, dropout: float = 0.0
 ) -> Tensor:
-    """The formula, line by line: weights = softmax(Q Kᵀ / √d_k + bias), out = weights V. Returns (B, H, T, D)."""
+    """The textbook formula: weights = softmax(Q Kᵀ / √d_k + bias), out = weights V. Returns (B, H, T, D)."""
     groups = q_BHTD.shape[1] // k_BKSD.shape[1]
     if groups > 1:  # grouped-query attention (Ainslie et al. 2023): neighbouring query heads share one key/value head
         k_BKSD = k_BKSD.repeat_interleave(groups, dim=1)
@@ -142,7 +142,7 @@ def attend_reference(
 
 
 def attend_fused(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask: Mask, bias: Tensor | None = None, dropout: float = 0.0) -> Tensor:
-    """The same through `scaled_dot_product_attention` (Dao et al. 2022): the T × S weights are never stored. Returns (B, H, T, D)."""
+    """`scaled_dot_product_attention` (FlashAttention, Dao et al. 2022), which does not store the T × S weights. Returns (B, H, T, D)."""
     attn_mask = None
     bias = mask.bias() if bias is None else bias
     plain_causal = mask.is_plain_causal and bias is None
@@ -156,24 +156,24 @@ def attend_fused(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask: Mask, bia
 
 
 def attend_flex(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask: Mask, bias: Tensor | None = None, dropout: float = 0.0) -> Tensor:
-    """The same through `flex_attention` (Dong et al. 2024), which skips blocks of keys that no query of a block sees. Returns (B, H, T, D).
+    """`flex_attention` (Dong et al. 2024), which skips blocks of scores that are fully masked. Returns (B, H, T, D).
 
-    It has no dropout, a bias that is stored whole leaves it nothing to save, its kernel takes heads of 16 or more, and compiled for a CPU it
-    has no gradient: those are left to `scaled_dot_product_attention`.
+    Falls back to `scaled_dot_product_attention` where flex has no support (dropout, a head dim below 16 on a GPU, gradients of a kernel
+    compiled for a CPU) or no advantage (a bias tensor, no mask at all).
     """
     stored = bias is not None or (mask.hides_nothing and mask.slopes_H is None)
     if stored or dropout or (_needs_kernel(q_BHTD) and q_BHTD.shape[-1] < 16) or _lacks_gradient(q_BHTD):
         return attend_fused(q_BHTD, k_BKSD, v_BKSD, mask, bias, dropout)
     blocks = (mask if mask.blocks is not None else mask.with_blocks(mask.slopes_H)).blocks
-    # Autocast may leave queries and keys in fp32, behind their norm: this kernel takes one type.
+    # Under autocast the QK-norm returns fp32; the flex kernel needs q, k and v in one dtype.
     q_BHTD, k_BKSD = q_BHTD.to(v_BKSD.dtype), k_BKSD.to(v_BKSD.dtype)
     if not _needs_kernel(q_BHTD):
-        return _flex_unfused(q_BHTD, k_BKSD, v_BKSD, mask.fall(), blocks)
+        return _flex_unfused(q_BHTD, k_BKSD, v_BKSD, mask.score_mod(), blocks)
     from torch.nn.attention.flex_attention import flex_attention
 
     kernel: Any = flex_attention if torch.compiler.is_compiling() else _compiled(flex_attention)
     gqa = q_BHTD.shape[1] != k_BKSD.shape[1]
-    return kernel(q_BHTD, k_BKSD, v_BKSD, score_mod=mask.fall(), block_mask=blocks, enable_gqa=gqa)
+    return kernel(q_BHTD, k_BKSD, v_BKSD, score_mod=mask.score_mod(), block_mask=blocks, enable_gqa=gqa)
 
 
 def _needs_kernel(q: Tensor) -> bool:
@@ -185,7 +185,7 @@ def _lacks_gradient(q: Tensor) -> bool:
 
 
 def _flex_unfused(q: Tensor, k: Tensor, v: Tensor, score_mod: Callable[..., Tensor] | None, blocks: Any) -> Tensor:
-    """`flex_attention` by its own formula, for a CPU: the public function refuses gradients there."""
+    """The eager (unfused) operator behind `flex_attention`, for CPUs: the public function raises there when gradients are needed."""
     unchanged = lambda score, b, h, q, k: score  # noqa: E731
     return flex_operator()(q, k, v, score_mod or unchanged, blocks.as_tuple(), 1 / math.sqrt(q.shape[-1]), {"OUTPUT_LOGSUMEXP": True})[0]
 
@@ -196,59 +196,59 @@ def _compiled(function: Callable[..., Any]) -> Any:
 
 
 def attend_auto(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask: Mask, bias: Tensor | None = None, dropout: float = 0.0) -> Tensor:
-    """The fastest of the three for this device, type, length and mask. Returns (B, H, T, D)."""
+    """The fastest of the three kernels for this device, dtype, length and mask. Returns (B, H, T, D)."""
     if mask.blocks is not None:
         kernel = attend_flex
     else:
-        kernel = attend_reference if _written_out_is_faster(q_BHTD, k_BKSD.shape[2]) else attend_fused
+        kernel = attend_reference if _reference_is_faster(q_BHTD, k_BKSD.shape[2]) else attend_fused
     return kernel(q_BHTD, k_BKSD, v_BKSD, mask, bias, dropout)
 
 
-def wants_blocks(attend: Attend, mask: Mask, slopes_H: Tensor | None, x_BTC: Tensor, head_dim: int) -> bool:
-    """Whether `attend` would take `flex_attention` for hidden states x, and the mask must say so before the blocks run."""
-    kernel: Any = inspect.unwrap(attend)  # what the context axis put around it
-    kernel = getattr(kernel, "func", kernel)  # a configuration gives a partial
+def needs_block_mask(attend: Attend, mask: Mask, slopes_H: Tensor | None, x_BTC: Tensor, head_dim: int) -> bool:
+    """Whether `attend` will run `flex_attention` on hidden states x, so that `Mask.with_blocks` must be called before the first block."""
+    kernel: Any = inspect.unwrap(attend)  # parallel/context.py wraps the kernel
+    kernel = getattr(kernel, "func", kernel)  # Hydra passes a functools.partial
     if (mask.hides_nothing or (mask.is_plain_causal and kernel is not attend_flex)) and slopes_H is None:
         return False
-    return kernel is attend_flex or (kernel is attend_auto and _blocks_are_faster(x_BTC, mask, head_dim))
+    return kernel is attend_flex or (kernel is attend_auto and _flex_is_faster(x_BTC, mask, head_dim))
 
 
-def _written_out_is_faster(q: Tensor, keys: int) -> bool:
-    """Measured on two CPU cores, forward and backward, time of the written-out form relative to the fused kernel:
+def _reference_is_faster(q: Tensor, keys: int) -> bool:
+    """Whether `attend_reference` beats `attend_fused`. Time of the reference divided by the fused kernel's, forward and backward, two CPU cores:
 
-    - bf16 on a processor with bf16 matrix units, batch 8, 6 heads, 256 tokens, head size 64: 0.4 (batched products use the units, the
+    - bf16 on a processor with bf16 matrix units, batch 8, 6 heads, 256 tokens, head dim 64: 0.4 (batched matrix products use the units, the
       fused CPU kernel does not);
-    - fp32 without them (AVX2, 2026-11-24): 1.3 at 64 tokens, 1.2 at 256, 1.9 at 1,024, 2.4 at 2,048.
+    - fp32 on AVX2 (2026-11-24): 1.3 at 64 tokens, 1.2 at 256, 1.9 at 1,024, 2.4 at 2,048.
 
-    The written-out form stores H x T x S weights, so long inputs take the fused kernel in any case. GPUs always do.
+    The reference stores H × T × S weights, so long sequences use the fused kernel in any case, and so do GPUs.
     """
     return q.device.type == "cpu" and q.dtype == torch.bfloat16 and keys <= 1024
 
 
-def _blocks_are_faster(x: Tensor, mask: Mask, head_dim: int) -> bool:
-    """On a GPU, in half precision, where there is more than the triangle that the flash kernel knows, long enough to have blocks to skip
-    (`python -m meshformer.bench gpu --parts long`)."""
+def _flex_is_faster(x: Tensor, mask: Mask, head_dim: int) -> bool:
+    """Whether flex beats SDPA for a mask that is not plainly causal: on GPUs, in 16-bit, for sequences long enough to have blocks to skip.
+    Measured with `python -m meshformer.bench gpu --parts long`."""
     T, S = mask.q_positions_BT.shape[1], mask.k_positions_BS.shape[1]
     return x.is_cuda and product_type(x).itemsize == 2 and T >= 128 and S >= 1024 and head_dim >= 16
 
 
 def product_type(x: Tensor) -> torch.dtype:
-    """The type in which matrix products of x are computed: autocast's where it is on."""
-    return torch.get_autocast_dtype(x.device.type) if _casts(x) else x.dtype
+    """The dtype in which matrix products of x are computed: autocast's where it is enabled."""
+    return torch.get_autocast_dtype(x.device.type) if _autocasts(x) else x.dtype
 
 
 def cast_once(x: Tensor) -> Tensor:
-    """Under autocast x in the type of its products. Each linear layer that reads x would else cast it again, and keep a copy for its gradient."""
+    """Casts x to autocast's dtype once. Otherwise each linear layer that reads x casts it again and saves its own copy for the backward pass."""
     return x.to(product_type(x))
 
 
-def stay_wide(x: Tensor) -> Tensor:
-    """Under autocast x in fp32: what the residual stream begins with, also where a layout hands the embedding over in bf16."""
-    return x.float() if _casts(x) else x
+def keep_fp32(x: Tensor) -> Tensor:
+    """Under autocast x in fp32: the residual stream starts in fp32 even where FSDP gathers the embedding table in bf16."""
+    return x.float() if _autocasts(x) else x
 
 
-def _casts(x: Tensor) -> bool:
-    device = x.device.type  # torch 2.11 cannot trace the question whether a device has autocast; the meta device has none
+def _autocasts(x: Tensor) -> bool:
+    device = x.device.type  # torch 2.11 cannot trace `is_autocast_available`; the meta device has no autocast
     return device != "meta" and torch.is_autocast_enabled(device)
 
 
@@ -275,11 +275,11 @@ class Attention(nn.Module):
         self.attend = attend
         self.dropout = dropout
         self.q = nn.Linear(d_model, n_heads * self.head_dim, bias=bias)
-        # Positional attention scores queries against positions alone: it has no keys to project.
+        # PositionalAttention scores queries against positions, so it has no key projection.
         self.k = nn.Linear(d_model, n_kv_heads * self.head_dim, bias=bias) if keys else None
         self.v = nn.Linear(d_model, n_kv_heads * self.head_dim, bias=bias)
         self.o = nn.Linear(n_heads * self.head_dim, d_model, bias=bias)
-        # QK-norm (Henry et al. 2020): bounded scores, so that higher learning rates stay stable.
+        # QK-norm (Henry et al. 2020) bounds the scores, so higher learning rates stay stable.
         self.q_norm = RMSNorm(self.head_dim) if qk_norm else None
         self.k_norm = RMSNorm(self.head_dim) if qk_norm and keys else None
 
@@ -304,7 +304,7 @@ class Attention(nn.Module):
         q_BHTD = q_BTHD.transpose(1, 2)
         k_BKTD = k_BTKD.transpose(1, 2) if k_BTKD is not None else None
         q_BHTD, k_BKTD = position.encode(q_BHTD, k_BKTD, v_BKTD, tables)
-        if cache is not None:  # keys are stored with their positions already applied
+        if cache is not None:  # the cache stores keys after the positional encoding
             k_BKTD, v_BKTD = cache.append(self.layer, k_BKTD, v_BKTD)
         out_BHTD = self.attend(q_BHTD, k_BKTD, v_BKTD, mask, bias, self.dropout if self.training else 0.0)
         return self.o(out_BHTD.transpose(1, 2).reshape(B, T, -1))

@@ -21,8 +21,11 @@ def gelu(x: Tensor, activation: str) -> Tensor:
 
 
 class FeedForward(nn.Module):
-    """`gelu`: W_down gelu(W_up x), exact or (`gelu_tanh`, GPT-2's) approximated by tanh (Hendrycks & Gimpel 2016). `relu2`: W_down relu(W_up x)²
-    (So et al. 2021). `swiglu`: W_down (silu(W_gate x) ⊙ W_up x) (Shazeer 2020)."""
+    """The feed-forward network, (B, T, C) → (B, T, C), by `activation`:
+
+    `gelu`: W_down gelu(W_up x); `gelu_tanh`: the same with GPT-2's tanh approximation (Hendrycks & Gimpel 2016); `relu2`: W_down relu(W_up x)²
+    (So et al. 2021); `swiglu`: W_down (silu(W_gate x) ⊙ W_up x) (Shazeer 2020).
+    """
 
     def __init__(self, d_model: int, d_ff: int, activation: str, bias: bool):
         super().__init__()

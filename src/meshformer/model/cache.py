@@ -1,4 +1,4 @@
-"""The keys and values of past tokens, kept so that generating one more token costs one token of work."""
+"""The key/value cache: with the keys and values of past tokens stored, generating a token computes one token only."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class KeyValueCache:
-    """Room for `capacity` tokens. Keys and values of layer i are (B, K, tokens so far, D).
+    """Holds up to `capacity` tokens. Keys and values of layer i are (B, K, tokens so far, D).
 
     A forward pass appends to every layer and then calls `advance` once.
     """

@@ -1,4 +1,4 @@
-"""Settings of the model that cannot be built. No torch, and no other room: a problem is plain data, in the order of a ConfigError's arguments."""
+"""Checks of the model settings, before torch is imported. A `Problem` holds the arguments of a ConfigError; config/ raises it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from .settings import PARTS
 
-RANGES = {  # as config/bounds.py reads them
+RANGES = {  # (minimum, inclusive, maximum, inclusive), read by config/bounds.py
     "model.init_std": (0, True, math.inf, False),
     "model.norm_eps": (0, True, 1, False),
     "model.dropout": (0, True, 1, False),
@@ -23,16 +23,15 @@ class Problem(NamedTuple):
     fix: str | None = None
 
 
-def problems(model: Mapping[str, Any], says: Callable[[str, str], Any]) -> Iterator[Problem]:
-    """What is wrong with a model node of `usual_settings`. `says(target, name)`: what a class says of itself, read from its source."""
+def problems(model: Mapping[str, Any], declared: Callable[[str, str], Any]) -> Iterator[Problem]:
+    """The errors in the `model` node of a class with `usual_settings`. `declared(target, name)`: a class attribute, read from the source file."""
     yield from _parts(model)
     yield from _sizes(model)
-    yield from _positions(model, bool(says(str(model.get("position", {}).get("_target_", "")), "needs_even_heads")))
+    yield from _positions(model, bool(declared(str(model.get("position", {}).get("_target_", "")), "needs_even_heads")))
     if model.get("head_transform"):
         for key, value in {"norm_position": "post", "head": True}.items():
             if model.get(key, value) != value:
-                told = str(value).lower()
-                yield Problem(f"belongs to models with model.{key}={told}", "model.head_transform", "true", "Leave it out.")
+                yield Problem(f"belongs to models with model.{key}={str(value).lower()}", "model.head_transform", "true", "Leave it out.")
 
 
 def _parts(model: Mapping[str, Any]) -> Iterator[Problem]:
@@ -65,10 +64,10 @@ def _positions(model: Mapping[str, Any], even: bool) -> Iterator[Problem]:
 
 
 def misnamed(model: Mapping[str, Any], key: str, patterns: Sequence[str]) -> Iterator[Problem]:
-    """Patterns of parameters' names, of the setting `key`, that no name of these models fits, by their beginnings: the job knows them in full."""
+    """The `patterns` of the setting `key` that match no parameter. Only the first parts of the names are checked: the rest needs the built model."""
     for pattern in patterns:
         part, _, rest = pattern.partition(".")
-        if not set(part) & set("*?[") and part not in PARTS:  # (a wildcard may reach over dots)
+        if not set(part) & set("*?[") and part not in PARTS:  # a wildcard may match dots too
             yield Problem("no parameter has such a name", key, pattern, f"Names begin with {', '.join(PARTS)}.")
         number = rest.partition(".")[0]
         if part == "blocks" and not set(number) & set("*?") and not any(fnmatchcase(str(n), number) for n in range(model["n_layers"])):

@@ -1,6 +1,7 @@
-"""First values of large parameters, drawn in tiles: a process that keeps a part of one draws the tiles that the part lies in, a strip at a time.
+"""Random initialisation that does not depend on the layout: a rank that holds a shard of a parameter draws that shard alone.
 
-What is drawn is a function of the parameter's name and shape and the seed, whatever part of it is asked for.
+A large parameter is divided into tiles, each with a generator of its own. The value of an element is a function of the seed and the parameter's
+name and shape, so every sharding gives the same weights.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-WHOLE = 2**20  # values of a parameter that is drawn in one go, as is every matrix of the named sizes up to `micro`
-TILE = 256  # rows and columns of each tile of a larger one
+WHOLE = 2**20  # parameters of at most this many elements are one tile; so is every matrix of the model sizes up to `micro`
+TILE = 256  # rows and columns of a tile of a larger parameter
 
 
 def _tile(shape: Sequence[int]) -> tuple[int, int]:
@@ -27,9 +28,9 @@ def sizes(shape: Sequence[int], part: Sequence[slice] | None) -> list[int]:
 
 
 def normal(shape: Sequence[int], std: float, key: str, part: Sequence[slice] | None = None) -> Tensor:
-    """`part`, by default all, of a tensor of two or more axes from N(0, `std`²). Each tile has a generator of its own, seeded by `key` and place.
+    """`part` (default: all) of a tensor with two or more dimensions, drawn from N(0, `std`²). Each tile's generator is seeded by `key` and its place.
 
-    Drawn on the CPU wherever the caller builds its model: the same values on every device.
+    The values are drawn on the CPU, so they are the same for every device.
     """
     part = part or [slice(None)] * len(shape)
     (top, bottom, _), (left, right, _) = (where.indices(n) for where, n in zip(part[:2], shape, strict=False))
@@ -51,7 +52,7 @@ def _moved(where: slice, start: int) -> slice:
 
 
 def fill_part(out: Tensor, part: Sequence[slice], shape: Sequence[int], value: Callable[..., Tensor]) -> None:
-    """Writes `value()[part]` to `out`, by strips of a tile's height where `value` takes `part`; a function that does not is asked for the whole."""
+    """Writes `value()[part]` to `out`. Where `value` has a parameter `part`, only that part is computed, one row of tiles at a time."""
     if len(shape) < 2 or "part" not in inspect.signature(value).parameters:
         out.copy_(value()[tuple(part)])
         return

@@ -1,11 +1,12 @@
-"""From hidden states to logits; or, given targets, straight to their loss, without ever holding all the logits.
+"""The output layer: hidden states to logits or, given targets, to the cross-entropy in chunks, without storing all logits at once.
 
 Logits (B, T, V) in fp32, their softmax and its gradient are the largest tensors of a model with a large vocabulary. The gradient of the summed
-cross-entropy at one token's logits is softmax(logits) − one_hot(target): it needs no other token's. So the loss is taken over a stretch of tokens
-at a time, and the gradients of hidden states and weight with it, in the forward pass; the backward pass multiplies them by what it is given
-(Hsu et al. 2024, Liger Kernel; torch 2.13's `linear_cross_entropy` does the same, without a vocabulary cut over ranks).
+cross-entropy with respect to one token's logits is softmax(logits) − one_hot(target), which depends on no other token. The forward pass
+therefore computes, for one chunk of tokens at a time, both the loss and the gradients of hidden states and weight; the backward pass only
+scales these by the incoming gradient (Liger Kernel, Hsu et al. 2024; torch 2.13's `linear_cross_entropy` does the same, but not for a
+vocabulary sharded over ranks).
 
-Shapes: N tokens, C channels, V vocabulary, or a rank's part of it.
+Shapes: N tokens, C channels, V vocabulary, or this rank's shard of it.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from torch import Tensor, nn
 
 from .settings import IGNORED
 
-Combine = Callable[[Tensor, Literal["max", "sum"]], None]  # over the ranks among which a vocabulary is cut, in place
-AT_ONCE = 2**25  # logits of one stretch: 128 MiB in fp32
+Combine = Callable[[Tensor, Literal["max", "sum"]], None]  # an in-place all-reduce over the ranks that share the vocabulary
+AT_ONCE = 2**25  # logits per chunk: 128 MiB in fp32
 
 
 class Head(nn.Linear):
@@ -46,16 +47,16 @@ def head_loss(
     start: int = 0,
     widest: int | None = None,
 ) -> Tensor:
-    """The sum of −log p(target) over targets that are not `ignored`, computed in fp32; logits in the precision of `autocast`, where it is on.
+    """The sum of −log p(target) in nats over targets that are not `ignored`, computed in fp32 (logits in autocast's dtype). A scalar.
 
-    `combine`: where the vocabulary is cut over ranks, of which this one holds the entries from `start` on, takes numbers over all of them;
-    `widest`: the most entries that one of them holds, so that all take stretches of one length. The loss is then that of the
-    whole vocabulary, and the gradient of x this rank's part of a sum. Its backward pass runs once: RuntimeError the second time.
+    With the vocabulary sharded over ranks: `combine` all-reduces over them, `start` is the first vocabulary entry of this rank, and `widest` the
+    largest number of entries on any rank, so that all ranks use the same chunk length. The loss is then that of the whole vocabulary, and the
+    gradient of x is a partial sum. The backward pass can run once: RuntimeError the second time.
     """
     device = x_BTC.device.type
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else weight_VC.dtype
-    # A power of two, so that stretches are mostly of one length.
+    # A power of two, so that most chunks have the same length.
     rows = 1 << max(AT_ONCE // (widest or weight_VC.shape[0]), 1).bit_length() - 1
     settings = (dtype, rows, ignored, combine, start, torch.is_grad_enabled())
     return _HeadLoss.apply(x_BTC.flatten(0, -2), weight_VC, bias_V, targets_BT.flatten(), settings)  # pyright: ignore[reportReturnType]
@@ -95,14 +96,14 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *given: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        gradients, ctx.gradients = ctx.gradients, None  # they are the largest tensors left: multiplied in place, so there is one backward pass
+        gradients, ctx.gradients = ctx.gradients, None  # scaled in place to save memory, hence only once
         if gradients is None:
             raise RuntimeError("the loss of a head has no second backward pass: compute it anew")
         return (*(None if gradient is None else gradient.mul_(given[0]) for gradient in gradients), None, None)
 
 
 def _terms(logits_NV: Tensor, targets_N: Tensor, ignored: int, combine: Combine | None, start: int) -> tuple[Tensor, Tensor]:
-    """The summed loss of a stretch, and its gradient at these logits, in their precision."""
+    """The summed loss of one chunk, and its gradient with respect to the logits, in their dtype."""
     dtype, logits_NV = logits_NV.dtype, logits_NV.float()
     counted_N1 = (targets_N != ignored)[:, None]
     here_N1 = counted_N1 & (targets_N[:, None] >= start) & (targets_N[:, None] < start + logits_NV.shape[1])
@@ -125,5 +126,5 @@ def _terms(logits_NV: Tensor, targets_N: Tensor, ignored: int, combine: Combine 
 
 @cache
 def _compiled() -> Any:
-    """One pass over the logits where the eager form makes several."""
+    """Compiled into one pass over the logits; the eager form makes several."""
     return torch.compile(_terms, dynamic=False)

@@ -1,4 +1,4 @@
-"""How a model may be cut over processes: a `Plan`, plain data that stands beside the model's code. `parallel/` reads it and knows no class.
+"""How a model may be sharded over processes: a `Plan`, plain data beside the model's code, from which `parallel/` works for any class.
 
     class Net(nn.Module):
         plan = Plan(
@@ -9,7 +9,7 @@
             attention="layers.*.core",
         )
 
-A model without a plan runs in one process, ddp, fsdp and hsdp.
+A model without a plan can run with strategy=single, ddp, fsdp and hsdp.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 STYLES = {
-    "columns": "the output features of a linear layer are cut; whole activations in, a part of the features out",
-    "rows": "the input features of a linear layer are cut; the partial sums are added up over the processes",
-    "vocabulary": "an embedding, or the head, is cut along the vocabulary",
-    "sequence": "acts on each token by itself: on each process's part of the tokens where activations are cut along time",
-    "heads": "acts on each head by itself, with whole parameters: on each process's heads",
-    "replicated": "every process computes the same; holds for the modules inside too",
+    "columns": "a linear layer sharded by output features: replicated input, sharded output",
+    "rows": "a linear layer sharded by input features: sharded input, and partial outputs that are summed over the ranks",
+    "vocabulary": "an embedding or the head, sharded along the vocabulary",
+    "sequence": "acts on each token separately, so with sequence parallelism each rank applies it to its own tokens",
+    "heads": "acts on each head separately with replicated parameters, so each rank applies it to its own heads",
+    "replicated": "every rank computes the same; applies to the submodules too",
 }
-SYNONYMS = {  # the words of transformers' `base_model_tp_plan`
+SYNONYMS = {  # the names in transformers' `base_model_tp_plan`
     "colwise": "columns", "rowwise": "rows", "colwise_rep": "vocabulary", "colwise_gather_output": "vocabulary",
     "embedding_rowwise": "vocabulary", "sequence_parallel": "sequence", "replicated_with_grad_allreduce": "heads",
 }  # fmt: skip
@@ -36,18 +36,18 @@ SYNONYMS = {  # the words of transformers' `base_model_tp_plan`
 
 @dataclass(frozen=True)
 class Plan:
-    """Names are dotted names of modules, from the model on; patterns are fnmatch's (`layers.*.norm?`). What is left out is not cut that way.
+    """Names are dotted module names relative to the model; patterns are fnmatch patterns (`layers.*.norm?`). A field left out: no such layout.
 
-    blocks: the ModuleList of the repeated blocks; the longest one of the model where it is left out.
-    tensor: pattern -> one of STYLES. The first pattern that fits a module counts; every parameter must be in a module that one fits.
-    gather: modules whose first argument is gathered once for all the `columns` inside, instead of by each of them. An optimisation.
-    embed, head: what stands before and behind the blocks, for a pipeline. The first of `embed` returns the first hidden states (B, T, C), what
-        the others return is added to them, or is theirs; `forward` does no arithmetic of its own between embed, blocks and head.
-    attention: the callable of each block that is given (q, k, v, …), each (B, heads, T, head size), and returns the like of q: it is all that
-        sees across tokens, and `forward` takes positions.
-    mask: the model's method that makes the mask from positions; without one, attention is handed whole sequences (Ulysses).
-    per_head: parts of the model with a method `share_heads(rank, size)`, that compute something for each head.
-    divides: attributes of the model that strategy.tensor must divide: numbers of heads.
+    blocks: the ModuleList of the repeated blocks; default: the longest ModuleList of the model.
+    tensor: pattern -> one of STYLES, for tensor parallelism. The first matching pattern counts; every parameter needs a module that matches one.
+    gather: modules whose first argument is all-gathered once for all `columns` layers inside, instead of once per layer. An optimisation.
+    embed, head: the modules before and after the blocks, for pipeline parallelism. The first of `embed` returns hidden states (B, T, C); the
+        others return either an addend of them or new hidden states. `forward` must do no arithmetic between embed, blocks and head.
+    attention: the callable in each block that maps (q, k, v, …), each (B, heads, T, head dim), to an output shaped like q, for context
+        parallelism. Nothing else may mix tokens, and `forward` must accept positions.
+    mask: the model's method that builds the mask from positions. Without it, context parallelism has to give attention whole sequences (Ulysses).
+    per_head: modules that compute one value per head and have a method `share_heads(rank, size)` to keep those of one rank.
+    divides: names of model attributes (numbers of heads) that must be divisible by strategy.tensor.
     """
 
     blocks: str | None = None
@@ -68,7 +68,7 @@ class Plan:
         object.__setattr__(self, "tensor", words)
 
     def style(self, module: str) -> str | None:
-        """How the parameters of this module are cut; None where the plan does not say."""
+        """The style of this module's parameters; None where no pattern matches."""
         direct = _first(self.tensor, module)
         while direct is None and module:
             module = module.rpartition(".")[0]
@@ -77,7 +77,7 @@ class Plan:
         return direct
 
     def lacks(self, axis: str) -> str | None:
-        """What keeps the model from being cut along this axis of the mesh, in a few words; None where it can be."""
+        """The part of the Plan that is missing for this mesh axis, for an error message; None where nothing is."""
         if axis == "tensor" and not self.tensor:
             return "`tensor` in its Plan, which says how each module is cut"
         if axis == "pipeline" and not (self.embed and self.head):
@@ -97,7 +97,7 @@ def plan_of(model: nn.Module) -> Plan | None:
 
 
 def blocks_name(model: nn.Module) -> str | None:
-    """Where the repeated blocks are: as the plan says, else the longest ModuleList, the first of equals; None where there is none."""
+    """The dotted name of the repeated blocks: the plan's, else that of the longest ModuleList (the first of equals); None without a ModuleList."""
     plan = plan_of(model)
     if plan is not None and plan.blocks is not None:
         return plan.blocks
@@ -111,12 +111,12 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 
 
 def uncovered(model: nn.Module, plan: Plan) -> list[str]:
-    """Parameters for which the plan's `tensor` has no pattern: cutting the model would leave them out of account."""
+    """Names of the parameters that match no pattern of the plan's `tensor`."""
     return [name for name, _ in model.named_parameters() if plan.style(name.rpartition(".")[0]) is None]
 
 
 def ties(model: nn.Module) -> dict[str, str]:
-    """Other names of a parameter that has several -> its first name."""
+    """For each tied parameter: its second name -> its first name."""
     first: dict[int, str] = {}
     found = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -126,7 +126,7 @@ def ties(model: nn.Module) -> dict[str, str]:
 
 
 def retie(model: nn.Module, tied: Mapping[str, str]) -> None:
-    """Makes each pair of names one parameter again, after modules were given new ones."""
+    """Ties parameters again after modules were given new ones; `tied` is what `ties` returned."""
     names = dict(model.named_parameters(remove_duplicate=False))
     for other, name in tied.items():
         if other in names and name in names:

@@ -1,8 +1,8 @@
-"""Low-rank adapters (LoRA, Hu et al. 2021): y = W x + (alpha/r) B A x, of which A and B are trained and W stays as it is.
+"""Low-rank adapters (LoRA, Hu et al. 2021): y = W x + (alpha/r) B A x, with W frozen and A and B trained.
 
-A subclass of nn.Linear, so that W and its bias keep their names, first values and checkpoints; A (r, in) and B (out, r) are two more
-parameters beside them. `peft` wraps the layer instead, which renames W (`q.base_layer.weight`), and its adapters are modules of their own, for
-which tensor parallel has no cut.
+LoraLinear is a subclass of nn.Linear with two more parameters, A (r, in) and B (out, r), so W keeps its name, initial value and place in
+checkpoints. `peft` wraps the layer instead, which renames W to `q.base_layer.weight`, and its adapters are separate modules that our
+tensor parallelism cannot shard.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from .layout import blocks_name
 
-ADAPTERS = ("*.lora_A", "*.lora_B")  # patterns of their names
+ADAPTERS = ("*.lora_A", "*.lora_B")  # patterns of parameter names
 
 
 class LoraLinear(nn.Linear):
-    """`linear` with an adapter of `rank`; it takes over the layer's parameters. B starts at 0, so that nothing changes at first.
+    """`linear` plus an adapter of rank `rank`; shares the layer's parameters. B starts at 0, so the output is unchanged at first.
 
     (…, in) → (…, out).
     """
@@ -36,14 +36,14 @@ class LoraLinear(nn.Linear):
 
 
 def adaptable(model: nn.Module) -> list[str]:
-    """Names of the linear layers inside the blocks, the same in each of them: q, k, v, o, up, down …"""
+    """The last names of the linear layers inside the blocks: q, k, v, o, up, down …"""
     inside = f"{blocks_name(model)}."
     return sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear) and name.startswith(inside)})
 
 
 def add_adapters(model: nn.Module, rank: int, alpha: float, targets: Sequence[str], seed: int) -> None:
-    """Gives every linear layer in the blocks whose last name is in `targets` an adapter, in place. Of a model that is not on meta, A is drawn as
-    `model.initial_value` says. ValueError for a target that the blocks do not have."""
+    """Adds an adapter, in place, to every linear layer in the blocks whose last name is in `targets`. `model.initial_value` initialises A unless
+    the model is on the meta device. ValueError for a target that the blocks do not have."""
     unknown = [target for target in targets if target not in adaptable(model)]
     if unknown or not targets:
         raise ValueError(f"no linear layer in the blocks is called {', '.join(unknown)}: they are {', '.join(adaptable(model))}")
@@ -60,7 +60,7 @@ def add_adapters(model: nn.Module, rank: int, alpha: float, targets: Sequence[st
 
 
 def merged(weights: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
-    """The weights of the same model without adapters: W + (alpha/r) B A for each. `weights` are whole tensors by name; none is changed."""
+    """Weights with the adapters merged in: W + (alpha/r) B A. `weights`: name -> full (unsharded) tensor, left unchanged."""
     found = {name: x for name, x in weights.items() if not name.endswith((".lora_A", ".lora_B"))}
     for name, a in weights.items():
         if name.endswith(".lora_A"):

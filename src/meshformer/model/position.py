@@ -1,7 +1,7 @@
-"""Positional encodings, one class each. All of them are computed from the positions themselves: no buffers, so nothing to fill after
-meta-device construction and nothing that limits the length except `Learned`.
+"""Positional encodings, one class each. They are computed from the positions and have no buffers, so there is nothing to fill after
+construction on the meta device, and only `Learned` limits the sequence length.
 
-A Transformer calls, in this order: `embed` once on the token embeddings, `tables` and `bias` once a forward pass, `encode` in every layer.
+In each forward pass a Transformer calls `embed` once on the token embeddings, `tables` and `bias` once, and `encode` in every layer.
 Shapes: B batch (or 1 where all rows agree), T time of queries, S time of keys, H heads, K key/value heads, D head dim, C channels.
 """
 
@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 
 class Position(nn.Module):
-    """What every encoding may do; the defaults do nothing. `uses_keys` is False where queries meet positions instead of keys."""
+    """The interface of an encoding; the defaults do nothing. `uses_keys` is False where queries are scored against positions instead of keys."""
 
     uses_keys = True
     needs_even_heads = False
-    has_table = False  # trained rows, one for each position
+    has_table = False  # whether it has a trained embedding per position
 
     def __init__(self, d_model: int, n_heads: int, head_dim: int, context_length: int):
         super().__init__()
@@ -29,41 +29,41 @@ class Position(nn.Module):
         return x_BTC
 
     def tables(self, positions_BT: Tensor) -> tuple[Tensor, ...]:
-        """What `encode` needs for these positions, computed once and shared by all layers."""
+        """Tensors for `encode` at these positions, computed once per forward pass and shared by all layers."""
         return ()
 
     def encode(self, q_BHTD: Tensor, k_BKTD: Tensor | None, v_BKTD: Tensor, tables: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """Queries and keys with their positions in them."""
+        """Queries (B, H, T, D) and keys (B, K, T, D) with their positions applied."""
         assert k_BKTD is not None
         return q_BHTD, k_BKTD
 
     def slopes(self, device: torch.device) -> Tensor | None:
-        """(H,) m_h, where score_ij falls by m_h·|i − j|: a kernel that computes it on the way (flex) stores no bias."""
+        """(H,) slopes m_h by which score_ij is lowered by m_h·|i − j|, or None. Flex applies them without storing a bias tensor."""
         return None
 
     def bias(self, q_positions_BT: Tensor, k_positions_BS: Tensor) -> Tensor | None:
-        """(B, H, T, S), added to the scores before the softmax; by default what the slopes say."""
+        """(B, H, T, S), added to the scores before the softmax; by default −slope·|i − j|, and None without slopes."""
         slopes_H = self.slopes(q_positions_BT.device)
-        return None if slopes_H is None else falling_bias(slopes_H, q_positions_BT, k_positions_BS)
+        return None if slopes_H is None else distance_bias(slopes_H, q_positions_BT, k_positions_BS)
 
     @property
     def has_own_bias(self) -> bool:
-        """A class that writes its own `bias` means that one, whatever slopes it inherits."""
+        """Whether a subclass overrides `bias`, which then replaces any inherited slopes."""
         return type(self).bias is not Position.bias
 
     def share_heads(self, rank: int, size: int) -> None:
-        """Of the bias or slopes, which are computed for all heads, keep those of the `rank`-th of `size` equal groups from now on. In place."""
+        """Restricts the bias or slopes, in place, to the heads of one rank: the `rank`-th of `size` equal groups."""
         name, heads = ("bias", 1) if self.has_own_bias else ("slopes", 0)
         whole = getattr(self, name)
 
-        def of_own_heads(*args: Any) -> Tensor | None:
-            of_all = whole(*args)
-            return None if of_all is None else of_all.chunk(size, dim=heads)[rank]
+        def local_heads(*args: Any) -> Tensor | None:
+            all_heads = whole(*args)
+            return None if all_heads is None else all_heads.chunk(size, dim=heads)[rank]
 
-        setattr(self, name, of_own_heads)
+        setattr(self, name, local_heads)
 
 
-def falling_bias(slopes_H: Tensor, q_positions_BT: Tensor, k_positions_BS: Tensor) -> Tensor:
+def distance_bias(slopes_H: Tensor, q_positions_BT: Tensor, k_positions_BS: Tensor) -> Tensor:
     """−m_h·|i − j|, (B, H, T, S)."""
     distance_B1TS = (q_positions_BT[:, None, :, None] - k_positions_BS[:, None, None, :]).abs()
     return -slopes_H[:, None, None] * distance_B1TS
@@ -79,7 +79,7 @@ def sinusoid(positions_BT: Tensor, dim: int, base: float = 10000.0, sine_only: b
     `sine_only`: PE(i, j) = sin(i / base^(2j/dim)) for every channel j.
     """
     channel = torch.arange(dim, device=positions_BT.device, dtype=torch.float32)
-    exponent = 2 * channel / dim if sine_only else 2 * (channel // 2) / dim  # in fp32, also where the default type is bf16
+    exponent = 2 * channel / dim if sine_only else 2 * (channel // 2) / dim  # fp32 even where the default dtype is bf16
     angle_BTC = positions_BT[..., None].float() * base**-exponent
     if sine_only:
         return angle_BTC.sin()
@@ -87,7 +87,7 @@ def sinusoid(positions_BT: Tensor, dim: int, base: float = 10000.0, sine_only: b
 
 
 class Sinusoidal(Position):
-    """x_i + PE(i), fixed waves of geometrically growing length (Vaswani et al. 2017, section 3.5); see `sinusoid` for both forms."""
+    """x_i + PE(i) with fixed sinusoids whose wavelengths grow geometrically (Vaswani et al. 2017, section 3.5); see `sinusoid` for both forms."""
 
     def __init__(self, d_model: int, n_heads: int, head_dim: int, context_length: int, base: float = 10000.0, sine_only: bool = False):
         super().__init__(d_model, n_heads, head_dim, context_length)
@@ -98,7 +98,7 @@ class Sinusoidal(Position):
 
 
 class Learned(Position):
-    """x_i + W_i with W a trained table of `context_length` rows (Gehring et al. 2017; GPT, BERT). Longer inputs are refused."""
+    """x_i + W_i with W a trained table of `context_length` rows (Gehring et al. 2017; GPT, BERT). Longer inputs are an error."""
 
     has_table = True
 
@@ -138,13 +138,13 @@ class Rotary(Position):
 
     @staticmethod
     def _rotate(x_BHTD: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
-        # (a, b) → (a·cos − b·sin, b·cos + a·sin); rolling by half swaps the members of every pair, the sign sits in the table
+        # (a, b) → (a·cos − b·sin, b·cos + a·sin): rolling by half swaps each pair, and the table holds the sign
         half = x_BHTD.shape[-1] // 2
         return torch.addcmul(x_BHTD * cos.to(x_BHTD.dtype), x_BHTD.roll(half, dims=-1), signed_sin.to(x_BHTD.dtype))
 
 
 class Alibi(Position):
-    """score_ij − m_h·|i − j| with one slope a head, m_h = 2^(−8h/H), h = 1 … H (Press et al. 2022, section 3)."""
+    """score_ij − m_h·|i − j| with one slope per head, m_h = 2^(−8h/H), h = 1 … H (Press et al. 2022, section 3)."""
 
     def slopes(self, device: torch.device) -> Tensor:
         head = torch.arange(1, self.n_heads + 1, device=device, dtype=torch.float32)
@@ -152,7 +152,7 @@ class Alibi(Position):
 
 
 class PositionalAttention(Position):
-    """softmax(Q Pᵀ / √d_k) V with P_j = PE(j) the sinusoidal encoding at head size: queries choose *where* to look, not at what."""
+    """softmax(Q Pᵀ / √d_k) V with P_j = PE(j) the sinusoidal encoding of width d_k: queries attend by position, not by content."""
 
     uses_keys = False
 

@@ -1,4 +1,4 @@
-"""Drawing text from a decoder, one token at a time. Shapes: B batch, T time, V vocabulary."""
+"""Sampling from a decoder, one token at a time. Shapes: B batch, T time, V vocabulary."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from .transformer import Transformer
 
 
 def filter_logits(logits_BV: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None) -> Tensor:
-    """Logits / temperature, with everything outside the `top_k` likeliest tokens and outside the nucleus `top_p` (Holtzman et al. 2020,
-    the smallest set whose probabilities sum to at least top_p) set to −∞. The likeliest token always stays."""
+    """Logits / temperature, with −∞ outside the `top_k` likeliest tokens and outside the nucleus `top_p` (Holtzman et al. 2020: the smallest
+    set of tokens whose probabilities sum to at least top_p). The likeliest token is always kept."""
     logits_BV = logits_BV.float() / temperature
     if top_k is not None:
         kth_B1 = logits_BV.topk(min(top_k, logits_BV.shape[-1]), dim=-1).values[:, -1:]
@@ -29,7 +29,7 @@ def filter_logits(logits_BV: Tensor, temperature: float = 1.0, top_k: int | None
 
 
 def keeps_what_it_read(model: Any) -> bool:
-    """Whether `generate` can draw from the model: its forward takes a `cache`, and it says how many tokens it sees at once."""
+    """Whether `generate` can sample from the model: its forward takes a `cache`, and it has a `context_length`."""
     return hasattr(model, "context_length") and "cache" in inspect.signature(model.forward).parameters
 
 
@@ -45,10 +45,10 @@ def generate(
     seed: int = 0,
     use_cache: bool = True,
 ) -> Tensor:
-    """The prompt followed by `max_tokens` drawn tokens, (B, T + max_tokens). `temperature=0` takes the likeliest token every time.
+    """The prompt followed by `max_tokens` sampled tokens, (B, T + max_tokens). `temperature=0` is greedy decoding. Dropout is disabled.
 
-    When the model's context is full, generation goes on from its last half: positions start again at 0, so every encoding stays in the
-    range it was trained on. Dropout is off while drawing.
+    When the context is full, generation continues from its second half with positions starting at 0 again, so no position exceeds the trained
+    range. Raises ValueError for an empty prompt.
     """
     if prompt_BT.shape[1] == 0:
         raise ValueError("the prompt is empty: generation needs at least one token to continue from")

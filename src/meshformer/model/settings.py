@@ -1,26 +1,26 @@
-"""What the settings and the names of these models mean, for whoever asks before torch is imported: checks, fine-tuning, foreign weights. No torch."""
+"""Facts about the settings and parameter names of these models, for code that runs before torch is imported: checks, fine-tuning, foreign weights."""
 
 from __future__ import annotations
 
-# Settings that decide the names and shapes of the weights, or what they compute: who starts from weights must have the same.
+# Settings that decide the names and shapes of the weights, or how they are used. Fine-tuning must keep those of the pretrained model.
 SHAPES = (
     "_target_", "n_layers", "n_heads", "n_kv_heads", "d_model", "d_ff", "norm", "norm_position", "embedding_norm", "token_types", "activation",
     "bias", "qk_norm", "tie_embeddings", "head_dim", "norm_eps", "attention_bias", "head", "head_bias", "head_transform",
 )  # fmt: skip
-FREE = ("attention", "dropout", "init_std", "zero_init")  # settings that the weights do not decide
-# Of a task with a head of its own: the settings that follow from it, and patterns of the parameters that are drawn anew.
+FREE = ("attention", "dropout", "init_std", "zero_init")  # settings that fine-tuning may change
+# For a task that replaces the head: the settings it decides, and the patterns of the parameters that are initialised afresh.
 HEAD = ("head", "head_bias", "head_transform", "tie_embeddings", "outputs", "classes")
 HEAD_PARAMETERS = ("head.*", "norm.dense.*", "norm.norm.*")
-PARTS = ("embedding", "position", "blocks", "norm", "head")  # with which the names of parameters begin
-SECOND_NAME = {"head.weight": "embedding.tokens.weight"}  # of a tied model
-IGNORED = -100  # the target of a token that is not counted; torch's own default for cross_entropy's ignore_index
+PARTS = ("embedding", "position", "blocks", "norm", "head")  # first parts of the parameter names
+SECOND_NAME = {"head.weight": "embedding.tokens.weight"}  # tied weights: the second name -> the first
+IGNORED = -100  # target of tokens that do not count: the default `ignore_index` of torch's cross_entropy
 
 
 def feed_forward_width(d_model: int, activation: str) -> int:
-    """4·C; for SwiGLU, which has three matrices instead of two, 8/3·C rounded up to a multiple of 32 (Shazeer 2020 keeps the size equal)."""
+    """4·C. For SwiGLU, which has three matrices instead of two, 8/3·C rounded up to a multiple of 32, which keeps the size equal (Shazeer 2020)."""
     return 4 * d_model if activation != "swiglu" else -(-8 * d_model // 3 // 32) * 32
 
 
 def usual_eps(norm: str) -> float:
-    """What is added to the variance where norm_eps is None."""
+    """The epsilon added to the variance when `norm_eps` is None."""
     return 1e-5 if norm == "layer" else 1e-6

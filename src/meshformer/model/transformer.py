@@ -1,7 +1,7 @@
-"""The Transformer: token ids in, logits out. Plain PyTorch; no device mesh, no trainer, no configuration system.
+"""The Transformer: token ids to logits, in plain PyTorch without device meshes, trainers or configuration.
 
 Shapes: B batch, T time, C channels (d_model), V vocabulary.
-Read in this order: attention.py (the math), position.py (where tokens are), block.py (one layer), this file (the whole).
+Read in this order: attention.py (the math), position.py (positional encodings), block.py (one layer), this file (the model).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .attention import Attend, Attention, Mask, attend_auto, stay_wide, wants_blocks
+from .attention import Attend, Attention, Mask, attend_auto, keep_fp32, needs_block_mask
 from .block import Block, FeedForward, gelu
 from .cache import KeyValueCache
 from .draw import fill_part, normal, sizes
@@ -26,7 +26,7 @@ from .settings import feed_forward_width
 
 
 class Embedding(nn.Module):
-    """Token embeddings, plus BERT's token-type embeddings and embedding norm where asked for. (B, T) → (B, T, C)."""
+    """Token embeddings, optionally with BERT's token-type embeddings and a norm after them. (B, T) → (B, T, C)."""
 
     def __init__(self, vocab_size: int, d_model: int, token_types: int, norm: nn.Module | None):
         super().__init__()
@@ -35,14 +35,14 @@ class Embedding(nn.Module):
         self.norm = norm
 
     def forward(self, tokens_BT: Tensor, types_BT: Tensor | None, position: Position, positions_BT: Tensor) -> Tensor:
-        x_BTC = position.embed(stay_wide(self.tokens(tokens_BT)), positions_BT)
+        x_BTC = position.embed(keep_fp32(self.tokens(tokens_BT)), positions_BT)
         if self.types is not None:
             x_BTC = x_BTC + self.types(torch.zeros_like(tokens_BT) if types_BT is None else types_BT)
         return x_BTC if self.norm is None else self.norm(x_BTC)
 
 
 class HeadTransform(nn.Module):
-    """What BERT's masked-word predictor does to hidden states before its head: norm(gelu(W x + b)) (Devlin et al. 2019). (B, T, C) → (B, T, C)."""
+    """The layer before the head of BERT's masked-language model: norm(gelu(W x + b)) (Devlin et al. 2019). (B, T, C) → (B, T, C)."""
 
     def __init__(self, d_model: int, activation: str, norm: nn.Module):
         super().__init__()
@@ -57,19 +57,19 @@ class HeadTransform(nn.Module):
 class Transformer(nn.Module):
     """Decoder (`causal=True`) or encoder (`causal=False`) of `n_layers` equal blocks.
 
-    `attention` is a kernel from attention.py; `position` makes the positional encoding from (d_model, n_heads, head_dim, context_length):
-    a class of position.py, or a `functools.partial` of one. `d_ff=None` takes the usual width of the activation; `n_kv_heads=None` means
-    as many as `n_heads`; `head_dim=None` means d_model / n_heads; `norm_eps=None` the norm's usual one. `bias` is about all linear layers and
-    norms but the head, `attention_bias`, where given, about q, k, v and o. `head=False`: an encoder that returns hidden states (B, T, C);
-    `outputs`: the size of the head where it is not the vocabulary's (classes); `head_bias` and `head_transform` are BERT's masked-word
-    predictor. Parameters are drawn by `initialise`, each from a seed of its own name. `plan` says how processes share the model out.
+    `attention` is a kernel from attention.py; `position` builds the positional encoding from (d_model, n_heads, head_dim, context_length): a
+    class of position.py or a `functools.partial` of one. Defaults for None: `d_ff` depends on the activation (`feed_forward_width`),
+    `n_kv_heads` = `n_heads`, `head_dim` = d_model / n_heads, `norm_eps` = `usual_eps`, `attention_bias` (of q, k, v, o) = `bias` (of all linear
+    layers and norms except the head). `head=False`: an encoder that returns hidden states (B, T, C). `outputs`: the width of the head, if not
+    the vocabulary (classes). `head_bias` and `head_transform` make the head of BERT's masked-language model. `initialise` draws every
+    parameter from `seed` and its name. `plan` declares how the model can be sharded.
+    Raises ValueError for settings that contradict each other.
     """
 
-    # What is asked before torch is imported, so these are plain values: what a batch must hold for the model; that its settings mean what
-    # conf/model/custom.yaml says they do, so that they are checked; that torch.compile finds one graph in each of its blocks.
-    reads = "tokens"
-    usual_settings = True
-    one_graph = True
+    # Plain values, because the checks read them from this source file before torch is imported.
+    reads = "tokens"  # what a batch must hold
+    usual_settings = True  # settings mean what conf/model/custom.yaml says, so they are checked
+    one_graph = True  # torch.compile finds no graph break in a block
     plan = Plan(
         blocks="blocks",
         tensor={
@@ -150,7 +150,7 @@ class Transformer(nn.Module):
             Block(new_attention(layer), FeedForward(d_model, d_ff, activation, bias), norm, norm_position, dropout, d_model, bias, norm_eps)
             for layer in range(n_layers)
         )
-        # Post-norm blocks end in a norm already.
+        # Post-norm blocks already end with a norm.
         self.norm = HeadTransform(d_model, activation, new_norm()) if head_transform else new_norm() if norm_position == "pre" else None
         if outputs is not None and tie_embeddings:
             raise ValueError(f"outputs={outputs} asks for a head of its own, and tie_embeddings=True for the embedding's matrix")
@@ -170,12 +170,12 @@ class Transformer(nn.Module):
         length: int | None = None,
         targets_BT: Tensor | None = None,
     ) -> Tensor:
-        """Logits (B, T, V), or hidden states (B, T, C) of a model without a head; with `targets_BT` their summed cross-entropy, a scalar, for
-        which the logits are never held all at once (head.py). Targets of −100 are ignored.
+        """Logits (B, T, V), or hidden states (B, T, C) without a head; with `targets_BT` (B, T) the summed cross-entropy, a scalar, computed
+        without storing all logits (head.py). Targets of −100 are ignored.
 
-        `length` is T where the input's second axis is not (images).
-        `positions_BT` (default 0, 1, 2, … after what the cache holds) and `documents_BT` (any integers; a token sees its own document only,
-        so packed texts stay apart and padding, given a number of its own, is seen by no real token) decide the mask.
+        `positions_BT`: default 0, 1, 2, …, continued after the cached tokens. `documents_BT`: any integers; a token attends to its own document
+        only, which keeps packed texts apart, and padding is masked by giving it a number of its own. `length`: T where the second dimension
+        of the input is not (images).
         """
         T, natural = length or tokens_BT.shape[1], positions_BT is None and cache is None
         if positions_BT is None:
@@ -196,42 +196,42 @@ class Transformer(nn.Module):
         return self.head(x_BTC) if targets_BT is None else self.head(x_BTC, targets=targets_BT)
 
     def make_mask(self, positions_BT: Tensor, documents_BT: Tensor | None, natural: bool, cache: KeyValueCache | None) -> Mask:
-        """What the tokens at hand may see: each other, and what the cache holds. The context axis puts the keys of all ranks here."""
+        """The mask over these tokens and the cached ones. Context parallelism wraps this method to add the keys of all ranks."""
         k_positions_BS, k_documents_BS = positions_BT, documents_BT
         if cache is not None:
             k_positions_BS, k_documents_BS = cache.seen_positions(positions_BT), cache.seen_documents(documents_BT)
         return Mask(self.causal, self.window, positions_BT, k_positions_BS, natural, documents_BT, k_documents_BS)
 
     def _add_scores(self, mask: Mask, x_BTC: Tensor, cache: KeyValueCache | None) -> tuple[Mask, Tensor | None]:
-        """The mask with blocks and slopes where the kernel takes those, else the position's bias; once for all layers."""
-        layer: Any = next((block.attention for block in self.blocks if isinstance(block, Block)), None)  # a pipeline's part may begin later
+        """(mask, bias) for all layers: a block mask with ALiBi slopes where the kernel is flex, else the bias tensor of the positional encoding."""
+        layer: Any = next((block.attention for block in self.blocks if isinstance(block, Block)), None)  # a pipeline stage may lack the first blocks
         slopes_H = None if self.position.has_own_bias else self.position.slopes(x_BTC.device)
         fits = cache is None and not (layer is not None and layer.dropout and self.training)
-        if layer is not None and fits and wants_blocks(layer.attend, mask, slopes_H, x_BTC, layer.head_dim):
+        if layer is not None and fits and needs_block_mask(layer.attend, mask, slopes_H, x_BTC, layer.head_dim):
             mask = mask.with_blocks(slopes_H)
             if not self.position.has_own_bias:
                 return mask, None
         return mask, self.position.bias(mask.q_positions_BT, mask.k_positions_BS)
 
     def tie_weights(self) -> None:
-        """One matrix for embedding and head (Press & Wolf 2017), where the model is tied."""
+        """Makes embedding and head one matrix (Press & Wolf 2017) if `tie_embeddings` is set."""
         if self.tie_embeddings and self.head is not None:
             self.head.weight = self.embedding.tokens.weight
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
-        """Draws every parameter anew. The same seed gives the same weights whatever part of the model a process holds."""
+        """Initialises every parameter in place. The same seed gives the same weights in every layout."""
         for name, parameter in self.named_parameters():
             shape = parameter.shape
             fill_part(parameter, [slice(None)] * len(shape), shape, partial(self.initial_value, name, shape, seed))
 
     def initial_value(self, name: str, shape: torch.Size, seed: int, part: Sequence[slice] | None = None) -> Tensor:
-        """The first value of the whole parameter `name`, or a `part` of it: a function of (seed, name) alone, never of creation order or layout.
-        A subclass may leave `part` out; each process then draws whole parameters.
+        """The initial value of the parameter `name` with the full `shape`, or the slices `part` of it. It depends on (seed, name) only, not on
+        creation order or layout. An override may omit the argument `part`; each rank then draws full parameters.
 
-        Gains start at 1, biases at 0, embeddings at N(0, `init_std`²), matrices at N(0, 1/fan_in). The two matrices that write to the residual
-        stream are divided by √(2·layers), so that its variance does not grow with depth (Radford et al. 2019), or start at 0 with `zero_init`:
-        every block is then the identity at first (Zhang et al. 2019), which lowered the loss on Shakespeare by 0.04 after 300 steps.
+        Gains start at 1, biases at 0, embeddings at N(0, `init_std`²), matrices at N(0, 1/fan_in). The two matrices of a block that write to the
+        residual stream are divided by √(2·layers), so that its variance does not grow with depth (Radford et al. 2019), or start at 0 with
+        `zero_init`: every block is then the identity at first (Zhang et al. 2019), which lowered the loss on Shakespeare by 0.04 after 300 steps.
         """
         size = sizes(shape, part)
         if len(shape) == 1:

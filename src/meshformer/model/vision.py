@@ -1,6 +1,6 @@
-"""The Transformer for images: a picture is cut into square patches, and each patch is a token (Dosovitskiy et al. 2021).
+"""The Vision Transformer: an image is split into square patches, and each patch is a token (ViT, Dosovitskiy et al. 2021).
 
-Shapes: B batch, H height, W width, D depth (colours), P patch edge, N patches, T tokens (N, and one more with a class token), C channels (d_model).
+Shapes: B batch, H height, W width, D colours, P patch edge, N patches, T tokens (N, or N + 1 with a class token), C channels (d_model).
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .attention import Attend, attend_auto, stay_wide
+from .attention import Attend, attend_auto, keep_fp32
 from .position import Learned, Position
 from .transformer import Transformer
 
 
 class PatchEmbedding(nn.Module):
-    """Each patch times one matrix, a class token in front where asked for, positions added. (B, H, W[, D]) → (B, T, C).
+    """A linear layer applied to each patch, plus an optional class token in front and positions. (B, H, W[, D]) → (B, T, C).
 
-    A patch's numbers are in the order (colour, row, column), that of a convolution's weights.
+    A patch is flattened in the order (colour, row, column), as in the weight of a convolution.
     """
 
     def __init__(self, image_size: int, patch_size: int, colours: int, d_model: int, class_token: bool):
@@ -37,18 +37,18 @@ class PatchEmbedding(nn.Module):
             raise ValueError(f"the images have {H} × {W} pixels of {D} colours, and the model was made for {size}")
         P = self.patch_size
         patches_BND = images_BHWD.reshape(B, H // P, P, W // P, P, D).permute(0, 1, 3, 5, 2, 4).reshape(B, -1, D * P * P)
-        x_BTC = stay_wide(self.patches(patches_BND.to(self.patches.weight.dtype)))
+        x_BTC = keep_fp32(self.patches(patches_BND.to(self.patches.weight.dtype)))
         if self.class_token is not None:
             x_BTC = torch.cat((self.class_token.expand(B, 1, -1), x_BTC), dim=1)
         return position.embed(x_BTC, positions_BT)
 
 
 class VisionTransformer(Transformer):
-    """A Transformer encoder of images (B, H, W) or (B, H, W, D), pixels as numbers around 0. `forward(images)` returns logits (B, classes), or
+    """A Transformer encoder of images (B, H, W) or (B, H, W, D) with normalised pixels. `forward(images)` returns logits (B, classes), or
     pooled features (B, C) with `classes=None`.
 
-    `pooling`: `cls` reads the class token's last state, `mean` has no such token and takes the mean over all patches. Further options are
-    Transformer's, with ViT's choices as their defaults. Every layout but those with a context axis: nothing is cut along a picture's patches.
+    `pooling`: `cls` takes the last hidden state of a class token; `mean` averages over the patches and has no class token. The other options
+    are Transformer's, with ViT's defaults. Context parallelism is not supported.
     """
 
     reads = "images"
@@ -110,6 +110,6 @@ class VisionTransformer(Transformer):
 
     def forward(self, images: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Logits (B, classes) or features (B, C). ValueError for images of another size than the model was made for."""
-        # The head is linear, so the mean of its outputs is its output for the mean.
+        # The head is linear, so pooling after it equals pooling before it.
         out_BTX = super().forward(images, length=self.context_length)
         return out_BTX[:, 0] if self.pooling == "cls" else out_BTX.mean(dim=1)
