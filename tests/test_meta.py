@@ -129,7 +129,7 @@ def steps(optimizer: str, precision: str, monkeypatch: pytest.MonkeyPatch, break
 
         return update
 
-    monkeypatch.setattr(shardwise, "KERNELS", ("meta",))
+    monkeypatch.setattr(shardwise, "FUSED_DEVICES", ("meta",))
     monkeypatch.setattr(shardwise, "functional_adamw", kernel("adamw"))
     monkeypatch.setattr(shardwise, "functional_sgd", kernel("sgd"))
     task: Any = task_class(partial(network, causal=task_class is LanguageModelling), OPTIMIZERS[optimizer], constant, max_steps=4)

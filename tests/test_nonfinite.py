@@ -26,7 +26,7 @@ from meshformer.callbacks.samples import whole_model
 from meshformer.checkpoint.find import latest_checkpoint, step_of
 from meshformer.config.errors import ConfigError
 from meshformer.optim import adamw, muon, sgd
-from meshformer.optim.shardwise import ShardwiseOptimizer, pieces
+from meshformer.optim.shardwise import ShardwiseOptimizer, local_tensors
 from meshformer.record.metrics_csv import read_metrics
 from meshformer.tasks import LanguageModelling
 from meshformer.training import step
@@ -77,7 +77,7 @@ def poison(rank: int, parameter: str, value: float = float("nan")) -> None:
     def poisoned(task: Any) -> None:
         if task.trainer.global_step + 1 == BAD and rank_of(task) == rank:
             with torch.no_grad():
-                pieces([task.model.get_parameter(parameter).grad])[0].view(-1)[1:2] = value
+                local_tensors([task.model.get_parameter(parameter).grad])[0].view(-1)[1:2] = value
 
     before_the_norm(poisoned)
 
@@ -113,9 +113,9 @@ def record_changes(changed: dict[int, dict[str, bool]]) -> None:
     def contents(self: Any, optimizer: Any) -> dict[str, Tensor]:
         found = {}
         for name, p in self.model.named_parameters():
-            found[name] = pieces([p.detach()])[0].clone()
+            found[name] = local_tensors([p.detach()])[0].clone()
             for key, x in optimizer.state.get(p, {}).items():
-                found[f"{name}.{key}"] = pieces([x])[0].clone()
+                found[f"{name}.{key}"] = local_tensors([x])[0].clone()
         return found
 
     training_step = LanguageModelling.training_step
@@ -397,7 +397,7 @@ def test_a_spike_is_a_norm_above_so_many_medians() -> None:
 def scale_gradient(step: int, factor: float) -> None:
     def scaled(task: Any) -> None:
         if task.trainer.global_step + 1 == step:
-            torch._foreach_mul_(pieces([p.grad for p in task.model.parameters()]), factor)
+            torch._foreach_mul_(local_tensors([p.grad for p in task.model.parameters()]), factor)
 
     before_the_norm(scaled)
 

@@ -15,7 +15,7 @@ from meshformer.checkpoint.folder import read_into, tensor_sizes
 from meshformer.checkpoint.weights import AVERAGE
 from meshformer.compat.torch import foreach_lerp_
 from meshformer.config.errors import ConfigError
-from meshformer.optim.shardwise import pieces
+from meshformer.optim.shardwise import local_tensors
 
 if TYPE_CHECKING:
     Share = float
@@ -50,14 +50,14 @@ class EMA(Callback):
         self._second = {AVERAGE + name for name in pl_module.aliases.values()}  # another rank saves them
         self._trained = list(named.values())
         self._averages = {AVERAGE + name: p.detach().float().clone() for name, p in named.items()}
-        self._weights, self._held = self._pieces(), pieces(list(self._averages.values()))
+        self._weights, self._held = self._local_weights(), local_tensors(list(self._averages.values()))
         if trainer.ckpt_path is not None:
             path = Path(trainer.ckpt_path)
             saved = tensor_sizes(path)
             read_into(path, {key: x for key, x in self._averages.items() if key in saved})
 
-    def _pieces(self) -> list[Tensor]:
-        return pieces([p.detach() for p in self._trained])
+    def _local_weights(self) -> list[Tensor]:
+        return local_tensors([p.detach() for p in self._trained])
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.decay is None:
@@ -77,14 +77,14 @@ class EMA(Callback):
     def _swap(self, trainer: pl.Trainer) -> None:
         if self._averages:
             trainer.strategy.reshard()  # pyright: ignore[reportAttributeAccessIssue]
-            weights = self._pieces()  # not those of training: when it ends, Lightning moves a GPU's parameters away and back
+            weights = self._local_weights()  # not those of training: when it ends, Lightning moves a GPU's parameters away and back
             self._aside = [w.clone() for w in weights]
             _copy(weights, self._held)
 
     def _swap_back(self, trainer: pl.Trainer) -> None:
         if self._aside is not None:
             trainer.strategy.reshard()  # pyright: ignore[reportAttributeAccessIssue]
-            _copy(self._pieces(), self._aside)
+            _copy(self._local_weights(), self._aside)
             self._aside = None
 
 

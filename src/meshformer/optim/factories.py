@@ -1,4 +1,4 @@
-"""The optimisers that `optimizer=adamw|sgd|muon` names: settings and named parameters in, one torch Optimizer out."""
+"""The factories behind `optimizer=adamw|sgd|muon`: from named parameters and settings to one torch Optimizer."""
 
 from collections.abc import Iterable, Sequence
 from typing import Literal
@@ -8,7 +8,7 @@ from torch.nn import Parameter
 from meshformer.config.errors import ConfigError
 from meshformer.optim.groups import NO_DECAY, NamedParameters, decay_groups, split_matrices, trainable
 from meshformer.optim.muon import MuonAdamW
-from meshformer.optim.shardwise import ShardwiseAdamW, ShardwiseSGD, have_kernels
+from meshformer.optim.shardwise import ShardwiseAdamW, ShardwiseSGD, have_fused_kernels
 
 
 def adamw(
@@ -23,7 +23,7 @@ def adamw(
 ) -> ShardwiseAdamW:
     """AdamW (Loshchilov & Hutter 2019) with decay groups by name.
 
-    `fused="auto"` takes torch's one-kernel update on CPU and CUDA. `all_names`: see `decay_groups`.
+    `fused="auto"` uses torch's fused kernel on CPU and CUDA. `all_names`: see `decay_groups`.
     """
     _check(lr=lr, weight_decay=weight_decay)
     groups = decay_groups(named_parameters, weight_decay, no_decay, all_names)
@@ -40,7 +40,7 @@ def sgd(
     no_decay: Sequence[str] = NO_DECAY,
     all_names: Sequence[str] | None = None,
 ) -> ShardwiseSGD:
-    """Stochastic gradient descent. Without momentum it shows gradient-scale errors that AdamW hides: for parity tests."""
+    """Stochastic gradient descent. Without momentum its updates are proportional to the gradient, so parity tests detect wrong gradient scales."""
     _check(lr=lr, momentum=momentum, weight_decay=weight_decay)
     if nesterov and momentum == 0:
         raise ConfigError(
@@ -71,10 +71,10 @@ def muon(
 ) -> MuonAdamW:
     """Muon for the hidden matrices and AdamW for the rest, in one Optimizer (see `MuonAdamW` for the settings of Muon).
 
-    `adamw_lr` and `adamw_weight_decay` default to `lr` and `weight_decay`: right with `scale="match_rms_adamw"`, which gives
-    Muon's updates the size of AdamW's; with `scale="original"` give AdamW a smaller rate of its own. Schedules multiply both.
-    From a config with `trainer.precision=32-true` the `dtype` is float32 unless given, so that layouts agree on processors with bf16 units too.
-    Three groups, in order and in every layout: matrices, AdamW decayed, AdamW not decayed. `all_names`: see `decay_groups`;
+    `adamw_lr` and `adamw_weight_decay` default to `lr` and `weight_decay`. That suits `scale="match_rms_adamw"`, which gives Muon's updates the
+    RMS of AdamW's; with `scale="original"` AdamW needs a smaller `adamw_lr`. Schedules multiply both learning rates.
+    A config with `trainer.precision=32-true` sets `dtype` to float32 by default, so that layouts also agree on processors with bf16 units.
+    The three parameter groups, in this order in every layout: matrices, AdamW with decay, AdamW without. `all_names`: see `decay_groups`;
     `blocks`: see `split_matrices`.
     Raises ConfigError when the model has no hidden matrix.
     """
@@ -84,7 +84,7 @@ def muon(
     groups: list[dict] = [{"params": matrices, "param_names": [], "method": "muon", "lr": lr, "weight_decay": weight_decay}]
     rate = lr if adamw_lr is None else adamw_lr
     decay = weight_decay if adamw_weight_decay is None else adamw_weight_decay
-    # Patterns may rightly fit matrices alone, so they are checked against all names.
+    # A pattern may match matrices only, so the patterns are checked against all names.
     rest = decay_groups(others, decay, no_decay, all_names or [name for name, _ in named])
     groups += [{**group, "method": "adamw", "lr": rate} for group in rest]
     return MuonAdamW(
@@ -108,7 +108,7 @@ def use_fused(parameters: Iterable[Parameter], fused: bool | Literal["auto"]) ->
         return bool(fused)
     if fused != "auto":
         raise ConfigError("unknown choice of kernel", "optimizer.fused", fused, "Use auto, true or false.")
-    return have_kernels(parameters)
+    return have_fused_kernels(parameters)
 
 
 def _betas(betas: Sequence[float], key: str) -> tuple[float, float]:

@@ -1,7 +1,7 @@
-"""Work on whole matrices that are cut over a mesh: each is put together on one rank, its owner, which hands out the results in pieces.
+"""A function of full matrices, applied to sharded ones: each matrix is gathered on one rank, which computes and scatters the result.
 
-Gathering every matrix on every rank (DTensor.full_tensor) would have all n ranks compute and receive everything, in a collective or two for
-each matrix. This way it is an n-th of both, in one message between each two ranks and back.
+With DTensor.full_tensor all n ranks would receive and compute every matrix, with one or two collectives per matrix. Here each rank computes
+1/n of the matrices and receives 1/n of the data, and each pair of ranks exchanges one message in either direction.
 """
 
 import itertools
@@ -20,45 +20,45 @@ Region = tuple[slice, slice]
 
 
 class _Plan(NamedTuple):
-    """Who works on what, of matrices that are cut over one mesh. Ranks are counted by their position in the mesh."""
+    """Which rank computes which matrix, for matrices sharded over one mesh. Ranks are numbered by their position in the mesh."""
 
-    ranks: list[int]  # global
+    ranks: list[int]  # position in the mesh -> global rank
     me: int
-    owned: list[list[int]]  # [rank] -> the matrices that are its work
-    senders: list[list[int]]  # [matrix] -> the ranks from which its owner gets it: those of the owner's own copy
-    regions: list[list[Region]]  # [matrix][rank] -> what the rank holds
+    assigned: list[list[int]]  # [rank] -> the matrices that it computes
+    senders: list[list[int]]  # [matrix] -> the ranks that send their shards to the computing rank: those of its own replica
+    regions: list[list[Region]]  # [matrix][rank] -> rows and columns of the shard
 
 
-def gather_compute_scatter(function: Callable[[list[Tensor]], list[Tensor]], held: Sequence[Tensor], matrices: Sequence[DTensor]) -> list[Tensor]:
-    """This rank's pieces of `function(whole matrices)`, which returns a matrix of the same shape and type for each.
+def gather_compute_scatter(function: Callable[[list[Tensor]], list[Tensor]], shards: Sequence[Tensor], matrices: Sequence[DTensor]) -> list[Tensor]:
+    """This rank's shards of `function(full matrices)`, which returns a matrix of the same shape and dtype for each.
 
-    `held` are this rank's pieces of the matrices to work on, of one type, cut as the 2-D parameters `matrices` are; these lie on one mesh.
-    A collective of the mesh: all its ranks must bring the same matrices.
+    `shards`: this rank's shards of the function's inputs, all of one dtype. They are sharded like the 2-D parameters `matrices`, which must all
+    be on one mesh. A collective over the mesh: every rank must pass the same matrices in the same order.
     """
     plan = _plan(matrices[0].device_mesh, tuple((tuple(m.shape), m.placements) for m in matrices))
-    like, everyone, me, mine = held[0], range(len(plan.ranks)), plan.me, plan.owned[plan.me]
+    like, everyone, me, mine = shards[0], range(len(plan.ranks)), plan.me, plan.assigned[plan.me]
 
-    sent = [[held[k] for k in owned if me in plan.senders[k]] for owned in plan.owned]
+    sent = [[shards[k] for k in assigned if me in plan.senders[k]] for assigned in plan.assigned]
     expected = [[k for k in mine if rank in plan.senders[k]] for rank in everyone]
-    got = _swap(plan, sent, [[_shape(plan.regions[k][rank]) for k in expected[rank]] for rank in everyone], like)
+    received = _exchange(plan, sent, [[_shape(plan.regions[k][rank]) for k in expected[rank]] for rank in everyone], like)
     whole = {k: like.new_empty(matrices[k].shape) for k in mine}
     for rank in everyone:
-        for k, piece in zip(expected[rank], got[rank], strict=True):
-            whole[k][plan.regions[k][rank]] = piece
+        for k, shard in zip(expected[rank], received[rank], strict=True):
+            whole[k][plan.regions[k][rank]] = shard
 
     results = dict(zip(mine, function(list(whole.values())) if mine else [], strict=True))
     sent = [[results[k][plan.regions[k][rank]] for k in mine] for rank in everyone]
-    got = _swap(plan, sent, [[_shape(plan.regions[k][me]) for k in owned] for owned in plan.owned], like)
-    found = {k: piece for owned, of_owner in zip(plan.owned, got, strict=True) for k, piece in zip(owned, of_owner, strict=True)}
+    received = _exchange(plan, sent, [[_shape(plan.regions[k][me]) for k in assigned] for assigned in plan.assigned], like)
+    found = {k: shard for ks, some in zip(plan.assigned, received, strict=True) for k, shard in zip(ks, some, strict=True)}
     return [found[k] for k in range(len(matrices))]
 
 
-def _swap(plan: _Plan, outgoing: list[list[Tensor]], incoming: list[list[tuple[int, int]]], like: Tensor) -> list[list[Tensor]]:
-    """Sends `outgoing[rank]` to each rank and receives tensors of the shapes `incoming[rank]` from it, in one message each."""
+def _exchange(plan: _Plan, outgoing: list[list[Tensor]], incoming: list[list[tuple[int, int]]], like: Tensor) -> list[list[Tensor]]:
+    """Sends the tensors `outgoing[rank]` to each rank and receives tensors of the shapes `incoming[rank]` from it, as one message each."""
     sent = [torch.cat([x.flatten() for x in tensors]) if tensors else like.new_empty(0) for tensors in outgoing]
     got = [like.new_empty(sum(map(math.prod, shapes))) for shapes in incoming]
     got[plan.me] = sent[plan.me]
-    # Between two ranks of the world, whatever axes they differ in: no process groups beyond the mesh's own.
+    # Global ranks, because two ranks may differ in several mesh axes: no further process group is needed.
     messages = [
         dist.P2POp(operation, buffers[i], rank)
         for operation, buffers in ((dist.isend, sent), (dist.irecv, got))
@@ -77,27 +77,27 @@ def _swap(plan: _Plan, outgoing: list[list[Tensor]], incoming: list[list[tuple[i
 def _plan(mesh: DeviceMesh, matrices: tuple[tuple[tuple[int, int], tuple[Placement, ...]], ...]) -> _Plan:
     ranks = mesh.mesh.flatten().tolist()
     coordinates = list(itertools.product(*(range(size) for size in mesh.shape)))
-    owned: list[list[int]] = [[] for _ in ranks]
-    # Round about, shape by shape: every rank gets as many of each shape, to one.
+    assigned: list[list[int]] = [[] for _ in ranks]
+    # Round-robin over the matrices sorted by shape: of each shape, ranks get equally many, up to one.
     for turn, k in enumerate(sorted(range(len(matrices)), key=lambda k: matrices[k][0])):
-        owned[turn % len(ranks)].append(k)
+        assigned[turn % len(ranks)].append(k)
     senders: list[list[int]] = [[] for _ in matrices]
-    for owner, ks in zip(coordinates, owned, strict=True):
+    for own, ks in zip(coordinates, assigned, strict=True):
         for k in ks:
-            copies = [axis for axis, placement in enumerate(matrices[k][1]) if placement.is_replicate()]
-            senders[k] = [i for i, other in enumerate(coordinates) if all(other[axis] == owner[axis] for axis in copies)]
+            replicated = [axis for axis, placement in enumerate(matrices[k][1]) if placement.is_replicate()]
+            senders[k] = [i for i, other in enumerate(coordinates) if all(other[axis] == own[axis] for axis in replicated)]
     regions = [[_region(shape, placements, tuple(mesh.shape), c) for c in coordinates] for shape, placements in matrices]
-    return _Plan(ranks, ranks.index(dist.get_rank()), owned, senders, regions)
+    return _Plan(ranks, ranks.index(dist.get_rank()), assigned, senders, regions)
 
 
 def _region(shape: tuple[int, int], placements: tuple[Placement, ...], sizes: tuple[int, ...], coordinate: tuple[int, ...]) -> Region:
-    """Rows and columns at a coordinate of the mesh: torch.chunk along one axis after the other, FSDP's last.
+    """Rows and columns of the shard at a mesh coordinate: torch.chunk along one axis after the other, FSDP's last.
 
-    FSDP cuts what the tensor axis has cut before, though its axis is the outer one; torch then calls its placement `_StridedShard`.
+    FSDP shards what tensor parallelism has already sharded although its mesh axis is the outer one; torch calls that placement `_StridedShard`.
     """
     start, stop = [0, 0], list(shape)
-    cuts = [axis for axis, placement in enumerate(placements) if not placement.is_replicate()]
-    for axis in sorted(cuts, key=lambda axis: hasattr(placements[axis], "split_factor")):
+    sharded = [axis for axis, placement in enumerate(placements) if not placement.is_replicate()]
+    for axis in sorted(sharded, key=lambda axis: hasattr(placements[axis], "split_factor")):
         dim = placements[axis].dim % 2  # pyright: ignore[reportAttributeAccessIssue]
         length = math.ceil((stop[dim] - start[dim]) / sizes[axis])
         start[dim] = min(start[dim] + coordinate[axis] * length, stop[dim])

@@ -1,4 +1,4 @@
-"""Parameter groups chosen by name: what is decayed, and what Muon may treat as a matrix."""
+"""Parameter groups chosen by name: with or without weight decay, matrices for Muon, learning rates by layer."""
 
 import difflib
 import inspect
@@ -15,26 +15,25 @@ from meshformer.config.errors import ConfigError
 
 NamedParameters = Iterable[tuple[str, Parameter]]
 
-# Gains, biases and tables of positions have no scale that decay could usefully shrink (Loshchilov & Hutter 2019 decay weights).
+# Biases, gains of norms and position tables are usually not decayed: shrinking them does not regularise the function.
 NO_DECAY = ("bias", "norm", "position")
 
 
 def decay_groups(
     named_parameters: NamedParameters, weight_decay: float, no_decay: Sequence[str] = NO_DECAY, all_names: Sequence[str] | None = None
 ) -> list[dict[str, Any]]:
-    """Two groups, decayed first, in every layout: either may be empty. Each holds `params` as (name, parameter) pairs.
+    """Two parameter groups in every layout, the one with weight decay first; either may be empty. `params` holds (name, parameter) pairs.
 
-    Torch turns the pairs into `params` and `param_names`, which checkpoints key on. A parameter belongs to the
-    second group, with `weight_decay=0`, when any of `no_decay` occurs in its name; one tied under two names counts once,
-    by its first name; a frozen one (`requires_grad=False`) is in no group. `all_names` are those of the whole model, where
-    the given parameters are only a pipeline rank's part of it. Raises ConfigError for a pattern of the user's
-    that fits no parameter, and when nothing is left to train (which a part alone cannot tell).
+    torch turns the pairs into `params` and `param_names`, the keys in checkpoints. A parameter is in the second group, with `weight_decay=0`,
+    if its name contains any of `no_decay`. A tied parameter counts once, by its first name; a frozen one (`requires_grad=False`) is in no group.
+    `all_names`: the parameter names of the whole model, given when `named_parameters` are those of a pipeline stage.
+    Raises ConfigError for a pattern of the user's that matches no parameter, and for a whole model without trainable parameters.
     """
     named = trainable(named_parameters, all_names)
     _check_patterns([name for name, _ in named] if all_names is None else all_names, no_decay)
     decayed = [(name, parameter) for name, parameter in named if not _matches(name, no_decay)]
     others = [(name, parameter) for name, parameter in named if _matches(name, no_decay)]
-    # Torch sets `param_names` from the pairs, if there are any; groups without the key are refused beside groups with it.
+    # torch sets `param_names` only for groups that are not empty, and raises when some groups have the key and others lack it.
     return [
         {"params": decayed, "param_names": [], "weight_decay": weight_decay},
         {"params": others, "param_names": [], "weight_decay": 0.0},
@@ -49,10 +48,10 @@ def split_matrices(
 ) -> tuple[list, list]:
     """(matrices for Muon, everything else), each a list of (name, parameter); `all_names` as for `decay_groups`.
 
-    Muon's steepest descent under the spectral norm is for hidden layers alone: 2-D weights in the repeated blocks, a ModuleList whose dotted
-    name is `blocks` (None: the model has no such list). Embeddings and the head map to or from one-hot vectors, and position tables are not maps
-    at all, so they stay with AdamW.
-    Raises ConfigError where the whole model has no such matrix.
+    Muon is steepest descent under the spectral norm, which suits hidden layers: 2-D weights in the repeated blocks, a ModuleList whose dotted name
+    is `blocks` (None: the model has none). Embeddings and head map from or to one-hot vectors, and position tables are not linear maps, so AdamW
+    updates those.
+    Raises ConfigError if the whole model has no such matrix.
     """
     matrices, others = [], []
     for name, parameter in trainable(named_parameters, all_names):
@@ -64,12 +63,12 @@ def split_matrices(
 
 @dataclass(frozen=True)
 class LayerRates:
-    """Rates of their own for layers: `decay`^depth times the optimizer's, the depth counted from the top (what the model has behind its blocks,
-    head and last norm, 0, last block 1, what it has before them, embeddings and positions, n + 1; Clark et al. 2020, ELECTRA); the head's also
-    times `head_scale`. `head`: patterns of its parameters' names.
+    """Layer-wise learning-rate decay (Clark et al. 2020, ELECTRA): the learning rate of a layer is the optimizer's times `decay`^depth.
 
-    `unfreeze_every` n: layers of depth d have a rate of 0 for the first d·n steps (gradual unfreezing, Howard & Ruder 2018). They have gradients,
-    which count in the norm that is clipped, and whose averages the optimizer keeps; so the layout and a resume change nothing.
+    The depth counts from the output: 0 for the last norm and the head, 1 for the last of n blocks, n for the first, n + 1 for the embeddings. The
+    head's learning rate is also multiplied by `head_scale`; `head` are patterns of its parameter names.
+    `unfreeze_every`: layers of depth d have learning rate 0 for the first d·unfreeze_every steps (gradual unfreezing, Howard & Ruder 2018). They
+    still get gradients, which count in the clipped norm and in the optimizer's averages.
     """
 
     decay: float = 1.0
@@ -78,7 +77,7 @@ class LayerRates:
     head: Sequence[str] = ("head.*",)
 
     def of(self, make: Callable[..., Optimizer]) -> Callable[..., Optimizer]:
-        """`make`, or the same with every group of its optimizer split by layer."""
+        """Wraps the optimizer factory `make` so that each parameter group is split by layer; `make` itself when all settings are the defaults."""
         if self == LayerRates(head=self.head):
             return make
         takes = inspect.signature(make).parameters
@@ -94,7 +93,7 @@ class LayerRates:
         return make_split
 
     def _split(self, optimizer: Optimizer, names: Sequence[str], blocks: str | None) -> None:
-        """In place. All layers of the whole model have their groups in every layout, in the same order, the top first: some may be empty."""
+        """Splits the groups in place. Every rank gets a group for each layer of the whole model, output layers first, even if it is empty."""
         numbers = [_block(name, blocks) for name in names]
         if not any(number is not None for number in numbers):
             fix = "Leave out stage.layer_decay, head_lr_scale and unfreeze_every."
@@ -104,7 +103,7 @@ class LayerRates:
             message = "the model has no head of its own (a tied one is the embedding's matrix)"
             raise ConfigError(message, "stage.head_lr_scale", self.head_scale, fix="Leave it out.")
         top = 1 + max(number for number in numbers if number is not None)
-        # A model names its parts in the order in which its forward uses them; what stands before the first block leads into it.
+        # Modules are assumed to be registered in the order of use: names before the first block are embeddings, names after the last the head.
         first = next(i for i, number in enumerate(numbers) if number is not None)
         depths = {
             name: top - number if number is not None else top + 1 if i < first else 0
@@ -125,13 +124,13 @@ class LayerRates:
 
 
 def _block(name: str, blocks: str | None) -> int | None:
-    """The number of the block that a parameter is in; `model.`, which Lightning puts before names, changes nothing."""
+    """The number of the block that a parameter is in, or None. Accepts names with Lightning's prefix `model.`."""
     found = re.match(rf"(?:model\.)?{re.escape(blocks)}\.(\d+)\.", name) if blocks else None
     return int(found[1]) if found else None
 
 
 def trainable(named_parameters: NamedParameters, all_names: Sequence[str] | None = None) -> list[tuple[str, Parameter]]:
-    """Parameters that receive gradients, each once. Raises ConfigError when a whole model (no `all_names`) has none."""
+    """The parameters with `requires_grad`, each once. Raises ConfigError if a whole model (no `all_names`) has none."""
     seen: set[int] = set()
     named = []
     for name, parameter in named_parameters:
@@ -153,7 +152,7 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 
 def _check_patterns(names: Sequence[str], patterns: Sequence[str]) -> None:
     for pattern in patterns:
-        # The defaults are for every model; one without biases is no mistake.
+        # A default pattern may match nothing, for example in a model without biases.
         if pattern in NO_DECAY or any(pattern in name for name in names):
             continue
         parts = sorted({part for name in names for part in name.split(".") if not part.isdigit()})

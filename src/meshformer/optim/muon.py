@@ -1,12 +1,11 @@
 """Muon for matrices and AdamW for the rest, as one Optimizer.
 
-Muon (Jordan et al. 2024) replaces the averaged gradient M = U S Vᵀ of a matrix by an approximation of U Vᵀ, found by a few
-odd polynomials X ← aX + b(XXᵀ)X + c(XXᵀ)²X. On a CPU nearly all of its time is matrix products, so this file
-saves products: same-shaped matrices share batched ones, and wide matrices iterate on their small Gram matrix.
-Measured on two AVX2 cores, fp32, five iterations, one orthogonalisation of
+Muon (Jordan et al. 2024) replaces the momentum M = U S Vᵀ of a matrix's gradient by an approximation of U Vᵀ, computed by a few Newton-Schulz
+iterations X ← aX + b(XXᵀ)X + c(XXᵀ)²X. On a CPU nearly all of the time goes into matrix products, so matrices of the same shape are batched, and
+wide matrices iterate on their smaller Gram matrix XXᵀ. Measured on two AVX2 cores, fp32, five iterations:
     16 × (128, 128): 20.7 ms one by one, 15.9 ms batched;    8 × (128, 512): 26.7 one by one, 24.3 batched, 14.3 on the Gram matrix;
-    1 × (128, 128) in bfloat16, as torch.optim.Muon does it: 25.3 ms instead of 1.3, since these cores emulate the type.
-Exploiting the symmetry of the Gram matrices by blocks was tried and gains nothing at these sizes.
+    1 × (128, 128) in bfloat16, as in torch.optim.Muon: 25.3 ms instead of 1.3, since these cores emulate bfloat16.
+Exploiting the symmetry of the Gram matrices gains nothing at these sizes.
 """
 
 import math
@@ -20,11 +19,11 @@ from torch.distributed.tensor import DTensor
 
 from meshformer.config.errors import ConfigError
 from meshformer.optim.gather_compute_scatter import gather_compute_scatter
-from meshformer.optim.shardwise import ShardwiseOptimizer, gradient_pieces, pieces, sgd_step, update_by_adamw
+from meshformer.optim.shardwise import ShardwiseOptimizer, local_gradients, local_tensors, sgd_step, update_by_adamw
 
-# (a, b, c) of each iteration, the last one repeated. `jordan` maximises the slope at zero and leaves singular values in about
-# 0.7 … 1.2. `polar_express` (Amsel et al. 2025, their table with its 2 % safety margin) is the fastest uniform
-# convergence for singular values in 1e-3 … 1, which makes three or four iterations worth having.
+# (a, b, c) of each iteration; further iterations repeat the last. `jordan` maximises the slope at zero and leaves singular values at about
+# 0.7 … 1.2. `polar_express` (Amsel et al. 2025, their table with its 2 % safety margin) converges uniformly fastest for singular values
+# in 1e-3 … 1, so three or four iterations can be enough.
 COEFFICIENTS: dict[str, tuple[tuple[float, float, float], ...]] = {
     "jordan": ((3.4445, -4.7750, 2.0315),),
     "polar_express": (
@@ -36,14 +35,14 @@ COEFFICIENTS: dict[str, tuple[tuple[float, float, float], ...]] = {
     ),
 }
 SAFETY = {"jordan": 1.0, "polar_express": 1.02}
-# Update length as a function of (rows, columns), like torch.optim.Muon's adjust_lr_fn.
+# Scale of the update as a function of (rows, columns), like torch.optim.Muon's adjust_lr_fn.
 SCALES: dict[str, Callable[[int, int], float]] = {
     "original": lambda rows, columns: math.sqrt(max(1.0, rows / columns)),
     "match_rms_adamw": lambda rows, columns: 0.2 * math.sqrt(max(rows, columns)),
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 EPS = 1e-7
-# Columns per row from which iterating on the Gram matrix takes fewer products: 5(2r + 1) against 2r + 17 at five iterations.
+# From this ratio r = columns / rows on, the Gram form needs fewer operations: 2r + 17 instead of 5(2r + 1) at five iterations.
 GRAM_RATIO = 1.5
 
 
@@ -52,15 +51,15 @@ class MuonAdamW(ShardwiseOptimizer):
 
     Args:
         groups: dicts with `params` (tensors or (name, tensor) pairs), `method`, and any setting that differs.
-        lr, weight_decay: of groups that bring none. Decay is decoupled: θ ← (1 − lr·weight_decay) θ.
+        lr, weight_decay: defaults for groups without them. Weight decay is decoupled: θ ← (1 − lr·weight_decay) θ.
         momentum: M ← momentum·M + (1 − momentum)·gradient. `nesterov` orthogonalises gradient + momentum·(M − gradient).
         scale: `original` multiplies updates by √max(1, rows/columns), `match_rms_adamw` by 0.2·√max(rows, columns).
-        coefficients: `jordan` (torch.optim.Muon's) or `polar_express`; `iterations` of them, 5 as a rule.
-        dtype: of the orthogonalisation; `auto` is bfloat16 where the device multiplies it natively, else float32.
+        coefficients: `jordan` (torch.optim.Muon's) or `polar_express`. `iterations`: usually 5.
+        dtype: of the orthogonalisation; `auto` is bfloat16 where the device has bfloat16 matrix units, else float32.
         betas, eps, fused: AdamW's.
 
-    Of sharded parameters (DTensors, however cut) each rank averages its piece of the gradient; every matrix is put together on one rank,
-    orthogonalised there, and its pieces returned, so that the update is one process's. (Orthogonalising pieces would run, and be wrong.)
+    For sharded parameters (DTensors with any placements) each rank updates the momentum of its shard; every full matrix is gathered on one rank,
+    orthogonalised there and scattered, so the update equals that of one process. Orthogonalising each shard by itself would be wrong.
 
     State, by parameter: `momentum_buffer`, or AdamW's `step`, `exp_avg`, `exp_avg_sq`, as torch.optim's own classes keep them.
     """
@@ -102,13 +101,13 @@ class MuonAdamW(ShardwiseOptimizer):
 
     def _muon(self, parameters: list[Tensor], group: dict[str, Any], found_inf: Tensor | None, grad_scale: Tensor | None) -> None:
         lr, momentum = float(group["lr"]), group["momentum"]
-        held, gradients = pieces(parameters), gradient_pieces(parameters, grad_scale)
+        held, gradients = local_tensors(parameters), local_gradients(parameters, grad_scale)
         for p in parameters:
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-        buffers = pieces([self.state[p]["momentum_buffer"] for p in parameters])
-        # Written as SGD's own step, with decay 1, M − (1 − momentum)(M − gradient): its kernel leaves M alone where the step is skipped. What is
-        # then computed from a gradient that is not finite reaches nothing but the last kernel, which leaves the matrices alone too.
+        buffers = local_tensors([self.state[p]["momentum_buffer"] for p in parameters])
+        # M ← M − (1 − momentum)(M − gradient) written as an SGD step with weight decay 1, because the fused SGD kernel leaves M unchanged where
+        # `found_inf` is 1. The non-finite values computed below are then dropped by the last SGD kernel, which leaves the parameters unchanged.
         sgd_step(buffers, gradients, found_inf, lr=1 - momentum, weight_decay=1.0, maximize=True)
         updates = [g.lerp(b, momentum) for g, b in zip(gradients, buffers, strict=True)] if group["nesterov"] else buffers
         directions = _directions(parameters, updates, group)
@@ -119,7 +118,7 @@ class MuonAdamW(ShardwiseOptimizer):
 
 
 def _directions(parameters: list[Tensor], updates: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
-    """This rank's piece of each orthogonalised update, in the type that it was computed in; `updates` are its pieces of them."""
+    """This rank's shard of each orthogonalised update, in the dtype of the orthogonalisation; `updates` are its shards of the inputs."""
     together: dict[tuple, list[int]] = {}
     for i, p in enumerate(parameters):
         together.setdefault((p.device_mesh if isinstance(p, DTensor) else None, p.dtype, p.device), []).append(i)
@@ -134,7 +133,7 @@ def _directions(parameters: list[Tensor], updates: list[Tensor], group: dict[str
 
 
 def _orthogonalised(matrices: list[Tensor], coefficients: str, iterations: int) -> list[Tensor]:
-    """Each of several matrices, the alike in one batch."""
+    """Orthogonalises each matrix; matrices of the same shape and dtype form one batch."""
     found: dict[int, Tensor] = {}
     for indices in _alike(matrices).values():
         batch = orthogonalise(torch.stack([matrices[i] for i in indices]), coefficients, iterations)
@@ -150,7 +149,7 @@ def _alike(tensors: list[Tensor]) -> dict[tuple[torch.Size, torch.dtype, torch.d
 
 
 def orthogonalise(matrices: Tensor, coefficients: str = "jordan", iterations: int = 5) -> Tensor:
-    """Approximate U Vᵀ of each matrix U S Vᵀ in `matrices` (N, rows, columns), in their own dtype.
+    """Approximates U Vᵀ for each matrix U S Vᵀ in `matrices` (N, rows, columns), in their dtype.
 
     The error against exact arithmetic is about 1e-5 in float32 and 1e-2 in bfloat16, small beside the 0.3 by which five
     `jordan` iterations miss U Vᵀ itself.
@@ -161,7 +160,7 @@ def orthogonalise(matrices: Tensor, coefficients: str = "jordan", iterations: in
     tall = rows > columns
     norm = torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True)
     x = matrices / (norm * SAFETY[coefficients]).clamp_(min=EPS)
-    # In bfloat16 the squared singular values of the Gram matrix drown in rounding, so that form is for the wider types.
+    # Not in bfloat16: rounding destroys the small squared singular values of the Gram matrix.
     if matrices.dtype == torch.bfloat16 or max(rows, columns) < GRAM_RATIO * min(rows, columns):
         x = x.mT if tall else x
         for a, b, c in polynomials:
@@ -182,7 +181,7 @@ def orthogonalise(matrices: Tensor, coefficients: str = "jordan", iterations: in
 
 
 def orthogonalisation_dtype(choice: str, device: torch.device, parameter_dtype: torch.dtype) -> torch.dtype:
-    """The type to multiply in: the chosen one; for `auto` bfloat16 where it is native, and never less than the caller's float64."""
+    """The dtype of the orthogonalisation. `auto`: float64 for float64 parameters, else bfloat16 on a device with bfloat16 units, else float32."""
     if choice != "auto":
         return DTYPES[choice]
     if parameter_dtype == torch.float64:
@@ -191,7 +190,7 @@ def orthogonalisation_dtype(choice: str, device: torch.device, parameter_dtype: 
 
 
 def multiplies_bfloat16(device_type: str) -> bool:
-    """Whether the device has bfloat16 matrix units; a CPU without them emulates the type about 25 times slower than float32."""
+    """Whether the device has bfloat16 matrix units. A CPU without them emulates bfloat16 products about 25 times slower than float32."""
     if device_type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device_type == "cpu":

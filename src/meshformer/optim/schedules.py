@@ -1,10 +1,9 @@
 """Learning-rate schedules as multipliers of each group's own learning rate, for `torch.optim.lr_scheduler.LambdaLR`.
 
-Each function returns a picklable callable `step -> multiplier`, where `step` counts completed optimizer steps: the k-th
-update, k = 1 … max_steps, uses the multiplier of step k − 1. Warm-up is linear and its first update is 1/warmup_steps,
-not 0. `functools.partial` keeps the settings out of LambdaLR's state: a run resumed with another `trainer.max_steps`
-follows the new length, where an object's attributes would be overwritten by the checkpoint's.
-Where warm-up outlasts `max_steps` (a smoke test of two steps) the run ends warming up.
+Each function returns a picklable callable `step -> multiplier`, where `step` counts completed optimizer steps: the k-th update, k = 1 …
+max_steps, uses the multiplier of step k − 1. Warm-up is linear and starts at 1/warmup_steps, not 0; a run with `max_steps` < `warmup_steps` ends
+during warm-up. The callables are `functools.partial`s because LambdaLR saves the attributes of callable objects and would restore them from a
+checkpoint: a run resumed with another `trainer.max_steps` has to follow the new value.
 """
 
 import math
@@ -43,7 +42,7 @@ def wsd(
 ) -> Schedule:
     """Warm-up, stable, decay: 1 until the last `decay_fraction` of `max_steps`, then down to `min_ratio`.
 
-    `shape` of the decay, with x its part done: `linear` 1 − x, `sqrt` 1 − √x (Hägele et al. 2024), `cosine` (1 + cos πx)/2.
+    `shape` of the decay, with x from 0 to 1 over its steps: `linear` 1 − x, `sqrt` 1 − √x (Hägele et al. 2024), `cosine` (1 + cos πx)/2.
     """
     _check(max_steps, warmup_steps, min_ratio)
     if not 0 <= decay_fraction <= 1:
@@ -57,7 +56,7 @@ def wsd(
 
 
 def constant(max_steps: int | None = None, warmup_steps: int = 0) -> Schedule:
-    """1 after warm-up. `max_steps` is accepted so that every schedule can be given the same keys; it changes nothing."""
+    """1 after warm-up. `max_steps` is ignored; it is accepted because every schedule is called with it."""
     _check(1 if max_steps is None else max_steps, warmup_steps, 0.0)
     return partial(_decay_after_warmup, max_steps=None, warmup_steps=warmup_steps, decay_from=0, min_ratio=1.0, shape="linear")
 

@@ -1,12 +1,13 @@
-"""Elementwise updates (AdamW, SGD) of the pieces that this rank holds.
+"""AdamW and SGD on the local shards of DTensor parameters.
 
-A parameter is a plain tensor or a DTensor. torch's own optimizers take DTensors, but mix them with plain tensors they do not, and fused SGD has no
-DTensor form at all (torch 2.13). Arithmetic on DTensors costs more than the update itself (25 layers of 128 × 128 on two
-CPU ranks: AdamW 3.6 ms instead of 0.8, SGD with momentum 8.2 instead of 1.2; on a 2 × 2 mesh 12.9 and 20.9), so updates run on the
-local tensors. Optimizer state still is DTensors, which is what lets a checkpoint be read back in another layout.
+torch's optimizers cannot mix DTensors with plain tensors, and fused SGD does not support DTensors (torch 2.13). Arithmetic on DTensors also
+costs more than the update itself (25 layers of 128 × 128 on two CPU ranks: AdamW 3.6 ms instead of 0.8, SGD with momentum 8.2 instead of 1.2; on
+a 2 × 2 mesh 12.9 and 20.9). The updates therefore run on the local tensors. The optimizer state is kept as DTensors, so that a checkpoint
+can be loaded in another layout.
 
-A step may have to be skipped (its gradient is not finite), which only the device knows. Zeroed gradients would not do: moments decay, weights
-decay, steps are counted. So all that is written in place here is written by torch's fused kernels, which change nothing where `found_inf` is 1.
+A step with a non-finite gradient is skipped by a flag on the device, without a host sync. Zeroing the gradients would not skip it: moments and
+weights would still decay, and the step would be counted. All in-place writes are therefore left to torch's fused kernels, which change nothing
+where `found_inf` is 1.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -22,38 +23,38 @@ from torch.optim.sgd import sgd as functional_sgd
 from meshformer.compat.torch import foreach_div_
 
 
-def pieces(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """What this rank holds of each: the local tensor of a DTensor (maybe empty), a plain tensor itself. Call without gradients."""
+def local_tensors(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The local tensor of each DTensor (it may be empty); plain tensors as they are. Call it under no_grad."""
     return [x.to_local() if isinstance(x, DTensor) else x for x in tensors]
 
 
-def gradient_pieces(parameters: Sequence[Tensor], grad_scale: Tensor | None = None) -> list[Tensor]:
-    """This rank's piece of each gradient, cut as its parameter is, and divided, in place, by `grad_scale`."""
+def local_gradients(parameters: Sequence[Tensor], grad_scale: Tensor | None = None) -> list[Tensor]:
+    """The local shard of each gradient, with its parameter's placements, divided in place by `grad_scale`."""
     gradients: list[Any] = [p.grad for p in parameters]
     for i, p in enumerate(parameters):
-        if isinstance(p, DTensor) and gradients[i].placements != p.placements:  # pending sums of the tensor axis, for instance
+        if isinstance(p, DTensor) and gradients[i].placements != p.placements:  # partial sums over the tensor axis, for example
             gradients[i] = gradients[i].redistribute(p.device_mesh, p.placements)
-    found = pieces(gradients)
+    found = local_tensors(gradients)
     if grad_scale is not None:
         foreach_div_(found, grad_scale)
     return found
 
 
-def laid_out_as(others: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors with the strides of the others: torch 2.13's fused kernels walk through memory on a CPU, whatever the strides."""
+def with_strides_of(others: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """`tensors` with the strides of `others`, copied where they differ: torch 2.13's fused CPU kernels ignore strides."""
     return [x if x.stride() == y.stride() else torch.empty_like(y).copy_(x) for x, y in zip(tensors, others, strict=True)]
 
 
-KERNELS = ("cpu", "cuda")  # device types whose fused kernels we rely on
+FUSED_DEVICES = ("cpu", "cuda")  # device types with fused optimizer kernels
 
 
-def have_kernels(parameters: Iterable[Tensor]) -> bool:
-    return all(p.device.type in KERNELS and torch.is_floating_point(p) for p in parameters)
+def have_fused_kernels(parameters: Iterable[Tensor]) -> bool:
+    return all(p.device.type in FUSED_DEVICES and torch.is_floating_point(p) for p in parameters)
 
 
-def have_sgd_kernels(parameters: Iterable[Tensor]) -> bool:
-    """On a CPU, torch 2.13's fused SGD updates 16-bit numbers by wrong amounts (by up to half a gradient, from 16 of them on)."""
-    return all(have_kernels([p]) and (p.device.type != "cpu" or p.element_size() >= 4) for p in parameters)
+def have_fused_sgd_kernels(parameters: Iterable[Tensor]) -> bool:
+    """False for 16-bit parameters on a CPU: torch 2.13's fused SGD is wrong there by up to half a gradient, for tensors of 16 elements or more."""
+    return all(have_fused_kernels([p]) and (p.device.type != "cpu" or p.element_size() >= 4) for p in parameters)
 
 
 def update_by_adamw(
@@ -63,23 +64,23 @@ def update_by_adamw(
     found_inf: Tensor | None = None,
     grad_scale: Tensor | None = None,
 ) -> None:
-    """AdamW's step for parameters with gradients. State as torch.optim.AdamW keeps it: `step`, `exp_avg`, `exp_avg_sq`.
+    """One AdamW step on parameters with gradients. The state is torch.optim.AdamW's: `step`, `exp_avg`, `exp_avg_sq`.
 
-    The fused kernel divides gradients by `grad_scale` as it reads them, which spares a pass over all of them.
+    The fused kernel divides gradients by `grad_scale` as it reads them, which saves a pass over all gradients.
     """
     in_kernel, before = (grad_scale, None) if group["fused"] else (None, grad_scale)
     for p in parameters:
         if not state[p]:
-            # The fused kernel counts its steps on the device; elsewhere a CPU counter spares a transfer.
+            # The fused kernel needs its step counter on the device; the other one reads a CPU counter without a sync.
             state[p]["step"] = torch.zeros((), dtype=torch.float32, device=p.device if group["fused"] else "cpu")
             state[p]["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
             state[p]["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-    held = pieces(parameters)
+    held = local_tensors(parameters)
     functional_adamw(
         held,
-        laid_out_as(held, gradient_pieces(parameters, before)),
-        pieces([state[p]["exp_avg"] for p in parameters]),
-        pieces([state[p]["exp_avg_sq"] for p in parameters]),
+        with_strides_of(held, local_gradients(parameters, before)),
+        local_tensors([state[p]["exp_avg"] for p in parameters]),
+        local_tensors([state[p]["exp_avg_sq"] for p in parameters]),
         [],
         [state[p]["step"] for p in parameters],
         fused=bool(group["fused"]),
@@ -102,15 +103,15 @@ def update_by_sgd(
     found_inf: Tensor | None = None,
     grad_scale: Tensor | None = None,
 ) -> None:
-    """SGD's step for parameters with gradients. With momentum, state is `momentum_buffer` as torch.optim.SGD keeps it."""
+    """One SGD step on parameters with gradients. With momentum, the state is torch.optim.SGD's `momentum_buffer`."""
     buffers: list[Tensor] | None = None
     if group["momentum"]:
         for p in parameters:
             if state[p].get("momentum_buffer") is None:
                 state[p]["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-        buffers = pieces([state[p]["momentum_buffer"] for p in parameters])
+        buffers = local_tensors([state[p]["momentum_buffer"] for p in parameters])
     settings = {key: group[key] for key in ("lr", "momentum", "nesterov", "weight_decay")}
-    sgd_step(pieces(parameters), gradient_pieces(parameters, grad_scale), found_inf, buffers, **settings)
+    sgd_step(local_tensors(parameters), local_gradients(parameters, grad_scale), found_inf, buffers, **settings)
 
 
 def sgd_step(
@@ -128,9 +129,9 @@ def sgd_step(
     """θ ← θ − lr (±gradient + weight_decay θ), in place, on plain tensors; with `buffers`, torch.optim.SGD's momentum."""
     functional_sgd(
         held,
-        laid_out_as(held, gradients),
+        with_strides_of(held, gradients),
         [*buffers] if buffers is not None else [None] * len(held),
-        fused=True if have_sgd_kernels(held) else None,
+        fused=True if have_fused_sgd_kernels(held) else None,
         found_inf=found_inf,
         weight_decay=weight_decay,
         momentum=momentum,
@@ -142,23 +143,23 @@ def sgd_step(
 
 
 class ShardwiseOptimizer(Optimizer):
-    """A subclass says how a group's parameters that have gradients are updated, and nothing of it where `found_inf` is 1.
+    """Base class: a subclass implements `update` for one parameter group; it must change nothing where `found_inf` is 1.
 
-    `found_inf`, one number on the device, is for the next step alone; the closure may set it. Where there are no kernels that look at it
-    (devices that are none of `KERNELS`, and AdamW with `fused=False`) the host reads it, and waits. `grad_scale`, another such number, is
-    what the next step divides gradients by. torch's fused optimizers read two attributes of these names in the same way.
+    `found_inf` and `grad_scale` are scalars on the device that apply to the next step only (the closure may set them): whether to skip it, and
+    the divisor of its gradients. torch's fused optimizers use attributes of the same names. Without a fused kernel (other devices than
+    `FUSED_DEVICES`, AdamW with `fused=False`) the host reads `found_inf`, which is a sync.
     """
 
     found_inf: Tensor | None = None
     grad_scale: Tensor | None = None
-    _have_kernels: bool | None = None
+    _all_fused: bool | None = None
 
     def update(self, parameters: list[Tensor], group: dict[str, Any], found_inf: Tensor | None, grad_scale: Tensor | None) -> None:
         raise NotImplementedError
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Update every parameter that has a gradient; returns what `closure` returns (Lightning runs the training step in it)."""
+        """Updates every parameter that has a gradient; returns the result of `closure`, in which Lightning runs the training step."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -171,29 +172,29 @@ class ShardwiseOptimizer(Optimizer):
             found_inf = None
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
-            if parameters:  # (with cpu_offload the numbers are on the GPU)
+            if parameters:  # with cpu_offload the scalars are on the GPU and the parameters are not
                 numbers = (x if x is None else x.to(parameters[0].device, torch.float32) for x in (found_inf, grad_scale))
                 self.update(parameters, group, *numbers)
         return loss
 
     @property
     def skips_on_device(self) -> bool:
-        if self._have_kernels is None:  # asking a hundred DTensors at every step would cost
+        if self._all_fused is None:  # cached: checking hundreds of DTensors at every step is slow
             adamw = [group for group in self.param_groups if "betas" in group and group.get("method") != "muon"]
             others = [group for group in self.param_groups if all(group is not one for one in adamw)]
-            self._have_kernels = all(have_kernels(g["params"]) for g in adamw) and all(have_sgd_kernels(g["params"]) for g in others)
-        return self._have_kernels and all(group["fused"] for group in self.param_groups if "betas" in group)
+            self._all_fused = all(have_fused_kernels(g["params"]) for g in adamw) and all(have_fused_sgd_kernels(g["params"]) for g in others)
+        return self._all_fused and all(group["fused"] for group in self.param_groups if "betas" in group)
 
 
 class ShardwiseAdamW(ShardwiseOptimizer, AdamW):
-    """torch.optim.AdamW, its step on local tensors."""
+    """torch.optim.AdamW on local tensors."""
 
     def __init__(
         self, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float], eps: float, weight_decay: float, fused: bool
     ) -> None:
         super().__init__(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused)
-        # A fused optimizer announces that it unscales 16-mixed gradients inside its own step, so Lightning refuses to clip them.
-        # Without the announcement the scaler unscales first, clipping works, and the fused step is the same.
+        # torch sets this flag for fused optimizers, which unscale 16-mixed gradients inside `step`; Lightning then refuses gradient clipping.
+        # Cleared, the GradScaler unscales before the step, so clipping works.
         self._step_supports_amp_scaling = False
 
     def update(self, parameters: list[Tensor], group: dict[str, Any], found_inf: Tensor | None, grad_scale: Tensor | None) -> None:
@@ -201,7 +202,7 @@ class ShardwiseAdamW(ShardwiseOptimizer, AdamW):
 
 
 class ShardwiseSGD(ShardwiseOptimizer, SGD):
-    """torch.optim.SGD, its step on local tensors."""
+    """torch.optim.SGD on local tensors."""
 
     def __init__(self, groups: list[dict[str, Any]], lr: float, momentum: float, weight_decay: float, nesterov: bool) -> None:
         super().__init__(groups, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
