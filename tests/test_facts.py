@@ -23,7 +23,7 @@ from meshformer.config.paths import conf_dir
 from meshformer.config.signature import defaults, signature
 from meshformer.model import Transformer
 from meshformer.model.settings import HEAD_PARAMETERS, PARTS, SHAPES
-from meshformer.parallel.check import OF_AXIS, OF_MESH, UNASKED
+from meshformer.parallel.check import OF_AXIS, OF_MESH, UNSET
 
 ROOT = Path(meshformer.__file__).parent
 DOTTED = re.compile(r"(?:[a-z_]\w*\.)*([A-Z]\w*)")
@@ -133,8 +133,8 @@ def test_what_a_layout_does_without_is_what_it_gets_unasked():
     asked = yaml.safe_load((conf_dir() / "strategy" / "mesh.yaml").read_text(encoding="utf-8"))
     settled = compose(["strategy=mesh"])["strategy"]
     for setting in (*OF_AXIS, *OF_MESH):
-        assert UNASKED[setting] == settled[setting], setting
-        assert asked[setting] in ("auto", UNASKED[setting]), setting
+        assert UNSET[setting] == settled[setting], setting
+        assert asked[setting] in ("auto", UNSET[setting]), setting
 
 
 # --- a number, and names of tensors

@@ -178,7 +178,7 @@ MAY_ASK = {
     "callbacks/samples.py": {"continuation": "samples, at a validation"},
     "callbacks/throughput.py": {"_wait": "the measurement of the device's rate, once at the start"},
     "optim/gather_compute_scatter.py": {"_plan": "numbers of ranks, once"},
-    "parallel/pipeline.py": {"_check_same": "that ranks see one batch, at the first"},
+    "parallel/pipeline.py": {"_check_same_batch": "that ranks see one batch, at the first"},
     "parallel/stages.py": {"check_between": "whether the model may be cut there, at the first batch"},
     "parallel/strategy.py": {"whole_weights": "samples and exports", "reduce_boolean_decision": "Lightning asks at the end of a validation"},
     "tasks/classification.py": {"results": "the end of a run"},

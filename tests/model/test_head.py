@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from harness import run_ranks
 from meshformer.model import Head, Transformer, head, head_loss
-from meshformer.parallel.tensor import over
+from meshformer.parallel.tensor import all_reduce_over
 
 N, C, V = 96, 16, 61
 
@@ -138,7 +138,7 @@ def cut_vocabulary(size: int) -> None:
     expected = gradients(expected_loss, x, layer)
     width = -(-V // size)
     weight, bias = (p.detach()[rank * width : (rank + 1) * width].clone().requires_grad_() for p in (layer.weight, layer.bias))
-    loss = head_loss(x, weight, bias, targets, combine=over(torch.distributed.group.WORLD), start=rank * width, widest=width)
+    loss = head_loss(x, weight, bias, targets, combine=all_reduce_over(torch.distributed.group.WORLD), start=rank * width, widest=width)
     torch.testing.assert_close(loss, expected_loss, rtol=1e-6, atol=0)
     of_x, of_weight, of_bias = torch.autograd.grad(loss * 0.25, [x, weight, bias])
     torch.distributed.all_reduce(of_x)

@@ -117,7 +117,7 @@ def on_a_rank(axes: dict[str, int]) -> dict[str, Any]:
     cut(model, axes)
     matrices = [p for name, p in model.named_parameters() if isinstance(p, DTensor) and p.ndim == 2 and name.startswith("blocks")]
     plan = _plan(matrices[0].device_mesh, tuple((tuple(m.shape), m.placements) for m in matrices))
-    found["owned"] = plan.owned
+    found["assigned"] = plan.assigned
     wholes = [torch.arange(m.numel()).view(m.shape) for m in matrices]
     cuts = [distribute_tensor(x, m.device_mesh, m.placements, src_data_rank=None) for x, m in zip(wholes, matrices, strict=True)]
     found["regions"] = [torch.equal(x[plan.regions[k][plan.me]], cuts[k].to_local()) for k, x in enumerate(wholes)]
@@ -153,9 +153,9 @@ def test_a_rank_knows_its_rows_and_columns(layout):
 
 
 def test_matrices_are_spread_over_all_ranks_copies_included():
-    owned, *others = [found["owned"] for found in on_ranks("replicate 2 x shard 2 x tensor 2")]
-    assert all(other == owned for other in others)
-    assert sorted(k for ks in owned for k in ks) == list(range(8)) and {len(ks) for ks in owned} == {1}
+    assigned, *others = [found["assigned"] for found in on_ranks("replicate 2 x shard 2 x tensor 2")]
+    assert all(other == assigned for other in others)
+    assert sorted(k for ks in assigned for k in ks) == list(range(8)) and {len(ks) for ks in assigned} == {1}
 
 
 def after_a_backward_pass() -> list[bool]:

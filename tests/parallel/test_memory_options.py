@@ -15,7 +15,7 @@ from jobs import run_tiny
 from meshformer.model import Transformer, attend_fused, attend_reference
 from meshformer.parallel.memory_options import apply_memory_options
 from meshformer.parallel.stages import balanced, check_between, cut, run_part, stage_costs
-from meshformer.parallel.table import pieces
+from meshformer.parallel.table import local_sizes
 
 
 def kept_bytes(checkpointing: str) -> int:
@@ -100,7 +100,7 @@ def held(folder: Path, *overrides: str) -> tuple[int, bool]:
 
     def on_train_start(self: Any) -> None:
         started(self)
-        found.append(pieces(self, None)["parameters"])
+        found.append(local_sizes(self, None)["parameters"])
 
     strategy.MeshStrategy._build, LanguageModelling.on_train_start = watch, on_train_start
     run_tiny(folder, "run", *overrides, "trainer.max_steps=1", "~callbacks.checkpoint")

@@ -18,7 +18,7 @@ from torch import nn
 from meshformer.command.compose import compose
 from meshformer.compat.torch_distributed import fake_store
 from meshformer.job.build import build_model
-from meshformer.parallel.pipeline import local
+from meshformer.parallel.pipeline import local_tensor
 from meshformer.parallel.strategies import make_strategy
 
 RANKS = 8
@@ -64,7 +64,7 @@ def of_one_rank(layout: str, sizes: dict[str, Any]) -> dict[str, float]:
     before, begun, worked = _kib("VmRSS"), time.perf_counter(), time.process_time()
     model = build_part(layout, sizes)
     seconds, cpu = time.perf_counter() - begun, time.process_time() - worked
-    held = [(p.numel(), local(p).numel() * p.element_size()) for p in model.parameters()]
+    held = [(p.numel(), local_tensor(p).numel() * p.element_size()) for p in model.parameters()]
     parameters, own = (sum(column) for column in zip(*held, strict=True))
     return {"seconds": seconds, "cpu": cpu, "parameters": parameters, "own": own, "before": 1024 * before, "peak": 1024 * _kib("VmHWM")}
 

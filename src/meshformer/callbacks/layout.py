@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from meshformer.config.degrees import Degrees
-from meshformer.parallel.table import axes_table, pieces
+from meshformer.parallel.table import axes_table, local_sizes
 
 
 class Layout(Callback):
@@ -22,7 +22,7 @@ class Layout(Callback):
         self.settings = settings
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        mine = pieces(pl_module, trainer.optimizers[0] if trainer.optimizers else None)
+        mine = local_sizes(pl_module, trainer.optimizers[0] if trainer.optimizers else None)
         everyone: list[Any] = [mine]
         if trainer.world_size > 1:
             everyone = [None] * trainer.world_size

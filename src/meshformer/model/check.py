@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from .settings import PARTS
 
-RANGES = {  # (minimum, inclusive, maximum, inclusive), read by config/bounds.py
+RANGES = {  # (minimum, inclusive, maximum, inclusive), read by command/check.py
     "model.init_std": (0, True, math.inf, False),
     "model.norm_eps": (0, True, 1, False),
     "model.dropout": (0, True, 1, False),

@@ -1,1 +1,1 @@
-"""How a model is spread over processes. Tasks and models never import this room; strategies apply it from external_launcher."""
+"""Parallel layouts of a model over processes. Models and tasks do not import this package; the strategies apply a layout to them."""

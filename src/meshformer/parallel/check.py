@@ -1,6 +1,6 @@
-"""Layouts that cannot work: degrees against processes, settings that a layout would ignore, model and batch against degrees.
+"""Checks of the parallel layout: its degrees against the processes, the model and the batch, and settings that it would ignore.
 
-On a resolved configuration; each function raises ConfigError for the first thing wrong.
+Each function takes a resolved configuration and raises ConfigError for the first error.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from meshformer.config.signature import attribute, declares, signature
 from meshformer.model.settings import feed_forward_width
 
 Config = dict[str, Any]
-# Setting -> the axis that it is about; then those that every mesh layout has.
+# Settings that belong to one mesh axis; settings that every mesh layout has.
 OF_AXIS = {
     "sequence_parallel": "tensor", "loss_parallel": "tensor", "async_tensor_parallel": "tensor", "context_method": "context", "schedule": "pipeline",
     "microbatches": "pipeline", "stages_per_rank": "pipeline", "blocks_per_stage": "pipeline",
 }  # fmt: skip
 OF_MESH = ("param_dtype", "reduce_dtype", "reshard_after_forward", "cpu_offload", "reduce_gradients")
-# What nobody asked for, settled: the schema's defaults, and what `auto` becomes where there is no such axis, or no mesh.
-UNASKED = {field.name: field.default for field in fields(Strategy)} | {
+# The resolved value of each setting that was not given: the schema's default, or what `auto` becomes without that axis or without a mesh.
+UNSET = {field.name: field.default for field in fields(Strategy)} | {
     "microbatches": 1, "stages_per_rank": 1, "param_dtype": None, "reduce_dtype": None, "reshard_after_forward": True,
 }  # fmt: skip
 BF16 = ("bf16-mixed", "bf16-true")
-FLOAT8_CAPABILITY = (8, 9)  # of the GPUs that multiply float8 matrices
+FLOAT8_CAPABILITY = (8, 9)  # compute capability from which GPUs have float8 matrix units
 
 
 def check_processes(config: Config) -> None:
-    """The degrees against trainer.devices, trainer.num_nodes and the visible GPUs."""
+    """Checks the degrees against trainer.devices, trainer.num_nodes and the visible GPUs."""
     trainer, strategy = config["trainer"], config["strategy"]
     devices, nodes = trainer["devices"], trainer["num_nodes"]
     if strategy["name"] == "single" and devices * nodes != 1:
@@ -54,7 +54,7 @@ def check_processes(config: Config) -> None:
 
 
 def _refuse_axes(strategy: Config) -> None:
-    """Lightning's own strategies split nothing but the batch."""
+    """strategy=single and ddp are Lightning's, which split the batch only: every other axis must be 1."""
     name = strategy["name"]
     for axis in AXES if name == "single" else AXES[1:]:
         degree = strategy[axis]
@@ -73,19 +73,19 @@ def _refuse_axes(strategy: Config) -> None:
 
 
 def check_settings(config: Config) -> None:
-    """Settings that this layout would ignore or cannot serve."""
+    """Refuses settings that this layout would ignore or does not support."""
     trainer, strategy = config["trainer"], config["strategy"]
     name = strategy["name"]
     if trainer["float8"]:
         _float8(config)
     for setting, axis in OF_AXIS.items():
-        if strategy[axis] == 1 and strategy[setting] != UNASKED[setting]:
+        if strategy[axis] == 1 and strategy[setting] != UNSET[setting]:
             message = f"is about the {axis} axis and would be ignored, as strategy.{axis} is 1"
             fix = f"Leave it out, or use a layout with that axis, such as strategy={axis}."
             raise ConfigError(message, f"strategy.{setting}", _plain(strategy[setting]), fix=fix)
     if name in ("single", "ddp"):
         for setting in OF_MESH:
-            if strategy[setting] != UNASKED[setting]:
+            if strategy[setting] != UNSET[setting]:
                 message = f"strategy={name} has no such setting and would ignore it"
                 fix = "Leave it out, or use another layout, such as strategy=fsdp."
                 raise ConfigError(message, f"strategy.{setting}", _plain(strategy[setting]), fix=fix)
@@ -106,13 +106,13 @@ def check_settings(config: Config) -> None:
 
 
 def has_plan(model: Config) -> bool:
-    """Whether the model says how it may be cut, as far as that shows in its source. (What a function returns shows in the job.)"""
+    """Whether the model declares a Plan, judged by its source. A `_target_` that is a function counts as yes: only the job can tell."""
     target = model["_target_"]
     return bool(model.get("plan")) or declares(target, "plan") or not signature(target).is_class
 
 
 def _float8(config: Config) -> None:
-    """parallel/products.py has torchao do it."""
+    """Checks trainer.float8 (parallel/products.py)."""
     trainer, model, strategy = config["trainer"], config["model"], config["strategy"]
     width, heads = model.get("d_model") or 16, model.get("n_heads") or 1
     head = model.get("head_dim") or width // heads
@@ -165,7 +165,7 @@ def _async_tensor_parallel(trainer: Config, strategy: Config) -> None:
 
 
 def check_precision(config: Config) -> None:
-    """trainer.precision against what the device multiplies."""
+    """Checks trainer.precision against the matrix units of the device."""
     if config["trainer"]["precision"] == "16-mixed" and config["trainer"]["accelerator"] == "cpu":
         raise ConfigError("half precision needs a GPU", "trainer.precision", "16-mixed", fix="Use bf16-mixed, 32-true or auto.")
     if config["trainer"]["accelerator"] == "gpu" and config["trainer"]["precision"] in BF16 and not gpus_multiply_bf16():
@@ -173,15 +173,15 @@ def check_precision(config: Config) -> None:
 
 
 def no_bf16(precision: str) -> ConfigError:
-    """Of a GPU older than Ampere (a V100, a T4)."""
+    """The error for a GPU older than Ampere (V100, T4)."""
     message = "this machine's GPU has no bfloat16 matrix units, and would emulate them"
     return ConfigError(message, "trainer.precision", precision, fix="Use 32-true, or 16-mixed with strategy=single or ddp.")
 
 
 def _fsdp_alone(strategy: Config) -> None:
-    """What only FSDP reads."""
+    """Refuses FSDP settings that would be ignored."""
     pipeline, uses = strategy["pipeline"] > 1, uses_fsdp(strategy)
-    if not uses and strategy["reshard_after_forward"] == pipeline:  # auto has become the opposite by now
+    if not uses and strategy["reshard_after_forward"] == pipeline:  # `auto` resolves to the opposite value
         message = "is about parameters that are gathered and would be ignored: no axis of this layout cuts them over the data"
         value = _plain(strategy["reshard_after_forward"])
         raise ConfigError(message, "strategy.reshard_after_forward", value, fix="Leave it out, or use strategy=fsdp.")
@@ -191,7 +191,7 @@ def _fsdp_alone(strategy: Config) -> None:
 
 
 def check_batch(config: Config) -> None:
-    """data.batch_size against the slices it is cut into."""
+    """Checks that data.batch_size divides by the data-parallel degree times the accumulation."""
     batch, accumulation = config["data"]["batch_size"], config["trainer"]["accumulate_grad_batches"]
     degrees = Degrees.from_config(config["strategy"])
     slices = degrees.data * accumulation
@@ -204,7 +204,7 @@ def check_batch(config: Config) -> None:
 
 
 def check_cut(config: Config) -> None:
-    """The model, the sequence and the micro-batch against the tensor, context and pipeline axes."""
+    """Checks the model, the sequence length and the micro-batches against the tensor, context and pipeline axes."""
     _tensor(config)
     _context(config)
     _pipeline(config)
@@ -247,7 +247,7 @@ def _context(config: Config) -> None:
 
 
 def _pipeline(config: Config) -> None:
-    strategy, layers = config["strategy"], config["model"].get("n_layers")  # None: not in the configuration
+    strategy, layers = config["strategy"], config["model"].get("n_layers")  # None: a model without that setting
     pipeline, per_rank, schedule = strategy["pipeline"], strategy["stages_per_rank"], strategy["schedule"]
     if pipeline == 1:
         return
@@ -269,7 +269,7 @@ def _pipeline(config: Config) -> None:
         known = "the number of the model's blocks" if layers is None else f"model.n_layers={layers}"
         fix = f"Give {stages} numbers that add up to {known}, or null."
         raise ConfigError(wrong, "strategy.blocks_per_stage", _plain(blocks), fix=fix)
-    if schedule == "interleaved_zero_bubble":  # its backward pass goes through a block twice: for the inputs, then for the weights
+    if schedule == "interleaved_zero_bubble":  # two backward passes per block: one for the inputs, one for the weights
         if strategy["activation_checkpointing"] == "selective":
             message = "selective checkpointing allows one backward pass, and strategy.schedule=interleaved_zero_bubble makes two"
             fix = "Use full, or strategy.schedule=interleaved_1f1b."
@@ -303,13 +303,13 @@ def _microbatches(config: Config) -> None:
 
 
 def _heads(model: Config) -> dict[str, int]:
-    """Numbers of heads, of queries and of keys, where the model has such settings."""
+    """n_heads and n_kv_heads, if the model has these settings."""
     heads = model.get("n_heads")
     return {} if not isinstance(heads, int) else {"n_heads": heads, "n_kv_heads": model.get("n_kv_heads") or heads}
 
 
 def _nearest(value: int, step: int) -> list[str]:
-    """The multiples of `step` around a value that is none."""
+    """The multiples of `step` just below and above `value`."""
     below = value // step * step
     return [str(n) for n in (below, below + step) if n]
 
@@ -324,5 +324,5 @@ def _either(choices: list[Any]) -> str:
 
 
 def _plain(value: Any) -> str:
-    """As it is typed."""
+    """The value as a user types it on the command line."""
     return str(value).lower() if isinstance(value, bool) else str(value).replace(" ", "")

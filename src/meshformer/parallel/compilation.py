@@ -1,4 +1,4 @@
-"""What `trainer.compile=auto` becomes: true where compiling works and the run is long enough to win back the time that it takes. Without torch."""
+"""Resolves `trainer.compile=auto`: true where torch.compile works and the run is long enough to make up for the compile time. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from meshformer.config.errors import ConfigError
 from meshformer.config.signature import attribute
 
 Config = dict[str, Any]
-# From how many floating-point operations of a whole run, on each core or GPU, compiling its blocks is worth while; see `compiles`.
+# FLOPs of the whole run per core or GPU from which compiling the blocks pays off; see `compiles`.
 WORTH_WHILE = {"cpu": 5e13, "gpu": 1e17}
 
 
 def compiles(config: Config) -> tuple[bool, str]:
-    """Whether to compile, and why, in a word or two. `config`: all else is settled.
+    """(whether to compile, a short reason). `config`: resolved except for trainer.compile.
 
-    Compiling a block for training and for evaluation took 52 s of CPU time (AMD EPYC, torch 2.13, 2026-11-27), and steps of the default recipe
-    were then 1.2 times as fast: a core wins that back in about five minutes, which are 5e12 to 3e13 of these operations, by precision and size.
-    README's table of an H200 has our network at 0.28 of the card's rate eagerly and 0.49 compiled (`python -m meshformer.bench gpu`); 1e17
-    operations are seven minutes there, eagerly. A slower device is busy for longer with the same run, and gains more.
+    CPU: compiling a block for training and evaluation took 52 s of CPU time (AMD EPYC, torch 2.13, 2026-11-27), after which steps of the default
+    recipe were 1.2 times as fast. A core makes up for that in about five minutes of training, 5e12 to 3e13 FLOPs depending on precision and size.
+    GPU: in README's table for an H200 our model reaches an MFU of 0.28 in eager mode and 0.49 compiled (`python -m meshformer.bench gpu`), and
+    1e17 FLOPs take seven minutes in eager mode. Slower devices take longer for the same run, so they gain more.
     """
     trainer = config["trainer"]
     if (reason := _unsuited(config)) is not None:
@@ -37,29 +37,29 @@ def compiles(config: Config) -> tuple[bool, str]:
 
 
 def lacking(accelerator: str) -> str | None:
-    """What torch.compile needs on this machine and does not find."""
+    """The first requirement of torch.compile that is missing on this machine, or None."""
     if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
-        return "Python's header files"  # what it makes is a module of Python's
+        return "Python's header files"  # Inductor builds a Python extension module
     if accelerator == "gpu":
         if importlib.util.find_spec("triton") is None:
             return "the package triton"
         compilers = [os.environ.get("CC"), "gcc", "clang"]
         return None if any(name and shutil.which(name) for name in compilers) else "a C compiler (gcc)"
-    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")  # Inductor looks for no other
+    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")  # the only compilers that Inductor tries
     return None if shutil.which(compiler) else f"a C++ compiler ({compiler})"
 
 
 def check_compile(config: Config) -> None:
-    """trainer.compile against what this machine has."""
+    """ConfigError if trainer.compile is true and this machine lacks a requirement."""
     missing = lacking(config["trainer"]["accelerator"])
     if config["trainer"]["compile"] and missing is not None:
         raise ConfigError(f"torch.compile needs {missing}", "trainer.compile", "true", fix="Install it, or use trainer.compile=false.")
 
 
 def _unsuited(config: Config) -> str | None:
-    """Why this run is better not compiled, however long it is."""
+    """Why this run should not be compiled, whatever its length; None if nothing speaks against it."""
     model, trainer, stage = config["model"], config["trainer"], config["stage"]
-    parts = [model, *(model.get(name) for name in ("attention", "position"))]  # a block that is no one graph would end the run
+    parts = [model, *(model.get(name) for name in ("attention", "position"))]  # compiling with fullgraph=True fails on a graph break
     if not attribute(model["_target_"], "one_graph") or not all(
         str(part["_target_"]).startswith("meshformer.") for part in parts if isinstance(part, dict)
     ):
@@ -69,7 +69,7 @@ def _unsuited(config: Config) -> str | None:
     if config["strategy"]["schedule"] == "interleaved_zero_bubble":
         return "its schedule needs two backward passes"
     if trainer["deterministic"]:
-        return "trainer.deterministic=true"  # kernels may be chosen by timing them, which a resumed run does anew
+        return "trainer.deterministic=true"  # Inductor may select kernels by timing them, so a resumed run could select others
     if stage.get("unfreeze_every"):
         return "stage.unfreeze_every changes the blocks"
     if config["data"]["kind"] == "texts":
@@ -80,7 +80,7 @@ def _unsuited(config: Config) -> str | None:
 
 
 def _operations(config: Config) -> int:
-    """Of the blocks in the whole run, as Kaplan et al. (2020) estimate them: 6 for each entry of a matrix and each token."""
+    """FLOPs of the blocks in the whole run: 6 per matrix parameter and token (Kaplan et al. 2020)."""
     model, data = config["model"], config["data"]
     width = model["d_model"]
     tokens = data["context_length"]

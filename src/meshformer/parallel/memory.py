@@ -1,4 +1,4 @@
-"""Sizes that this machine cannot hold. They are compared before anything is allocated: torch would take the machine's whole memory, or crash."""
+"""Checks that weights and hidden states fit this machine's memory, before anything is allocated: otherwise torch exhausts the memory or crashes."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from meshformer.config.errors import ConfigError
 from meshformer.config.signature import attribute
 
 Config = dict[str, Any]
-TRAINED_BYTES, DRAWN_BYTES = 8, 4  # of each parameter: fp32 weight and gradient; the weight alone, where a GPU holds the rest
+TRAINED_BYTES, DRAWN_BYTES = 8, 4  # host bytes per parameter: fp32 weight and gradient on a CPU; the initial weight alone with a GPU
 
 
 def check_memory(config: Config) -> None:
-    """ConfigError where one node's part of the weights, or one layer of hidden states, exceeds this machine's memory. Lower bounds: what passes
-    may still not fit."""
+    """ConfigError where the weights on one node, or one hidden state per layer, exceed this machine's memory. These are lower bounds: a run that
+    passes may still run out of memory."""
     model, memory = config["model"], machine_memory()
     sized = all(model.get(key) is not None for key in ("d_model", "n_layers", "context_length"))
     if memory is None or not sized or not attribute(model["_target_"], "usual_settings"):
@@ -44,7 +44,7 @@ def check_memory(config: Config) -> None:
 
 
 def _parameters(config: Config) -> dict[str, float]:
-    """At least how many parameters each key answers for: the blocks by their width or number, the embedding by the vocabulary."""
+    """Configuration key -> a lower bound of the number of parameters that it causes: blocks, token embedding, position table."""
     model, data = config["model"], config["data"]
     width, layers = model["d_model"], model["n_layers"]
     blocks = layers * width * (2.0 * width + 2 * (model.get("d_ff") or 2 * width))
@@ -57,7 +57,7 @@ def _parameters(config: Config) -> dict[str, float]:
 
 
 def machine_memory() -> int | None:
-    """Bytes of memory of this machine, or of the control group around this process where that is less; None where neither is told."""
+    """Bytes of memory of this machine, or of this process's control group if that is less; None if unknown."""
     try:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError, AttributeError):

@@ -1,7 +1,7 @@
-"""What trades memory for time inside a block, in any layout: activation checkpointing and torch.compile.
+"""Memory options of a block, for every layout: activation checkpointing and torch.compile.
 
-Both wrap the block's `forward` on the instance, so no module is added and no name in a checkpoint changes. Compilation is inside, so that
-the compiled code is what is computed again; FSDP's hooks, which hang on the call, stay outside of both.
+Both replace `block.forward` on the instance, so no module is added and no parameter name changes. Checkpointing wraps the compiled forward, so
+the compiled code is recomputed. FSDP's hooks run around the module call, outside of both.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-# Expensive to compute again: matrix products, attention, and what other ranks must take part in. Everything else is cheap. Words in names of
-# operators, of which each device has its own.
+# Selective checkpointing saves the outputs of the operators whose name contains one of these: matrix products, attention and collectives are
+# expensive to recompute. Parts of names, because each device has its own attention operators.
 KEPT = ("aten.mm.", "aten.addmm.", "aten.bmm.", "scaled_dot_product", "all_gather_into_tensor", "reduce_scatter_tensor", "functional.all_reduce.")
 
 
@@ -22,10 +22,10 @@ BACKEND = "inductor"  # of torch.compile
 
 
 def apply_memory_options(blocks: Iterable[Any], activation_checkpointing: str, compile: bool) -> None:
-    """`activation_checkpointing`: `none`; `full`: a block keeps its input alone and is computed again in the backward pass (Chen et al. 2016);
-    `selective`: it also keeps the results of the operations in KEPT."""
+    """Compiles and checkpoints blocks in place. `activation_checkpointing`: `none`; `full`: only a block's input is saved, and the block is
+    recomputed in the backward pass (Chen et al. 2016); `selective`: the outputs of the operators in KEPT are saved too."""
     for block in blocks:
-        if compile:  # blocks of one class share the compiled code, and a part that cannot be compiled is an error, not a silent loss
+        if compile:  # all blocks share the compiled code; fullgraph=True makes a graph break an error
             block.forward = torch.compile(block.forward, backend=BACKEND, fullgraph=True)
         if activation_checkpointing == "full":
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)

@@ -1,12 +1,12 @@
-"""The device mesh: named axes over the processes, and the groups of axes that belong together.
+"""The device mesh: its named axes, outermost first, and groups of axes with names of their own.
 
-    pipeline   which layers a process holds
-    replicate  copies that see different samples
-    shard      processes that see different samples and each keep a part of every parameter (FSDP)
-    context    processes that see different parts of each sequence
-    tensor     processes that share every matrix product
+    pipeline   each rank holds other layers
+    replicate  each rank gets other samples and holds a replica of the parameters
+    shard      each rank gets other samples and holds a shard of every parameter (FSDP)
+    context    each rank gets another slice of every sequence
+    tensor     each rank computes a part of every matrix product
 
-Processes that are neighbours in the tensor axis have neighbouring ranks, so that the chattiest axis stays inside a machine.
+The tensor axis is innermost, so its ranks are consecutive: it communicates most and should stay inside a node.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ AXES = ("pipeline", "replicate", "shard", "context", "tensor")
 
 
 def make_mesh(degrees: Degrees, device_type: str) -> DeviceMesh:
-    """The mesh of all processes, with three groups of axes under names of their own.
+    """The mesh of all processes, with three flattened groups of axes.
 
-    `data_parallel` = replicate × shard: who sees which samples (Lightning's name). `sharded` = shard × context: over these FSDP cuts parameters,
-    since both would otherwise hold copies. `tokens` = replicate × shard × context: over these losses and token counts are summed.
+    `data_parallel` = replicate × shard: ranks with different samples (Lightning's name). `sharded` = shard × context: FSDP shards parameters over
+    both, since context ranks would otherwise hold replicas. `tokens` = replicate × shard × context: losses and token counts are summed over it.
     """
     mesh = init_device_mesh(device_type, tuple(getattr(degrees, axis) for axis in AXES), mesh_dim_names=AXES)
     flatten(mesh["replicate", "shard"], "data_parallel")

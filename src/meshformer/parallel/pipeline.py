@@ -1,6 +1,6 @@
-"""Pipeline parallel: consecutive layers on consecutive processes, micro-batches passing through them (Huang et al. 2019, GPipe).
+"""Pipeline parallelism: each rank holds consecutive layers, and micro-batches pass through the ranks (GPipe, Huang et al. 2019).
 
-Schedules are torch.distributed.pipelining's; where the model is cut is ours (stages.py).
+The schedules are torch.distributed.pipelining's; stages.py splits the model.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ SCHEDULES: dict[str, Any] = {
 
 
 class Stage(nn.Module):
-    """One stage as the schedules call it: hidden states in and out, all that `forward` is given looked up by the micro-batch's number.
+    """One stage as the schedules call it: hidden states in and out. The other inputs of the model are looked up by the micro-batch's number.
 
-    The precision context is opened here, so that the backward pass, which the schedule runs, is outside of it.
+    The precision context is entered here, so that the backward pass, which the schedule runs, is outside of it.
     """
 
     def __init__(self, part: Any, context: Callable[[], AbstractContextManager[Any]]):
@@ -48,12 +48,12 @@ class Stage(nn.Module):
     def forward(self, x: Tensor, number: Tensor) -> Tensor:
         with self.context():
             output = run_part(self.part, self.micro_inputs[int(number)], x)
-        # Schedules of torch 2.11 compare strides with a first pass's, and logits gathered from uneven pieces are a part of a wider tensor.
+        # Schedules of torch 2.11 require the strides of the first pass, and logits gathered from uneven shards are a view of a padded tensor.
         return output.contiguous()
 
 
 class Pipeline:
-    """Runs batches through the stages of this rank and its pipeline peers; put on `Task.pipeline` by the strategy."""
+    """Runs batches through the stages of this rank and the other ranks of its pipeline. The strategy sets `Task.pipeline` to `losses`."""
 
     def __init__(self, task: Any, stages: list[Any], numbers: list[int], n_stages: int, mesh: DeviceMesh, strategy: dict[str, Any]):
         self.task, self.stages, self.numbers, self.n_stages = task, stages, numbers, n_stages
@@ -61,25 +61,25 @@ class Pipeline:
         self.schedule, self.microbatches = SCHEDULES[strategy["schedule"]], strategy["microbatches"]
         self.has_first, self.has_last = 0 in numbers, n_stages - 1 in numbers
         self.last_rank = (n_stages - 1) % self.size
-        self._made: dict[Any, Any] = {}
+        self._schedules: dict[Any, Any] = {}
         self._micro: list[dict[str, Tensor]] = []
         self._phase = "train"
-        self._sums: dict[int, Tensor] = {}  # number of a micro-batch -> its loss sum and count
+        self._loss_sums: dict[int, Tensor] = {}  # number of a micro-batch -> its loss sum and count
         self._scale = 1.0
         self._checked = False
 
     def losses(self, batch: dict[str, Tensor], phase: str) -> tuple[Tensor, Tensor]:
-        """(loss sum, count) of the batch, the same on every rank of the pipeline. No gradients."""
+        """(loss sum, count) of the batch, the same on every rank of the pipeline, without gradients. A collective."""
         return self._run(batch, phase, train=False)
 
     def forward_backward(self, batch: dict[str, Tensor], scale: float) -> tuple[Tensor, Tensor]:
-        """`losses`; adds the gradient of `scale` × the loss sum to the parameters'."""
+        """As `losses`, and accumulates the gradient of `scale` × the loss sum in the parameters."""
         self._scale = scale
         return self._run(batch, "train", train=True)
 
     def _run(self, batch: dict[str, Tensor], phase: str, train: bool) -> tuple[Tensor, Tensor]:
         if not self._checked:
-            self._check_same(batch)
+            self._check_same_batch(batch)
         size = next(iter(batch.values())).shape[0]
         n = self.microbatches if train else max(n for n in range(1, self.microbatches + 1) if size % n == 0)
         cuts = {name: x.chunk(n) if x.shape[0] == size else [x] * n for name, x in batch.items()}
@@ -100,31 +100,31 @@ class Pipeline:
         total = torch.zeros(2, dtype=torch.float64, device=self.task.device)
         if self.has_last:
             for i in range(n):
-                total += self._sums.pop(i)
+                total += self._loss_sums.pop(i)
         dist.broadcast(total, group=self.group, group_src=self.last_rank)
         return total[0].float(), total[1].long()
 
     def _schedule(self, train: bool, n: int, batch: dict[str, Tensor]) -> Any:
-        """Stages allocate their buffers for one shape, so each shape has stages and a schedule of its own."""
+        """The schedule for a batch's shapes. PipelineStage allocates buffers for one shape, so each shape gets its own stages and schedule."""
         key = (train, n, torch.is_inference_mode_enabled(), *(tuple(x.shape) for x in batch.values()))
-        if key not in self._made:
+        if key not in self._schedules:
             multi = issubclass(self.schedule, PipelineScheduleMulti)
             device = self.task.device
             stages = [PipelineStage(s, i, self.n_stages, device, group=self.group) for s, i in zip(self.stages, self.numbers, strict=True)]
             make: Any = self.schedule if train else ScheduleLoopedBFS if multi else ScheduleGPipe
-            # Losses are sums already: scaling by the micro-batches would divide what is pending once more at every call.
-            self._made[key] = make(stages if multi else stages[0], n_microbatches=n, loss_fn=self._loss, scale_grads=False)
-        return self._made[key]
+            # The losses are sums, and scale_grads=True would divide the accumulated gradients by n at every call.
+            self._schedules[key] = make(stages if multi else stages[0], n_microbatches=n, loss_fn=self._loss, scale_grads=False)
+        return self._schedules[key]
 
     def _loss(self, output: Tensor, number: Tensor) -> Tensor:
         i = int(number)
         with self.stages[-1].context():
             loss_sum, count = self.task.scored(output, self._micro[i], self._phase)
-        self._sums[i] = torch.stack((loss_sum.detach().double(), count.double()))
+        self._loss_sums[i] = torch.stack((loss_sum.detach().double(), count.double()))
         return loss_sum * self._scale
 
-    def _check_same(self, batch: dict[str, Tensor]) -> None:
-        """Ranks of one pipeline must see the same batch; random augmentation seeded by rank, say, would train on mixtures silently."""
+    def _check_same_batch(self, batch: dict[str, Tensor]) -> None:
+        """RuntimeError if ranks of one pipeline got different batches, for example by augmentation seeded by rank. A collective."""
         sums = torch.stack([x.double().sum() for x in batch.values()])
         both = torch.cat((sums, -sums))
         dist.all_reduce(both, op=dist.ReduceOp.MAX, group=self.group)
@@ -132,16 +132,16 @@ class Pipeline:
             raise RuntimeError("the ranks of one pipeline were given different batches: augmentation must not depend on the process")
 
     def add_tied(self, tied: Mapping[str, str]) -> None:
-        """A matrix of the first stage and one of the last are one (name in the last -> name in the first): both get the sum of their gradients."""
+        """Sums the gradients of parameters that the first and the last stage share; `tied`: name in the last -> name in the first."""
         parameters = dict(self.task.model.named_parameters(remove_duplicate=False))
         peer = self.last_rank if self.has_first else 0
         for other, name in tied.items():
-            if (other in parameters) == (name in parameters):  # neither end is here (or both are: then it is one parameter)
+            if (other in parameters) == (name in parameters):  # neither stage is on this rank, or both are and autograd has summed already
                 continue
             matrix = parameters.get(name, parameters.get(other))
             if matrix is None or not matrix.requires_grad:
                 continue
-            mine = local(matrix.grad)
+            mine = local_tensor(matrix.grad)
             theirs = torch.empty_like(mine)
             send = dist.P2POp(dist.isend, mine, group=self.group, group_peer=peer)
             receive = dist.P2POp(dist.irecv, theirs, group=self.group, group_peer=peer)
@@ -150,6 +150,6 @@ class Pipeline:
             mine.add_(theirs)
 
 
-def local(x: Any) -> Tensor:
-    """This rank's piece of a parameter or gradient."""
+def local_tensor(x: Any) -> Tensor:
+    """The local tensor of a DTensor; a plain tensor itself."""
     return x.to_local() if isinstance(x, DTensor) else x

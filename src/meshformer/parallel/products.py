@@ -1,5 +1,5 @@
-"""Matrix products that only GPUs have: in float8, and, under tensor parallel, overlapped with the exchange of what they multiply. Both need
-torch.compile. parallel/check.py refuses them elsewhere; neither has been measured by us."""
+"""GPU-only matrix products: in float8, and with tensor parallelism overlapped with communication (async tensor parallelism). Both need
+torch.compile, which parallel/check.py enforces. We have measured neither."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from meshformer.parallel.check import FLOAT8_CAPABILITY
 
 
 def in_float8(model: Any) -> None:
-    """The linear layers of the blocks multiply in float8, forward and backward, scaled by tensor (torchao). Weights and their names stay."""
+    """Makes the linear layers of the blocks multiply in float8 (torchao, tensorwise scaling), forward and backward. Weights keep dtype and name."""
     if torch.cuda.get_device_capability() < FLOAT8_CAPABILITY:
         raise ConfigError("this GPU multiplies no float8 matrices", "trainer.float8", "true", fix="Leave it out.")
     from torchao.float8 import convert_to_float8_training  # pyright: ignore[reportMissingImports]
@@ -24,5 +24,5 @@ def in_float8(model: Any) -> None:
 
 
 def overlap(mesh: DeviceMesh) -> None:
-    """Products before a scatter and after a gather over `mesh` (the tensor axis) are cut into pieces that are sent while the next is computed."""
+    """Splits the matrix products next to an all-gather or reduce-scatter over `mesh` (the tensor axis) into chunks, and overlaps both."""
     overlap_products_with_transfers(mesh.get_group().group_name)

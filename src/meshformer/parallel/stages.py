@@ -1,7 +1,7 @@
-"""Where a pipeline cuts a model, and a model of which a process holds a part: other modules stand in the place of what is elsewhere.
+"""Splits a model into pipeline stages.
 
-The model's own `forward` runs in every stage. What stands before the blocks is replaced by the hidden states that arrive, a block by nothing,
-and what stands behind the blocks by the end of the forward pass.
+Every stage runs the model's own `forward`, with placeholders for the modules of other stages: the embedding returns the hidden states received
+from the previous stage, a block is the identity, and the head ends the forward pass by raising `StageOutput`.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from meshformer.config.errors import ConfigError
 from meshformer.model.layout import blocks_name, blocks_of, plan_of, ties
 
 
-class StandIn(nn.Module):
-    """In the place of a block that another process holds: hidden states pass."""
+class Placeholder(nn.Module):
+    """Replaces a block of another stage: the identity."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return args[0] if args else next(iter(kwargs.values()))
 
 
-class Arrived(StandIn):
-    """In the place of what gives the first hidden states."""
+class ReceivedHidden(Placeholder):
+    """Replaces the first embedding: returns the hidden states from the previous stage, once."""
 
     hidden: Tensor | None = None
 
@@ -35,54 +35,54 @@ class Arrived(StandIn):
         return hidden
 
 
-class Added(StandIn):
-    """In the place of what else stands before the blocks: adds nothing where it would be given numbers of tokens, and lets hidden states pass."""
+class OmittedEmbedding(Placeholder):
+    """Replaces the other modules before the blocks: returns 0, an addend without effect, for token ids or positions, and hidden states unchanged."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         x = super().forward(*args, **kwargs)
         return x if x.is_floating_point() else torch.zeros((), device=x.device)
 
 
-class Left(Exception):
-    """Hidden states have come to the end of what this process holds."""
+class StageOutput(Exception):
+    """Raised by `StageEnd` with the output of this stage, to leave the model's `forward`."""
 
     def __init__(self, hidden: Tensor):
         super().__init__()
         self.hidden = hidden
 
 
-class Leave(StandIn):
-    """In the place of what stands behind the blocks."""
+class StageEnd(Placeholder):
+    """Replaces a module after the blocks."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        raise Left(super().forward(*args, **kwargs))
+        raise StageOutput(super().forward(*args, **kwargs))
 
 
 def held_blocks(model: nn.Module) -> list[nn.Module]:
-    """The blocks of which this process has the parameters."""
-    return [block for block in blocks_of(model) if not isinstance(block, StandIn)]
+    """The blocks whose parameters are on this rank."""
+    return [block for block in blocks_of(model) if not isinstance(block, Placeholder)]
 
 
-def run_part(part: nn.Module, inputs: dict[str, Any], arrived: Tensor | None) -> Tensor:
-    """`forward` of a part, given the hidden states that arrived where it does not begin with the tokens."""
+def run_part(part: nn.Module, inputs: dict[str, Any], received: Tensor | None) -> Tensor:
+    """The output of one stage. `inputs`: the model's keyword arguments; `received`: hidden states (B, T, C) from the previous stage, if any."""
     plan = plan_of(part)
     assert plan is not None
     first = part.get_submodule(plan.embed[0])
-    if isinstance(first, Arrived):
-        first.hidden = arrived
+    if isinstance(first, ReceivedHidden):
+        first.hidden = received
     try:
         return part(**inputs)
-    except Left as left:
-        return left.hidden
+    except StageOutput as output:
+        return output.hidden
 
 
 # --- where to cut
 
 
 def balanced(costs: Sequence[float], last: float, stages: int) -> list[int]:
-    """How many of the consecutive blocks each stage holds, at least one each, so that the costliest stage is as cheap as can be.
+    """The number of blocks of each stage, at least 1, that minimises the cost of the most expensive stage, by dynamic programming.
 
-    `costs` of the blocks; `last` is what the head adds to the last stage. By dynamic programming over the cuts.
+    `costs`: of each block; `last`: the cost of the head, which belongs to the last stage. ValueError for more stages than blocks.
     """
     n = len(costs)
     if stages > n:
@@ -108,7 +108,7 @@ def balanced(costs: Sequence[float], last: float, stages: int) -> list[int]:
 
 
 def stage_costs(model: nn.Module, context_length: int) -> tuple[list[float], float]:
-    """Forward FLOPs a token of each block, and of what stands behind the blocks; see model/count.py."""
+    """Forward FLOPs per token of each block, and of the modules after the blocks; see model/count.py."""
     plan, blocks = plan_of(model), blocks_of(model)
     assert plan is not None
     costs = []
@@ -121,15 +121,15 @@ def stage_costs(model: nn.Module, context_length: int) -> tuple[list[float], flo
 
 
 def present(model: nn.Module, names: Sequence[str]) -> list[str]:
-    """Those of the plan's names that this model has: an option may leave a module out."""
+    """The names among `names` that exist in this model: a setting can leave a module out."""
     known = {name for name, _ in model.named_modules()}
     return [name for name in names if name in known]
 
 
 def check_pipeline_plan(model: nn.Module, stages: int) -> None:
-    """ConfigError where the model cannot be cut into stages."""
+    """ConfigError if the model cannot be split into `stages` stages."""
     plan, blocks = plan_of(model), blocks_name(model)
-    assert plan is not None, "parallel/check.py asks for a plan"
+    assert plan is not None, "MeshStrategy._check_plan requires a plan"
     if blocks is None or len(blocks_of(model)) < stages:
         message = f"the model has {len(blocks_of(model))} blocks, and each of {stages} stages needs one"
         raise ConfigError(message, "strategy.pipeline", stages, fix="Use fewer stages, or a deeper model.")
@@ -149,9 +149,10 @@ def check_pipeline_plan(model: nn.Module, stages: int) -> None:
 
 
 def cut(model: nn.Module, counts: Sequence[int], keep: Sequence[int]) -> list[Any]:
-    """Removes from `model`, in place, all but the stages `keep`; returns one view of it for each of them, sharing its modules.
+    """Replaces in `model`, in place, all modules except those of the stages `keep`; returns one view of the model per kept stage.
 
-    Parameters keep their names. The first stage has what the plan calls `embed`, the last its `head`.
+    `counts`: blocks per stage. Views share the modules of `model`, and parameters keep their names. The first stage also has the modules that the
+    Plan calls `embed`, the last those that it calls `head`.
     """
     plan, blocks = plan_of(model), blocks_name(model)
     assert plan is not None and blocks is not None
@@ -159,24 +160,24 @@ def cut(model: nn.Module, counts: Sequence[int], keep: Sequence[int]) -> list[An
     stage_of = [stage for stage, count in enumerate(counts) for _ in range(count)]
     embed, head = present(model, plan.embed), present(model, plan.head)
 
-    def without(held: Sequence[int]) -> dict[str, nn.Module]:
-        gone: dict[str, nn.Module] = {f"{blocks}.{i}": StandIn() for i in range(n) if stage_of[i] not in held}
+    def placeholders(held: Sequence[int]) -> dict[str, nn.Module]:
+        replaced: dict[str, nn.Module] = {f"{blocks}.{i}": Placeholder() for i in range(n) if stage_of[i] not in held}
         if 0 not in held:
-            gone |= {name: Arrived() if name == plan.embed[0] else Added() for name in embed}
+            replaced |= {name: ReceivedHidden() if name == plan.embed[0] else OmittedEmbedding() for name in embed}
         if last not in held:
-            gone |= {name: Leave() for name in head}
-        return gone
+            replaced |= {name: StageEnd() for name in head}
+        return replaced
 
-    # What computes something for each head keeps the share of its own view.
-    views = [_view(model, {**{name: copy.copy(model.get_submodule(name)) for name in plan.per_head}, **without([stage])}) for stage in keep]
-    for name, module in without(keep).items():
+    # Each view has its own copy of the per-head modules, because `share_heads` changes them in place.
+    views = [_view(model, {**{name: copy.copy(model.get_submodule(name)) for name in plan.per_head}, **placeholders([stage])}) for stage in keep]
+    for name, module in placeholders(keep).items():
         owner, _, own = name.rpartition(".")
         setattr(model.get_submodule(owner), own, module)
     return views
 
 
 def _view(model: nn.Module, others: dict[str, nn.Module]) -> Any:
-    """The model with other modules in some places, sharing all else."""
+    """A shallow copy of the model with the modules of `others` (name -> module) in place of its own."""
     view = view_of(model)
     inside: dict[str, dict[str, nn.Module]] = {}
     for name, module in others.items():
@@ -191,14 +192,14 @@ def _view(model: nn.Module, others: dict[str, nn.Module]) -> Any:
 
 
 def check_between(view: nn.Module, inputs: dict[str, Any]) -> None:
-    """ConfigError where `forward` does arithmetic of its own between what the plan calls embed, blocks and head: each stage would repeat it."""
+    """ConfigError if `forward` changes hidden states between the modules of the plan: every stage would repeat that arithmetic."""
     plan, blocks = plan_of(view), blocks_name(view)
     assert plan is not None
-    others: dict[str, nn.Module] = {f"{blocks}.{i}": StandIn() for i in range(len(blocks_of(view)))}
-    others |= {name: Arrived() if name == plan.embed[0] else Added() for name in present(view, plan.embed)}
-    others |= {name: Leave() for name in present(view, plan.head)}
+    others: dict[str, nn.Module] = {f"{blocks}.{i}": Placeholder() for i in range(len(blocks_of(view)))}
+    others |= {name: ReceivedHidden() if name == plan.embed[0] else OmittedEmbedding() for name in present(view, plan.embed)}
+    others |= {name: StageEnd() for name in present(view, plan.head)}
     tokens = next(iter(inputs.values()))
-    # No random numbers: a resumed run tries this at another step, whose dropout must stay the same.
+    # No random numbers: a resumed run calls this at another step, and it must not change the dropout of that step.
     given = torch.arange(8.0 * tokens.shape[0] * tokens.shape[1], device=tokens.device).view(*tokens.shape[:2], 8)
     with torch.no_grad():
         found = run_part(_view(view, others), inputs, given)

@@ -1,4 +1,4 @@
-"""The Lightning strategy that a `strategy` config node asks for."""
+"""Builds the Lightning strategy of a `strategy` config node."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from .strategy import MeshStrategy, all_reduced
 
 
 class SingleDevice(StepStrategy, SingleDeviceStrategy):
-    """Lightning's, and what a step asks of it."""
+    """Lightning's SingleDeviceStrategy with the methods that training/step.py calls."""
 
 
 class DataParallel(StepStrategy, DDPStrategy):
-    """Lightning's DDP, and what a step asks of it. It wraps the task's `forward` alone, as in plain PyTorch."""
+    """Lightning's DDPStrategy with the methods that training/step.py calls. DDP wraps the task's `forward` only, as in plain PyTorch."""
 
     @property
     def averaged_over(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -30,7 +30,7 @@ class DataParallel(StepStrategy, DDPStrategy):
         model: Any = self.model
         return model.no_sync()
 
-    # Lightning does what DDP's forward does once more, for tasks that are not called through it.
+    # Lightning's two hooks prepare the reducer for modules that are not called through DDP's forward. Ours is, so they do nothing.
 
     def pre_backward(self, closure_loss: Tensor) -> None:
         pass
@@ -45,15 +45,15 @@ class DataParallel(StepStrategy, DDPStrategy):
 def make_strategy(
     strategy: dict[str, Any], compile: bool = False, context_length: int = 1, static_graph: bool = False, device: str = "cpu"
 ) -> Strategy:
-    """`single` (on `device`) and `ddp` are Lightning's own, everything else is the mesh strategy with other degrees.
+    """`single` (on `device`) and `ddp` are Lightning's own strategies; every other layout is MeshStrategy with other degrees.
 
-    `strategy["timeout"]` is in seconds: how long a rank waits for a silent peer. `static_graph`: every step computes the same graph and reduces
-    gradients. DDP dies in an internal assert where its first backward pass is a micro-batch that does not (`no_sync`).
+    `strategy["timeout"]`: seconds until a collective without an answer fails. `static_graph`: DDP's option; every backward pass must have the same
+    graph and reduce gradients, since DDP fails in an internal assert if its first backward pass is inside `no_sync`.
     """
     if strategy["name"] == "single":
         return SingleDevice(torch.device(device))
     if strategy["name"] == "ddp":
-        # Ranks keep sums of their own (metrics): DDP must not overwrite them with rank 0's at every forward. The model has no buffers.
+        # broadcast_buffers would overwrite each rank's metric sums with rank 0's at every forward. The model itself has no buffers.
         timeout = timedelta(seconds=strategy["timeout"])
         return DataParallel(timeout=timeout, gradient_as_bucket_view=True, broadcast_buffers=False, static_graph=static_graph)
     return MeshStrategy(strategy, compile, context_length, device)

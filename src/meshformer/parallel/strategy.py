@@ -1,7 +1,7 @@
-"""The one Lightning strategy behind every layout that `single` and `ddp` are not: it cuts the model over a device mesh.
+"""The Lightning strategy of every layout except `single` and `ddp`: it shards the model over a device mesh.
 
-Order of what is done to a model (torchtitan's, with the pipeline first): cut into pipeline stages → tensor → context → checkpointing and
-compilation → FSDP → memory → first values. The model is on torch's meta device until then, so a rank never holds more than its part.
+The order (torchtitan's, with the pipeline first): split into pipeline stages → tensor parallelism → context parallelism → activation checkpointing
+and compilation → FSDP → allocate → initialise. Until it is allocated the model is on the meta device, so a rank never holds more than its shards.
 """
 
 from __future__ import annotations
@@ -38,24 +38,24 @@ from meshformer.training.protocol import StepStrategy
 from .context import ContextAxis
 from .memory_options import apply_memory_options
 from .mesh import make_mesh
-from .pipeline import Pipeline, Stage, local
+from .output_check import check_same_output, output_of, trial_batch
+from .pipeline import Pipeline, Stage, local_tensor
 from .products import overlap
 from .sharded import reshard, shard, without_reduction
 from .stages import balanced, check_pipeline_plan, cut, held_blocks, stage_costs
 from .tensor import apply_tensor_parallel, check_tensor_plan
-from .tried import check_same_output, output_of, trial_batch
 
 
 class MeshStrategy(StepStrategy, ModelParallelStrategy):
-    """`settings` is a resolved `strategy` config node; `compile` and `context_length` come from elsewhere in the configuration.
+    """`settings` is a resolved `strategy` config node; `compile` is trainer.compile and `context_length` the data's.
 
-    `init_from`: a checkpoint whose weights the model starts from, set before `fit`; all but those in `reinit`, and in `new_parts` where these
-    do not fit.
+    `init_from`, set before `fit`: a checkpoint with the initial weights. Parameters that match `reinit` are not loaded, and those that match
+    `new_parts` are not loaded if they are missing there or have another shape.
     """
 
     def __init__(self, settings: dict[str, Any], compile: bool = False, context_length: int = 1, device: str = "cpu"):
         self.timeout = timedelta(seconds=settings["timeout"])
-        # With parameters on the host (cpu_offload, asynchronous checkpoints) collectives on host tensors are needed too.
+        # With a GPU also gloo, for collectives on CPU tensors (cpu_offload, asynchronous checkpoints).
         super().__init__(timeout=self.timeout, process_group_backend="gloo" if device == "cpu" else "cpu:gloo,cuda:nccl")
         self._mesh: DeviceMesh | None = None
         self.settings, self.compile, self.context_length = settings, compile, context_length
@@ -74,15 +74,15 @@ class MeshStrategy(StepStrategy, ModelParallelStrategy):
         super().setup_environment()
         if self._mesh is None:
             self.make_mesh()
-            # Checkpoints are agreed upon by the hosts, possibly while training communicates in other groups.
-            self._hosts: Any = dist.new_group(backend="gloo", timeout=self.timeout)
+            # Saving a checkpoint uses its own gloo group, since it may run in the background while training uses the others.
+            self._checkpoint_group: Any = dist.new_group(backend="gloo", timeout=self.timeout)
 
     def make_mesh(self) -> None:
         self._mesh = make_mesh(self.degrees, self.root_device.type)
 
     @property
     def device_mesh(self) -> DeviceMesh:
-        """Instead of Lightning's, which has two axes."""
+        """Overrides Lightning's mesh, which has two axes."""
         assert self._mesh is not None, "setup_environment makes it"
         return self._mesh
 
@@ -94,12 +94,12 @@ class MeshStrategy(StepStrategy, ModelParallelStrategy):
 
     @property
     def averaged_over(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """FSDP averages, our own all-reduce sums."""
+        """FSDP averages gradients over its ranks; our own all-reduce sums them."""
         return self.degrees.data * self.degrees.context if self._uses_fsdp else 1
 
     @property
     def random_rank(self) -> int:
-        """Ranks that compute on different tokens, layers or parts of a layer draw different dropout; copies of one computation the same."""
+        """Ranks with different tokens, layers or parts of a layer need different dropout masks; ranks that compute the same need equal ones."""
         axes = ["pipeline", "replicate", "shard", "context"] + ["tensor"] * self.settings["sequence_parallel"]
         rank = 0
         for name in axes:
@@ -122,7 +122,7 @@ class MeshStrategy(StepStrategy, ModelParallelStrategy):
         if not self._built:
             self._build(self.lightning_module)
             self._built = True
-        if self.degrees.tensor > 1 and self.settings["loss_parallel"]:  # until teardown: backward passes need it too
+        if self.degrees.tensor > 1 and self.settings["loss_parallel"]:  # open until teardown, because backward passes need it too
             self._loss_parallel = loss_parallel()
             self._loss_parallel.__enter__()
         self.barrier()
@@ -134,7 +134,7 @@ class MeshStrategy(StepStrategy, ModelParallelStrategy):
         settings, degrees = self.settings, self.degrees
         model: Any = self.precision_plugin.convert_module(task.model)
         self.ties = ties(model)
-        whole = set(model.state_dict())  # a pipeline's rank holds a part of them
+        whole = set(model.state_dict())  # before a pipeline splits the model
         parts, numbers = [model], [0]
         n_stages = degrees.pipeline * settings["stages_per_rank"]
         self._check_plan(model, n_stages)
@@ -146,11 +146,11 @@ class MeshStrategy(StepStrategy, ModelParallelStrategy):
             self.context = ContextAxis(self.axis("context"), settings["context_method"])
         if settings["async_tensor_parallel"]:
             overlap(self.axis("tensor"))
-        whole_output = self._whole_output(task, model)
-        for part in parts:  # views share blocks with nobody, and the whole model is the only part where there is no pipeline
+        whole_output = self._unsharded_output(task, model)
+        for part in parts:  # the stages of this rank, or the whole model without a pipeline
             if degrees.tensor > 1:
                 apply_tensor_parallel(part, self.axis("tensor"), settings["sequence_parallel"], settings["loss_parallel"])
-            if self.context is not None:  # after the tensor axis: of the heads that are left, Ulysses takes its share
+            if self.context is not None:  # after tensor parallelism: Ulysses shards the remaining local heads
                 self.context.apply(part)
             if whole_output is not None:
                 self._check_output(task, part, whole_output)
@@ -172,7 +172,7 @@ class MeshStrategy(StepStrategy, ModelParallelStrategy):
         if any(p.is_meta for p in model.parameters()):
             model.to_empty(device="cpu" if settings["cpu_offload"] else self.root_device)
             if not self._uses_fsdp:
-                retie(model, self.ties)  # plain tensors were replaced by new ones, each by its own
+                retie(model, self.ties)  # to_empty gave each tied name a tensor of its own
             fill(model, task.seed, self.aliases)
         else:
             self.model_to_device()
@@ -180,10 +180,10 @@ class MeshStrategy(StepStrategy, ModelParallelStrategy):
             partial = self.pipeline is not None
             load_weights(model, self.init_from, partial, self.aliases, new=self.new_parts, reinit=self.reinit, whole=whole)
         self.model = self.lightning_module
-        self._measure_pieces(task)
+        self._weigh_shards(task)
 
     def _check_plan(self, model: Any, n_stages: int) -> None:
-        """ConfigError where the model does not say how it is cut along an axis of this layout."""
+        """ConfigError if the model has no Plan for an axis of this layout, or cannot be split that way."""
         plan = plan_of(model)
         for axis in ("tensor", "context", "pipeline"):
             if (degree := getattr(self.degrees, axis)) > 1 and (lacking := "a Plan" if plan is None else plan.lacks(axis)):
@@ -194,9 +194,9 @@ class MeshStrategy(StepStrategy, ModelParallelStrategy):
         if self.degrees.pipeline > 1:
             check_pipeline_plan(model, n_stages)
 
-    def _whole_output(self, task: Any, model: Any) -> Tensor | None:
-        """What a model says whose weights are there already, to be compared once it is cut. A stage of a pipeline says nothing alone, and on a GPU
-        the whole model may not fit."""
+    def _unsharded_output(self, task: Any, model: Any) -> Tensor | None:
+        """The output of the unsharded model, to compare with (output_check.py). None where that is impossible: on the meta device, for a pipeline
+        stage alone, and on a GPU, where the unsharded model may not fit."""
         shared = self.degrees.tensor > 1 or self.degrees.context > 1
         if not shared or self.degrees.pipeline > 1 or self.root_device.type != "cpu" or any(p.is_meta for p in model.parameters()):
             return None
@@ -210,23 +210,23 @@ class MeshStrategy(StepStrategy, ModelParallelStrategy):
             expected = expected.chunk(self.degrees.context, dim=1)[self.axis("context").get_local_rank()]
         check_same_output(model, task, batch, expected, axis, getattr(self.degrees, axis))
 
-    def _measure_pieces(self, task: Any) -> None:
-        """For each trained parameter: on how many ranks of its pipeline stage the same piece lies, for the norm of the whole gradient."""
+    def _weigh_shards(self, task: Any) -> None:
+        """Weights for the global gradient norm: 1 / (number of ranks with the same shard), for each trained parameter; 0 for a tied duplicate."""
         ranks = self.world_size // self.degrees.pipeline
         self._trained: list[tuple[Any, float]] = []
         self._weights: Tensor | None = None
         for name, p in task.model.named_parameters():
-            pieces = 1
+            shards = 1
             if isinstance(p, DTensor):
                 for size, placement in zip(p.device_mesh.shape, p.placements, strict=True):
-                    pieces *= size if placement.is_shard() or "Strided" in type(placement).__name__ else 1
-            weight = 0.0 if name in self.aliases else pieces / ranks
+                    shards *= size if placement.is_shard() or "Strided" in type(placement).__name__ else 1
+            weight = 0.0 if name in self.aliases else shards / ranks
             if p.requires_grad:
                 self._trained.append((p, weight))
 
     @property
     def aliases(self) -> dict[str, str]:
-        """Names that this rank's parameters have, and a whole tied model's do not, with the name of the same matrix there."""
+        """Tied weights in a pipeline: the name of a parameter on the last stage -> its name in the whole model, where it exists only once."""
         if self.pipeline is None:
             return {}
         mine = {name for name, _ in self.pipeline.task.model.named_parameters(remove_duplicate=False)}
@@ -241,7 +241,7 @@ class MeshStrategy(StepStrategy, ModelParallelStrategy):
     def forward_backward(self, batch: dict[str, Tensor], scale: float, last: bool) -> tuple[Tensor, Tensor]:
         if self.pipeline is None:
             return super().forward_backward(batch, scale, last)
-        # A schedule runs forward and backward passes of its own micro-batches in turn, and FSDP reduces at its end: hooks come behind both.
+        # The schedule runs all forward and backward passes, and FSDP reduces at its end, so Lightning's backward hooks are called after it.
         loss_sum, count = self.pipeline.forward_backward(batch, scale)
         self.precision_plugin.pre_backward(loss_sum, self.lightning_module)  # pyright: ignore[reportArgumentType]
         self.precision_plugin.post_backward(loss_sum, self.lightning_module)  # pyright: ignore[reportArgumentType]
@@ -258,9 +258,9 @@ class MeshStrategy(StepStrategy, ModelParallelStrategy):
         for p, _ in held:
             gradient: Any = p.grad
             if isinstance(gradient, DTensor) and gradient.placements != p.placements:  # pyright: ignore[reportAttributeAccessIssue]
-                # Gains that met a cut sequence leave sums over a part of it, and an embedding's lookups whole tables.
+                # Partial sums: of norms applied to sequence shards, and of embeddings.
                 p.grad = gradient.redistribute(placements=p.placements)  # pyright: ignore[reportAttributeAccessIssue]
-        gradients = [local(p.grad) for p, _ in held]
+        gradients = [local_tensor(p.grad) for p, _ in held]
         if self.pipeline is not None:
             self.pipeline.add_tied(self.ties)
             if self.degrees.replicate > 1 and not self._uses_fsdp:
@@ -269,23 +269,23 @@ class MeshStrategy(StepStrategy, ModelParallelStrategy):
         norms = torch.zeros(0, device=self.root_device)
         if gradients:
             norms = torch.stack(foreach_norm(gradients, 2, dtype=torch.float32))
-            if self._weights is None or len(self._weights) != len(held):  # once: a copy to a GPU in every step would be waited for
+            if self._weights is None or len(self._weights) != len(held):  # cached: a copy to the GPU in every step would be a sync
                 self._weights = torch.tensor([weight for _, weight in held], dtype=torch.float64, device=norms.device)
             total += norms.double().square() @ self._weights
         dist.all_reduce(total)
         return gradients, norms, total.sqrt().float()
 
-    def _all_reduce(self, pieces: list[Tensor]) -> None:
-        """Sums over `replicate`, all gradients in one go."""
-        flat = torch.cat([piece.flatten() for piece in pieces])
+    def _all_reduce(self, gradients: list[Tensor]) -> None:
+        """Sums the gradients over `replicate` in one all-reduce."""
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
         dist.all_reduce(flat, group=self.axis("replicate").get_group())
-        for piece, total in zip(pieces, flat.split([piece.numel() for piece in pieces]), strict=True):
-            piece.copy_(total.view_as(piece))
+        for gradient, total in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+            gradient.copy_(total.view_as(gradient))
 
     # --- what is measured
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        """Over the ranks that see different tokens: copies along tensor and pipeline must not count twice."""
+        """Reduces over the ranks with different tokens (`tokens`), so that tensor and pipeline ranks do not count twice."""
         return all_reduced(tensor, group if group is not None else self.axis("tokens").get_group(), reduce_op)
 
     def from_last_stage(self, tensor: Tensor) -> Tensor:
@@ -314,7 +314,7 @@ class MeshStrategy(StepStrategy, ModelParallelStrategy):
             return None
         return {name: value for part in parts for name, value in part.items()}
 
-    # --- checkpoints: every rank writes and reads its own pieces, by name
+    # --- checkpoints: every rank writes and reads its own shards, by name
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         self.reshard()
@@ -325,13 +325,13 @@ class MeshStrategy(StepStrategy, ModelParallelStrategy):
         return optimizer.state_dict()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        self._checkpoints.wait()  # a save in the background communicates among the hosts as well
+        self._checkpoints.wait()  # a background save uses the same process group
         tensors, rest = split(checkpoint, skip=set(self.aliases.values()))
         for optimizer in rest["optimizer_states"]:
             groups: list[Any] = [None] * self.world_size
-            dist.all_gather_object(groups, optimizer["param_groups"], group=self._hosts)
+            dist.all_gather_object(groups, optimizer["param_groups"], group=self._checkpoint_group)
             optimizer["param_groups"] = complete_groups(groups, self.lightning_module.model_names)  # pyright: ignore
-        self._checkpoints.write(Path(self.broadcast(filepath)), tensors, rest, self._hosts)
+        self._checkpoints.write(Path(self.broadcast(filepath)), tensors, rest, self._checkpoint_group)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         path, task = Path(self.broadcast(checkpoint_path)), self.lightning_module
@@ -362,7 +362,7 @@ class MeshStrategy(StepStrategy, ModelParallelStrategy):
 
 
 def all_reduced(tensor: Any, group: Any, reduce_op: Any) -> Any:
-    """The sum or mean over `group`. Lightning's own reduction meets in a barrier first, at which a GPU's host would wait in every step."""
+    """The sum or mean over `group`. Unlike Lightning's reduction it has no barrier, which would be a host sync in every step on GPUs."""
     if not isinstance(tensor, Tensor):
         return tensor
     total = tensor.clone()
@@ -372,7 +372,7 @@ def all_reduced(tensor: Any, group: Any, reduce_op: Any) -> Any:
 
 @torch.no_grad()
 def fill(model: Any, seed: int, aliases: dict[str, str]) -> None:
-    """First values: each parameter's whole value is a function of (seed, name) alone, of which a rank draws its piece. No communication."""
+    """Initialises each rank's shards. A value depends on (seed, parameter name) only, so no communication is needed."""
     for name, p in model.named_parameters():
         piece = piece_of(p)
         if piece is not None:

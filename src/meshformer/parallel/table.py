@@ -1,4 +1,4 @@
-"""What a layout splits, in words and numbers: for people, at the start of a run."""
+"""Describes a layout for the table that is printed at the start of a run."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from typing import Any
 
 from meshformer.config.degrees import Degrees
 
-from .pipeline import local
+from .pipeline import local_tensor
 
 
 def axes_table(degrees: Degrees, settings: dict[str, Any], blocks_per_stage: list[int] | None = None) -> list[tuple[str, int, str]]:
-    """(axis, degree, what it splits) for each axis of more than one process, outermost first; `settings` is the strategy config node."""
+    """(axis, degree, what it splits) for each axis with a degree above 1, outermost first; `settings` is the strategy config node."""
     exact = {"all_gather": "keys and values gathered", "ulysses": "heads for tokens, all to all"}
     texts = {
         "pipeline": _pipeline(settings, blocks_per_stage or []),
@@ -29,21 +29,21 @@ def _pipeline(settings: dict[str, Any], blocks: list[int]) -> str:
     return f"layers: blocks {stages}; {settings.get('schedule')}, {settings.get('microbatches')} micro-batches"
 
 
-def pieces(task: Any, optimizer: Any) -> dict[str, int]:
-    """This rank's number of parameters, and bytes: of them, of their gradients, and of the state that the optimizer will keep."""
-    sizes = {id(p): (local(p).numel(), local(p).numel() * p.element_size()) for p in task.model.parameters()}
+def local_sizes(task: Any, optimizer: Any) -> dict[str, int]:
+    """This rank's number of parameters, and the bytes of parameters, gradients and (future) optimizer state."""
+    sizes = {id(p): (local_tensor(p).numel(), local_tensor(p).numel() * p.element_size()) for p in task.model.parameters()}
     trained = [p for p in task.model.parameters() if p.requires_grad]
     groups = optimizer.param_groups if optimizer is not None else []
     return {
         "parameters": sum(number for number, _ in sizes.values()),
         "bytes": sum(size for _, size in sizes.values()),
         "gradients": sum(sizes[id(p)][1] for p in trained),
-        "optimizer": sum(_copies(group) * sizes[id(p)][1] for group in groups for p in group["params"]),
+        "optimizer": sum(_state_tensors(group) * sizes[id(p)][1] for group in groups for p in group["params"]),
     }
 
 
-def _copies(group: dict[str, Any]) -> int:
-    """Numbers of state for each parameter: AdamW keeps two averages, Muon and SGD with momentum one."""
+def _state_tensors(group: dict[str, Any]) -> int:
+    """Optimizer state tensors per parameter: two for AdamW, one for Muon and for SGD with momentum."""
     if group.get("method") == "muon":
         return 1
     return 2 if "betas" in group else int(bool(group.get("momentum")))

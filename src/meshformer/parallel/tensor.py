@@ -1,11 +1,11 @@
-"""Tensor parallel: every matrix of a model cut by columns or rows over the `tensor` axis (Shoeybi et al. 2019, Megatron-LM).
+"""Tensor parallelism: every matrix is sharded by columns or rows over the `tensor` axis (Megatron-LM, Shoeybi et al. 2019).
 
-q, k, v, gate and up are cut by columns (output features: heads, hidden units), o and down by rows, so that a block needs one exchange after
-attention and one after the feed-forward network. Embedding and head are cut along the vocabulary. With sequence parallel (Korthikanti et al.
-2022) activations between those exchanges are cut along time: the all-reduce becomes a reduce-scatter and an all-gather of the same
-volume, and norms, residuals and their memory are shared out.
+q, k, v, gate and up are sharded by columns (output features: heads, hidden units), o and down by rows, so a block needs one all-reduce after
+attention and one after the feed-forward network. Embedding and head are sharded along the vocabulary. With sequence parallelism (Korthikanti et
+al. 2022) the activations in between are sharded along time: a reduce-scatter and an all-gather of the same volume replace the all-reduce, and
+norms, residuals and their memory are sharded too.
 
-Which module is cut how is said by the model's Plan. Parameters that are not cut become DTensors too, replicated, so that all live on one mesh.
+The model's Plan gives the style of each module. Parameters without sharding become replicated DTensors, so that all are on one mesh.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from meshformer.config.errors import ConfigError
 from meshformer.model import LoraLinear, head_loss
 from meshformer.model.layout import STYLES, plan_of, retie, ties, uncovered
 
-from .stages import StandIn, held_blocks
+from .stages import Placeholder, held_blocks
 
 
 class Replicated(Style):
@@ -45,10 +45,10 @@ class Replicated(Style):
         return distribute_module(module, mesh, None, inward, outward)  # pyright: ignore[reportArgumentType]
 
 
-class OnPieces(Style):
-    """A linear layer on each rank's part of the sequence, by the whole weight: plain tensors in and out, gradients are sums over that part.
+class SequenceLinear(Style):
+    """A linear layer with replicated weights, applied to each rank's tokens: plain tensors in and out, weight gradients are partial sums.
 
-    Written out, since a DTensor of torch 2.11 that is cut along time refuses the layer's view.
+    It replaces `forward`, because the view inside nn.Linear fails for DTensors sharded along time (torch 2.11).
     """
 
     def apply(self, module: Any, mesh: DeviceMesh) -> nn.Module:
@@ -62,25 +62,25 @@ class OnPieces(Style):
 
 
 class Columns(ColumnStyle):
-    """Of an adapter B is cut like the weight, by output features, and A is whole: the forward pass exchanges nothing."""
+    """Column-parallel. A LoRA adapter's B is sharded by output features like the weight, and A is replicated, so no communication is added."""
 
     def cut(self, module: Any, mesh: DeviceMesh) -> None:
-        adapter = _taken(module)
+        adapter = _detach_adapter(module)
         super().cut(module, mesh)
-        _put(module, adapter, mesh, lora_A=Replicate(), lora_B=Shard(0))
+        _attach_adapter(module, adapter, mesh, lora_A=Replicate(), lora_B=Shard(0))
 
 
 class Rows(RowStyle):
-    """Of an adapter A is cut like the weight, by input features, and B is whole: B of the sum of A's partial products."""
+    """Row-parallel. A LoRA adapter's A is sharded by input features like the weight, and B is replicated and applied to the sum of A's outputs."""
 
     def cut(self, module: Any, mesh: DeviceMesh) -> None:
-        adapter = _taken(module)
+        adapter = _detach_adapter(module)
         super().cut(module, mesh)
-        _put(module, adapter, mesh, lora_A=Shard(1), lora_B=Replicate())
+        _attach_adapter(module, adapter, mesh, lora_A=Shard(1), lora_B=Replicate())
 
 
 class VocabularyColumns(ColumnStyle):
-    """The head, cut along the vocabulary. Its logits are laid out as asked; where it sums the loss itself, each rank does so over its entries."""
+    """The head, sharded along the vocabulary. `loss` computes the summed cross-entropy from each rank's logits without gathering them."""
 
     def cut(self, module: Any, mesh: DeviceMesh) -> None:
         super().cut(module, mesh)
@@ -91,13 +91,13 @@ class VocabularyColumns(ColumnStyle):
         def loss(x_BTC: DTensor, targets_BT: Tensor) -> Tensor:
             weight, bias = module.weight.to_local(), None if module.bias is None else module.bias.to_local()
             x_BTC = x_BTC.to_local(grad_placements=(Partial(),))  # pyright: ignore[reportAssignmentType]
-            return head_loss(x_BTC, weight, bias, targets_BT, combine=over(mesh.get_group()), start=start, widest=widest)
+            return head_loss(x_BTC, weight, bias, targets_BT, combine=all_reduce_over(mesh.get_group()), start=start, widest=widest)
 
         module.loss = loss
 
 
-def over(group: Any) -> Callable[[Tensor, str], None]:
-    """Takes the largest, or the sum, of numbers over the ranks of `group`, in place."""
+def all_reduce_over(group: Any) -> Callable[[Tensor, str], None]:
+    """An in-place all-reduce (`max` or `sum`) over `group`, for `head_loss`."""
     operations = {"max": dist.ReduceOp.MAX, "sum": dist.ReduceOp.SUM}
 
     def combine(x: Tensor, how: str) -> None:
@@ -106,8 +106,8 @@ def over(group: Any) -> Callable[[Tensor, str], None]:
     return combine
 
 
-def _taken(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The adapter of a layer, taken out of it: torch's own styles cut every parameter that they find by columns."""
+def _detach_adapter(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Removes a layer's LoRA parameters and returns them: torch's style would shard every parameter of the module in the same way."""
     if not isinstance(module, LoraLinear):
         return {}
     adapter = {name: getattr(module, name) for name in ("lora_A", "lora_B")}
@@ -116,15 +116,15 @@ def _taken(module: nn.Module) -> dict[str, nn.Parameter]:
     return adapter
 
 
-def _put(module: nn.Module, adapter: dict[str, nn.Parameter], mesh: DeviceMesh, **placements: Any) -> None:
+def _attach_adapter(module: nn.Module, adapter: dict[str, nn.Parameter], mesh: DeviceMesh, **placements: Any) -> None:
     for name, p in adapter.items():
         cut = distribute_tensor(p, mesh, [placements[name]], src_data_rank=None)
         module.register_parameter(name, nn.Parameter(cut, requires_grad=p.requires_grad))
 
 
 class Gathered(Style):
-    """Hands a module its first argument whole, one DTensor for all the layers inside that read it: one gather (or, of gradients, one
-    all-reduce) for q, k and v together."""
+    """All-gathers a module's first argument once for all layers inside, for example q, k and v; in the backward pass their gradients are
+    reduced together too."""
 
     def __init__(self, given: Any):
         self.given = given
@@ -139,8 +139,8 @@ class Gathered(Style):
         return module
 
 
-class OwnParameters(Style):
-    """Parameters of a module that has other modules inside: all of them on every rank, and plain tensors while it runs."""
+class ReplicatedParameters(Style):
+    """For the parameters of a module that also has submodules: replicated DTensors, and plain tensors while its forward runs."""
 
     def apply(self, module: Any, mesh: DeviceMesh) -> nn.Module:
         own: dict[str, Any] = {}
@@ -161,9 +161,9 @@ class OwnParameters(Style):
 
 
 def check_tensor_plan(model: nn.Module, degree: int, sequence_parallel: bool) -> None:
-    """ConfigError where the model's plan does not say how to cut every parameter into `degree` parts."""
+    """ConfigError if the plan does not cover every parameter, or a sharded size does not divide by `degree`."""
     plan = plan_of(model)
-    assert plan is not None, "parallel/check.py asks for a plan"
+    assert plan is not None, "MeshStrategy._check_plan requires a plan"
     if bare := uncovered(model, plan):
         names = ", ".join(bare[:3]) + (f" and {len(bare) - 3} more" if len(bare) > 3 else "")
         fix = f"Add a pattern for the module to `tensor` of its Plan: {', '.join(STYLES)}."
@@ -184,33 +184,33 @@ def check_tensor_plan(model: nn.Module, degree: int, sequence_parallel: bool) ->
 
 
 def apply_tensor_parallel(model: Any, mesh: DeviceMesh, sequence_parallel: bool, loss_parallel: bool) -> None:
-    """Cuts a model, or the part of one that this rank holds, in place, as its plan says. `mesh` is the one-dimensional tensor axis."""
+    """Shards a model, or the pipeline stage of one, in place according to its plan. `mesh` is the one-dimensional tensor axis."""
     plan, tied = plan_of(model), ties(model)
     assert plan is not None
-    between = Shard(1) if sequence_parallel else Replicate()  # activations (B, T, C) between the exchanges
+    between = Shard(1) if sequence_parallel else Replicate()  # placement of the activations (B, T, C) between the collectives
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
-    starts_here = not plan.embed or not isinstance(model.get_submodule(plan.embed[0]), StandIn)
-    for name, module in reversed(list(model.named_modules())):  # what lies inside first
+    starts_here = not plan.embed or not isinstance(model.get_submodule(plan.embed[0]), Placeholder)
+    for name, module in reversed(list(model.named_modules())):  # submodules before their parents
         if next(module.parameters(recurse=False), None) is not None:
             style = _style(plan.style(name), module, between, sequence_parallel, loss_parallel)
             parallelize_module(module, mesh, style, src_data_rank=None)
         if any(fnmatchcase(name, pattern) for pattern in plan.gather):
             parallelize_module(module, mesh, Gathered(between), src_data_rank=None)
-    retie(model, tied)  # each of the two was replaced by a parameter of its own
-    for name in frozen:  # torch 2.13's SequenceParallel makes parameters anew, with gradients
+    retie(model, tied)  # parallelize_module gave each tied name a new parameter
+    for name in frozen:  # torch 2.13's SequenceParallel creates new parameters with requires_grad=True
         model.get_parameter(name).requires_grad_(False)
     for name in plan.per_head:
         model.get_submodule(name).share_heads(mesh.get_local_rank(), mesh.size())
     if starts_here and (blocks := held_blocks(model)):
-        # Embeddings are added up whole, so the cut along time comes after them. Without it the first block is handed what the others are,
-        # not a tensor still under way, for which it would be compiled apart.
-        def begin(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        # Embeddings are summed over all tokens, so the sharding along time starts at the first block. Without sequence parallelism, clone() waits
+        # for the asynchronous all-reduce: its special tensor class would make torch.compile compile the first block separately.
+        def prepare_input(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
             if not sequence_parallel:
                 return inputs[0].clone(), *inputs[1:]
             whole = DTensor.from_local(inputs[0], mesh, (Replicate(),), run_check=False)
             return whole.redistribute(placements=(Shard(1),)).to_local(), *inputs[1:]
 
-        blocks[0].register_forward_pre_hook(begin)
+        blocks[0].register_forward_pre_hook(prepare_input)
 
 
 def _style(style: str | None, module: nn.Module, between: Any, sequence_parallel: bool, loss_parallel: bool) -> ParallelStyle:
@@ -223,8 +223,8 @@ def _style(style: str | None, module: nn.Module, between: Any, sequence_parallel
     if style == "vocabulary":
         out = Shard(-1) if loss_parallel else Replicate()
         return VocabularyColumns(input_layouts=between, output_layouts=out, use_local_output=not loss_parallel)
-    if style == "heads":  # (B, T, H, D): each rank has its own heads, and their one gain
+    if style == "heads":  # (B, T, H, D): each rank has its own heads, and all share one gain
         return SequenceParallel(sequence_dim=2, use_local_output=True)
     if style == "sequence" and sequence_parallel:
-        return OnPieces() if isinstance(module, nn.Linear) else SequenceParallel(use_local_output=True)
-    return OwnParameters() if any(True for _ in module.children()) else Replicated()
+        return SequenceLinear() if isinstance(module, nn.Linear) else SequenceParallel(use_local_output=True)
+    return ReplicatedParameters() if any(True for _ in module.children()) else Replicated()

@@ -1,7 +1,7 @@
-"""A model that was cut, tried against the whole one: on the same tokens, before the first step.
+"""Compares the output of a sharded model with that of the unsharded one, on the same tokens, before the first step.
 
-For models whose weights are there before they are cut, which a user's are. The plan of such a model may be wrong in ways that no name shows: a
-matrix that holds q, k and v in one, heads counted by a number that is not divided.
+For models that are built with real weights (users' models; ours are built on the meta device). It finds errors of a Plan that its names do not
+show: one matrix for q, k and v, or a hard-coded number of heads.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from torch.distributed.tensor import DTensor
 
 from meshformer.config.errors import ConfigError
 
-TOLERANCE = 1e-3  # of the largest output: sums in another order differ by 1e-6 in fp32
+TOLERANCE = 1e-3  # relative to the largest output; summing in another order causes 1e-6 in fp32
 FIX = "See docs/make_it_yours/model.md: heads are numbered by view(B, T, -1, size), and q, k and v are matrices of their own."
 
 
 def trial_batch(length: int) -> dict[str, Tensor]:
-    """Tokens 0 and 1, which every vocabulary has, (2, `length`)."""
+    """Random tokens 0 and 1, which every vocabulary has, (2, `length`)."""
     tokens_BT = torch.randint(2, (2, length), generator=torch.Generator().manual_seed(0))
     return {"tokens": tokens_BT, "targets": tokens_BT}
 
 
 @torch.no_grad()
 def output_of(model: Any, task: Any, batch: dict[str, Tensor]) -> Tensor | None:
-    """What the model says, without dropout; None where the task gives it something other than tokens."""
+    """The model's output in eval mode; None if the task needs other inputs than tokens."""
     try:
         arguments = task.arguments(batch, "val")
     except (KeyError, ConfigError):
@@ -41,13 +41,13 @@ def output_of(model: Any, task: Any, batch: dict[str, Tensor]) -> Tensor | None:
 
 
 def check_same_output(model: Any, task: Any, batch: dict[str, Tensor], expected: Tensor, axis: str, degree: int) -> None:
-    """ConfigError where the cut model fails on the batch, or says something else than the whole one did."""
+    """ConfigError if the sharded model fails on the batch, or its output differs from `expected`, that of the unsharded model."""
     try:
         found = output_of(model, task, batch)
     except Exception as error:
         last = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
         raise ConfigError(f"cut as its Plan says, the model fails: {last}", f"strategy.{axis}", degree, fix=FIX) from error
-    if found is None:  # the task refuses what the cut batch holds, and says so at the first step
+    if found is None:  # the task cannot use the sharded batch, and raises its own error at the first step
         return
     if found.shape == expected.shape and (found - expected).abs().max() <= TOLERANCE * expected.abs().max():
         return
