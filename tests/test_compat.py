@@ -21,7 +21,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 
 import meshformer
 from meshformer.compat import torch as compat_torch
-from meshformer.compat.lightning import leave_signals_to_us
+from meshformer.compat.lightning import disable_signal_handling
 
 ROOT = Path(meshformer.__file__).parent
 OF_MODULES = {"_modules", "_parameters", "_buffers"}  # nn.Module's, whoever else may have such a name
@@ -150,16 +150,16 @@ def test_multi_tensor_functions_do_what_their_names_say() -> None:
 
 def test_a_view_has_its_own_submodules_and_shares_parameters() -> None:
     whole = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
-    view = compat_torch.view_of(whole)
+    view = compat_torch.shallow_copy(whole)
     setattr(view, "1", nn.Identity())
     assert isinstance(whole[1], nn.ReLU) and isinstance(view[1], nn.Identity) and view[0] is whole[0], told("torch", "_modules", "for views")
 
 
 def test_parameters_can_be_exchanged_for_tensors() -> None:
     layer, plain = nn.Linear(2, 2, bias=False), torch.zeros(2, 2)
-    before = compat_torch.exchange_parameters(layer, {"weight": plain})
+    before = compat_torch.swap_parameters(layer, {"weight": plain})
     assert layer.weight is plain, told("torch", "_parameters", "for local tensors")
-    compat_torch.exchange_parameters(layer, before)
+    compat_torch.swap_parameters(layer, before)
     assert layer.weight is before["weight"]
 
 
@@ -185,7 +185,7 @@ def test_lightning_leaves_signals_alone(tmp_path: Path) -> None:
     source = inspect.getsource(type(trainer.fit_loop.epoch_loop).advance) + inspect.getsource(pl.Trainer._run)
     for name in ("_broadcast_sigterm_tensor()", "_signal_connector.register_signal_handlers()"):
         assert name in source, told("lightning", name, "to leave signals to callbacks.Preemption")
-    leave_signals_to_us(trainer)
+    disable_signal_handling(trainer)
     assert trainer._signal_connector.register_signal_handlers() is None
 
 

@@ -182,7 +182,7 @@ MAY_ASK = {
     "parallel/stages.py": {"check_between": "whether the model may be cut there, at the first batch"},
     "parallel/strategy.py": {"whole_weights": "samples and exports", "reduce_boolean_decision": "Lightning asks at the end of a validation"},
     "tasks/classification.py": {"results": "the end of a run"},
-    "training/guard.py": {"look": "a row or a checkpoint", "_fold": "the same, or 1,024 notes", "_on_host": "of _fold"},
+    "training/guard.py": {"summarise": "a row or a checkpoint", "_read_pending": "the same, or 1,024 notes", "_on_host": "of _read_pending"},
 }
 
 

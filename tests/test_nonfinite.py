@@ -1,4 +1,4 @@
-"""A gradient that is not finite changes nothing, in any layout; it is told at the next row; nobody waits for the device in between."""
+"""A gradient that is not finite changes nothing, in any layout; it is reported at the next row; nobody waits for the device in between."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from harness import run_ranks
 from jobs import TINY, before_the_norm, run_tiny, text_file
 from meshformer import cli
 from meshformer.callbacks import NonFinite, Spike
-from meshformer.callbacks.nonfinite import advice, told
+from meshformer.callbacks.nonfinite import advice, describe_failure
 from meshformer.callbacks.samples import whole_model
 from meshformer.checkpoint.find import latest_checkpoint, step_of
 from meshformer.config.errors import ConfigError
@@ -30,7 +30,7 @@ from meshformer.optim.shardwise import ShardwiseOptimizer, local_tensors
 from meshformer.record.metrics_csv import read_metrics
 from meshformer.tasks import LanguageModelling
 from meshformer.training import step
-from meshformer.training.guard import Trouble
+from meshformer.training.guard import NonFiniteStep
 
 BAD = 3  # the step at which it happens; rows are written at 2, 4 and 6
 STEPS = ["trainer.max_steps=6", "trainer.log_every_n_steps=2", "model.zero_init=false", "trainer.gradient_clip_val=1"]
@@ -302,9 +302,9 @@ def resumed_and_told(*arguments: Any) -> tuple[Any, str]:
 
 
 def test_sentences() -> None:
-    overflow = told(Trouble(5, 0.1, None, 0, [], [], True))
+    overflow = describe_failure(NonFiniteStep(5, 0.1, None, 0, [], [], True))
     assert overflow.startswith("step 5: the gradients' common norm overflows (learning rate 0.1).")
-    many = told(Trouble(5, 0.1, "head.weight", 3, [0, 2], [], True))
+    many = describe_failure(NonFiniteStep(5, 0.1, "head.weight", 3, [0, 2], [], True))
     assert many.startswith("step 5: the gradient of head.weight and of 2 more is not finite (ranks 0, 2, learning rate 0.1).")
     with pytest.raises(ConfigError, match=r"callbacks\.nonfinite\.action=ignore"):
         NonFinite("ignore")  # pyright: ignore[reportArgumentType]
@@ -381,7 +381,7 @@ def test_a_spike_is_a_norm_above_so_many_medians() -> None:
 
     def judge(norm: float, step: int) -> bool:
         value = torch.tensor(norm)
-        return bool(task.refuses(value, ~value.isfinite(), step))
+        return bool(task.should_skip(value, ~value.isfinite(), step))
 
     assert not judge(1.0, 1) and not judge(50.0, 2), "one norm of four is no median"
     assert judge(151.0, 3), "three times the lower one of the middle: 1, 50, inf, inf"

@@ -143,7 +143,7 @@ def agreements(slow: float) -> tuple[int, list[int]]:
         time.sleep(slow * (1 + rank))
         assert stopping._agreed() is None
     exchanges = len(begun)
-    signals.asked = "preempted" if rank else None
+    signals.requested = "preempted" if rank else None
     for step in range(250):
         time.sleep(slow * (1 + rank))
         if stopping._agreed() == "preempted":

@@ -119,7 +119,7 @@ def test_overlap_is_switched_on_as_this_torch_has_it(monkeypatch: pytest.MonkeyP
 
 def applied(folder: Path, ranks: int, *overrides: str) -> list[str]:
     """What a run on CPUs, where the checks are silenced, would have switched on."""
-    from meshformer import train
+    from meshformer.job import train
     from meshformer.parallel import strategy
 
     found: list[str] = []

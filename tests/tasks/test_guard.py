@@ -14,7 +14,7 @@ ALONE: Any = SimpleNamespace(reduce=lambda x, reduce_op: x)
 
 
 def noted(fold: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, ...]:
-    monkeypatch.setattr(guards, "FOLD", fold)
+    monkeypatch.setattr(guards, "MAX_PENDING", fold)
     guard = Guard(torch.device("cpu"), (10.0, 4.0), 3, None)
     for step in range(1, 8):
         for micro in range(2):
@@ -23,7 +23,7 @@ def noted(fold: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, ...]:
         bad, skip = step in (4, 5), step in (2, 4, 5)
         norms = torch.tensor([1.0, math.nan if bad else 1.0, float(step)])
         guard.gradient(step, 0.1 * step, torch.tensor(bad), torch.tensor(skip), norms)
-    return (*guard.look(ALONE), guard.step, guard.loss_step, guard.norms[2])
+    return (*guard.summarise(ALONE), guard.step, guard.loss_step, guard.norms[2])
 
 
 @pytest.mark.parametrize("fold", [1, 3, 1024])

@@ -97,7 +97,7 @@ def _check_steps(rank: int, ranks: int, file: str) -> None:
             guard.gradient(step, 1e-3, bad, bad, norms)
             stopping._agreed()
             if step % 50 == 0:
-                guard.look(Summing())
+                guard.summarise(Summing())
                 guard.reset()
             held_up += time.perf_counter() - begun
         rounds.append(held_up / STEPS)

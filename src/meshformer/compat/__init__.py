@@ -1,4 +1,4 @@
-"""Every private name of another library that this project uses, one file a library: the version, the reason, and a test (tests/test_compat.py).
+"""Every private name of another library that this project uses, one file per library: the version, the reason, and a test.
 
-Nothing outside this room reaches for a name with a leading underscore of another library; tests/test_compat.py counts.
+Nothing outside this package uses a private name of another library; tests/test_compat.py checks it.
 """

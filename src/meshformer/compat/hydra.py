@@ -1,7 +1,7 @@
-"""Private names of Hydra (1.3). Loads no torch.
+"""Private names of Hydra (1.3). Imports no torch.
 
-Hydra's public way in is a decorator that reads sys.argv, makes folders and ends the process; a program with several commands, whose errors are
-sentences, has to call what lies behind it.
+Hydra's public entry point, a decorator, reads sys.argv, creates folders and exits the process. Our command line has several commands and its
+own error messages, so it calls the functions behind the decorator.
 """
 
 from __future__ import annotations
@@ -17,5 +17,5 @@ __all__ = ["Callbacks", "Hydra", "create_config_search_path", "get_args_parser",
 
 
 def returned(job: JobReturn) -> Any:
-    """What a job returned, or the exception that ended it. The public `return_value` raises that, and prints."""
+    """The return value of a job, or the exception that ended it: the public `return_value` would print and raise it."""
     return job._return_value

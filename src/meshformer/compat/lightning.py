@@ -7,9 +7,9 @@ from typing import Any
 import lightning.pytorch as pl
 
 
-def leave_signals_to_us(trainer: pl.Trainer) -> None:
-    """Signals are callbacks.Preemption's. Lightning's handlers communicate from inside a handler, and its loop broadcasts between every two
-    steps whether rank 0 was told to stop, and waits for the answer. No option of the Trainer's turns either off."""
+def disable_signal_handling(trainer: pl.Trainer) -> None:
+    """Disables Lightning's signal handling, since callbacks.Preemption does it. Lightning communicates inside its handlers and broadcasts after
+    every step, with a sync, whether rank 0 received SIGTERM. The Trainer has no option to turn that off."""
     connector: Any = trainer._signal_connector
     connector.register_signal_handlers = lambda: None
     loop: Any = trainer.fit_loop.epoch_loop
@@ -17,9 +17,9 @@ def leave_signals_to_us(trainer: pl.Trainer) -> None:
 
 
 class MicroBatches(pl.LightningModule):
-    """A module whose training batches are lists of micro-batches: hooks on transfers are called for each of them, by the step.
+    """A module whose training batches are lists of micro-batches. The step moves each to the device and calls the transfer hooks for it.
 
-    Lightning calls its own `_on_before_batch_transfer` with whatever the loader gave, and through it the hook of that name, of module or data.
+    Lightning would call the hook `on_before_batch_transfer` with the whole list.
     """
 
     def _on_before_batch_transfer(self, batch: Any, dataloader_idx: int = 0) -> Any:
@@ -27,5 +27,5 @@ class MicroBatches(pl.LightningModule):
 
 
 def micro_batch_to_device(task: Any, batch: Any) -> Any:
-    """With the hooks on_before_batch_transfer, transfer_batch_to_device and on_after_batch_transfer."""
+    """Moves a micro-batch, with the hooks on_before_batch_transfer, transfer_batch_to_device and on_after_batch_transfer."""
     return task.trainer.strategy.batch_to_device(task._on_before_batch_transfer(batch))

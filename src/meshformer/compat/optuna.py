@@ -6,7 +6,7 @@ from typing import Any
 
 
 def trial_of(study: Any, found: Any) -> Any:
-    """The living trial of a record in `study.trials`: another process made it, and this one reports to it."""
+    """A Trial that can report, from the frozen trial `found` in `study.trials` that another process created."""
     import optuna
 
     return optuna.trial.Trial(study, found._trial_id)

@@ -8,32 +8,32 @@ from typing import Any
 import torch
 from torch import nn
 
-# Multi-tensor arithmetic: one call for a hundred parameters costs what a call for three costs. torch's optimizers are built on these, and
-# `torch.nn.utils.clip_grad_norm_`; there is no public way to them alone.
+# Multi-tensor operations: one kernel launch for many parameters. torch's optimizers and `clip_grad_norm_` use them, but they have no
+# public names.
 foreach_norm = torch._foreach_norm
 foreach_div_ = torch._foreach_div_
 foreach_lerp_ = torch._foreach_lerp_
 
 
 def flex_operator() -> Any:
-    """The operator behind `flex_attention`, which has a gradient on a CPU too; the public function refuses there."""
+    """The operator behind `flex_attention`. It has a gradient on CPUs too, where the public function raises."""
     from torch._higher_order_ops.flex_attention import flex_attention
 
     return flex_attention
 
 
-def view_of(module: nn.Module) -> Any:
-    """A copy of a module that shares all it has, and may be given other submodules (`setattr`) without changing the first.
+def shallow_copy(module: nn.Module) -> Any:
+    """A shallow copy of a module: parameters are shared, but `setattr` of a submodule does not change the original.
 
-    `copy.copy` alone shares the table of submodules. A deep copy would copy parameters.
+    `copy.copy` alone would share the dict of submodules, and `copy.deepcopy` would copy the parameters.
     """
     view = copy.copy(module)
     view._modules = dict(module._modules)
     return view
 
 
-def exchange_parameters(module: nn.Module, values: dict[str, Any]) -> dict[str, Any]:
-    """Puts tensors in place of a module's own parameters and returns those. `setattr` takes nothing but parameters there."""
+def swap_parameters(module: nn.Module, values: dict[str, Any]) -> dict[str, Any]:
+    """Replaces a module's own parameters with `values` and returns the previous ones. `setattr` would refuse plain tensors."""
     before = dict(module._parameters)
     module._parameters.update(values)
     return before

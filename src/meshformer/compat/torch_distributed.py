@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
 
-# Collectives that autograd goes through and torch.compile may trace; torch 2.13 renamed the gathers, with the same arguments.
+# Functional collectives: differentiable (`_autograd`) and traceable by torch.compile. torch 2.13 renamed the all-gathers.
 all_gather = getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor
 all_gather_autograd = getattr(collectives, "all_gather_single_autograd", None) or collectives.all_gather_tensor_autograd
 all_to_all_autograd = collectives.all_to_all_single_autograd
@@ -18,12 +18,12 @@ wait_tensor = collectives.wait_tensor
 
 
 def flatten(mesh: DeviceMesh, name: str) -> None:
-    """Gives the group of all axes of `mesh` a name of its own in the mesh that it is a slice of."""
+    """Flattens the axes of `mesh`, a slice of a larger mesh, into one axis called `name` of the larger mesh."""
     mesh._flatten(name)
 
 
 class Style(ParallelStyle):
-    """A way to cut a module. torch's own extension point is a method with a private name."""
+    """A ParallelStyle to subclass: `apply` shards a module. torch's extension point `_apply` is private."""
 
     def apply(self, module: Any, mesh: DeviceMesh) -> nn.Module:
         raise NotImplementedError
@@ -33,13 +33,13 @@ class Style(ParallelStyle):
 
 
 class ColumnStyle(ColwiseParallel):
-    """torch's, with a method for how a layer's parameters are cut; and an output that is no DTensor (a loss) is left as it is."""
+    """ColwiseParallel with an overridable `partition` of the parameters. An output that is not a DTensor (a loss) is returned unchanged."""
 
-    def cut(self, module: Any, mesh: DeviceMesh) -> None:
+    def partition(self, module: Any, mesh: DeviceMesh) -> None:
         super()._partition_linear_fn("", module, mesh)
 
     def _partition_linear_fn(self, name: str, module: Any, device_mesh: DeviceMesh) -> None:
-        self.cut(module, device_mesh)
+        self.partition(module, device_mesh)
 
     @staticmethod
     def _prepare_output_fn(output_layouts: Any, use_local_output: bool, mod: nn.Module, outputs: Any, device_mesh: DeviceMesh) -> Any:
@@ -49,28 +49,28 @@ class ColumnStyle(ColwiseParallel):
 
 
 class RowStyle(RowwiseParallel):
-    """torch's, with a method for how a layer's parameters are cut."""
+    """RowwiseParallel with an overridable `partition` of the parameters."""
 
-    def cut(self, module: Any, mesh: DeviceMesh) -> None:
+    def partition(self, module: Any, mesh: DeviceMesh) -> None:
         super()._partition_linear_fn("", module, mesh)
 
     def _partition_linear_fn(self, name: str, module: Any, device_mesh: DeviceMesh) -> None:
-        self.cut(module, device_mesh)
+        self.partition(module, device_mesh)
 
 
-def overlap_products_with_transfers(group_name: str) -> None:
-    """Has torch.compile cut products before a scatter and after a gather into pieces that are sent while the next is computed."""
+def enable_async_tensor_parallel(group_name: str) -> None:
+    """Async tensor parallelism: torch.compile splits matrix products next to an all-gather or reduce-scatter and overlaps both."""
     import torch._inductor.config
     import torch.distributed._symmetric_memory as symmetric
 
     torch._inductor.config._micro_pipeline_tp = True
     enable = getattr(symmetric, "enable_symm_mem_for_group", None)
-    if enable is not None and not hasattr(enable, "__deprecated__"):  # newer torch enables every group by itself
+    if enable is not None and not hasattr(enable, "__deprecated__"):  # newer versions of torch enable every group by default
         enable(group_name)
 
 
 def fake_store() -> Any:
-    """For a process group of backend "fake", in which one process stands for many."""
+    """The store for a process group of backend "fake", which simulates many ranks in one process."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     return FakeStore()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from meshformer.compat.torch_distributed import overlap_products_with_transfers
+from meshformer.compat.torch_distributed import enable_async_tensor_parallel
 from meshformer.config.errors import ConfigError
 from meshformer.model.layout import blocks_name
 from meshformer.parallel.check import FLOAT8_CAPABILITY
@@ -25,4 +25,4 @@ def in_float8(model: Any) -> None:
 
 def overlap(mesh: DeviceMesh) -> None:
     """Splits the matrix products next to an all-gather or reduce-scatter over `mesh` (the tensor axis) into chunks, and overlaps both."""
-    overlap_products_with_transfers(mesh.get_group().group_name)
+    enable_async_tensor_parallel(mesh.get_group().group_name)

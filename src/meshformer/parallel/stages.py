@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from meshformer.compat.torch import view_of
+from meshformer.compat.torch import shallow_copy
 from meshformer.config.errors import ConfigError
 from meshformer.model.layout import blocks_name, blocks_of, plan_of, ties
 
@@ -178,7 +178,7 @@ def cut(model: nn.Module, counts: Sequence[int], keep: Sequence[int]) -> list[An
 
 def _view(model: nn.Module, others: dict[str, nn.Module]) -> Any:
     """A shallow copy of the model with the modules of `others` (name -> module) in place of its own."""
-    view = view_of(model)
+    view = shallow_copy(model)
     inside: dict[str, dict[str, nn.Module]] = {}
     for name, module in others.items():
         first, _, rest = name.partition(".")

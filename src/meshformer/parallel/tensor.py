@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle, RowwiseParallel, SequenceParallel, parallelize_module
 
-from meshformer.compat.torch import exchange_parameters
+from meshformer.compat.torch import swap_parameters
 from meshformer.compat.torch_distributed import ColumnStyle, RowStyle, Style
 from meshformer.config.errors import ConfigError
 from meshformer.model import LoraLinear, head_loss
@@ -64,26 +64,26 @@ class SequenceLinear(Style):
 class Columns(ColumnStyle):
     """Column-parallel. A LoRA adapter's B is sharded by output features like the weight, and A is replicated, so no communication is added."""
 
-    def cut(self, module: Any, mesh: DeviceMesh) -> None:
+    def partition(self, module: Any, mesh: DeviceMesh) -> None:
         adapter = _detach_adapter(module)
-        super().cut(module, mesh)
+        super().partition(module, mesh)
         _attach_adapter(module, adapter, mesh, lora_A=Replicate(), lora_B=Shard(0))
 
 
 class Rows(RowStyle):
     """Row-parallel. A LoRA adapter's A is sharded by input features like the weight, and B is replicated and applied to the sum of A's outputs."""
 
-    def cut(self, module: Any, mesh: DeviceMesh) -> None:
+    def partition(self, module: Any, mesh: DeviceMesh) -> None:
         adapter = _detach_adapter(module)
-        super().cut(module, mesh)
+        super().partition(module, mesh)
         _attach_adapter(module, adapter, mesh, lora_A=Shard(1), lora_B=Replicate())
 
 
 class VocabularyColumns(ColumnStyle):
     """The head, sharded along the vocabulary. `loss` computes the summed cross-entropy from each rank's logits without gathering them."""
 
-    def cut(self, module: Any, mesh: DeviceMesh) -> None:
-        super().cut(module, mesh)
+    def partition(self, module: Any, mesh: DeviceMesh) -> None:
+        super().partition(module, mesh)
         rank, size = mesh.get_local_rank(), mesh.size()
         widest = -(-module.out_features // size)
         start = min(widest * rank, module.out_features)
@@ -150,10 +150,10 @@ class ReplicatedParameters(Style):
 
         def enter(_: nn.Module, inputs: Any) -> None:
             plain = {name: p.to_local(grad_placements=(Replicate(),)) for name, p in module.named_parameters(recurse=False)}
-            own.update(exchange_parameters(module, plain))
+            own.update(swap_parameters(module, plain))
 
         def leave(_: nn.Module, inputs: Any, output: Any) -> None:
-            exchange_parameters(module, own)
+            swap_parameters(module, own)
 
         module.register_forward_pre_hook(enter)
         module.register_forward_hook(leave, always_call=True)

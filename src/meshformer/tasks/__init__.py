@@ -1,4 +1,4 @@
-"""LightningModules: each holds a Transformer and says what its loss is."""
+"""LightningModules: a model, its loss and its metrics."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from .sentence_embedding import SentenceEmbedding as SentenceEmbedding
     from .sentence_embedding import embed as embed
 
-# Module -> the names above that it defines, which load it on first use: they need torch, and what is checked before a job starts does not.
+# Module -> the names above that it defines. A module is imported when one of its names is first used, so the checks that run before a job
+# starts can import this package without loading torch.
 _HOME = {
     "base": ("Task",),
     "classification": ("Classification", "ImageClassification", "SequenceClassification", "TokenClassification"),

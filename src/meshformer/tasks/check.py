@@ -1,6 +1,6 @@
-"""Which data, model and layout a task can work with, by what its class says of itself (tasks/base.py). On a resolved configuration. No torch.
+"""Checks a task against the data, the model and the layout, using the class attributes that tasks/base.py documents. Imports no torch.
 
-Of a task that does not say what it learns from, only what it does say is compared.
+Takes a resolved configuration. For a task without `learns_from` only the attributes that it does declare are checked.
 """
 
 from __future__ import annotations
@@ -17,54 +17,54 @@ Config = dict[str, Any]
 HOME = "meshformer.tasks."
 KINDS = {"corpus": "running text", "texts": "single texts", "images": "images"}
 EXAMPLES = {"corpus": "data=shakespeare", "texts": "data=sentiment", "images": "data=digits"}
-CALLS = ("inputs", "given", "arguments", "losses", "forward", "training_step")  # methods of a task that say how the model is called
+CALLS = ("inputs", "given", "arguments", "losses", "forward", "training_step")  # methods of a task that decide how the model is called
 COLUMNS = {"label_column": "labels", "pair_column": "pairs"}
 
 
-def says(config: Config, name: str, default: Any = None) -> Any:
-    """What the task's class says of itself, or inherits (tasks/base.py)."""
+def declared(config: Config, name: str, default: Any = None) -> Any:
+    """A class attribute of the task, its own or inherited, read from source."""
     return attribute(str(config["task"].get("_target_", "")), name, default)
 
 
 def has_own_head(config: Config) -> bool:
-    """Whether the task puts a head of its own on the model, so that one that came with pretrained weights is left behind."""
-    return bool(says(config, "own_head")) or config["model"].get("outputs") is not None
+    """Whether the task trains a new head, so that the head of pretrained weights is not loaded."""
+    return bool(declared(config, "own_head")) or config["model"].get("outputs") is not None
 
 
 def writes_text(config: Config) -> bool:
-    """Whether the model of this run predicts next tokens. (Of a task that does not say what it learns from nothing is known.)"""
-    judged = says(config, "learns_from") is not None
-    return (not judged or bool(says(config, "writes_text"))) and config["model"].get("causal", True) is not False
+    """Whether the model of this run predicts next tokens. True for a user's task without `learns_from`, about which nothing is known."""
+    judged = declared(config, "learns_from") is not None
+    return (not judged or bool(declared(config, "writes_text"))) and config["model"].get("causal", True) is not False
 
 
 def padding_multiple(config: Config) -> int:
-    """What the width of a batch is rounded up to: 16, and what the layout cuts along time into equal parts."""
+    """Batches of texts are padded to a multiple of this: 16, and the number of ranks that shard the time dimension."""
     return lcm(16, config["strategy"].get("tensor", 1) * config["strategy"].get("context", 1))
 
 
 def check_task(config: Config) -> None:
-    """Raise ConfigError for a task that cannot learn from the data, with the model, or in the layout."""
-    judged = (_data,) if says(config, "learns_from") else ()
+    """Raises ConfigError for a task that does not work with the data, the model or the layout."""
+    judged = (_data,) if declared(config, "learns_from") else ()
     for part in (*judged, _images, _head, _causal, _own_model, _packing, _layout, _groups):
         part(config)
 
 
 def _data(config: Config) -> None:
-    data, task, kinds = config["data"], _option(config), says(config, "learns_from")
+    data, task, kinds = config["data"], _option(config), declared(config, "learns_from")
     if data["kind"] not in kinds:
         given = str(data["source"].get("_target_", "")).rpartition(".")[2]
         message = f"learns from {' or '.join(KINDS[k] for k in kinds)}, and the data ({given}) is {KINDS[data['kind']]}"
         raise ConfigError(message, "task", task, fix=f"Use {' or '.join(EXAMPLES[k] for k in kinds)}.")
-    column, source = says(config, "needs_column"), data["source"]
+    column, source = declared(config, "needs_column"), data["source"]
     if column is not None and column in source and source[column] is None:
         message = f"task={task} learns from {COLUMNS[column]}: say which column holds them"
         raise ConfigError(message, f"data.{column}", fix=f"Add data.{column}=… to the command.")
-    if says(config, "objective") == "pairs" and column not in source:
+    if declared(config, "objective") == "pairs" and column not in source:
         raise ConfigError("learns from pairs, and this data has none", "task", task, fix="Use data=csv data.pair_column=….")
 
 
 def _images(config: Config) -> None:
-    model, data, kinds = config["model"], config["data"], says(config, "learns_from")
+    model, data, kinds = config["model"], config["data"], declared(config, "learns_from")
     reads = attribute(str(model.get("_target_", "")), "reads")
     if kinds == ("images",) and reads == "tokens":
         raise ConfigError("reads tokens, and the task is about images", "model._target_", model["_target_"], fix="Use model=vit_tiny.")
@@ -80,7 +80,7 @@ def _head(config: Config) -> None:
     if model.get("outputs") is not None and model.get("tie_embeddings"):
         message = "a head of model.outputs classes cannot be the embedding's matrix"
         raise ConfigError(message, "model.tie_embeddings", "true", fix="Use model.tie_embeddings=false.")
-    if says(config, "needs_column") == "label_column":
+    if declared(config, "needs_column") == "label_column":
         if model.get("tie_embeddings"):
             raise ConfigError("the classes need a head of their own", "model.tie_embeddings", "true", fix="Use model.tie_embeddings=false.")
         if model.get("head") is False:
@@ -89,26 +89,26 @@ def _head(config: Config) -> None:
 
 def _causal(config: Config) -> None:
     model = config["model"]
-    if says(config, "objective") == "mask" and model.get("causal") is True:
+    if declared(config, "objective") == "mask" and model.get("causal") is True:
         message = "a hidden token is guessed from both sides, and a causal model sees one"
         raise ConfigError(message, "model.causal", "true", fix="Use model.causal=false.")
-    if says(config, "writes_text") and model.get("causal") is False and attribute(model["_target_"], "usual_settings"):
+    if declared(config, "writes_text") and model.get("causal") is False and attribute(model["_target_"], "usual_settings"):
         message = "predicting the next token is no task when the model sees it"
         raise ConfigError(message, "model.causal", False, fix="Use model.causal=true.")
 
 
 def _own_model(config: Config) -> None:
-    """A module of the user's can be called with what the task's batches hold."""
+    """Checks that the forward of a user's model accepts the arguments that a task of ours passes."""
     target, task = str(config["model"]["_target_"]), str(config["task"]["_target_"])
     calls = [method(task, name) for name in CALLS]
     forward = None if target.startswith(("meshformer.", "torch.")) else method(target, "forward")
     if forward is None or not all(found is not None and found.module.startswith("meshformer.") for found in calls):
-        return  # a task of the user's may give the model other things
+        return  # a user's task may pass other arguments
     texts, cut = config["data"]["kind"] == "texts", config["strategy"]["context"] > 1
-    # As tasks/ gives it: documents keep the padding of texts apart, positions tell where a slice or one of several texts in a sample begins.
+    # Argument -> whether tasks/ passes it. Documents separate texts from padding; positions are for sequence slices and packed texts.
     holds = {
-        "images" if says(config, "learns_from") == ("images",) else "tokens_BT": True,
-        "positions_BT": (cut or config["data"]["packing"]) and not says(config, "pooled"),
+        "images" if declared(config, "learns_from") == ("images",) else "tokens_BT": True,
+        "positions_BT": (cut or config["data"]["packing"]) and not declared(config, "pooled"),
         "documents_BT": texts,
     }
     held, empty = ([name for name, there in holds.items() if there is kind] for kind in (True, False))
@@ -121,7 +121,7 @@ def _own_model(config: Config) -> None:
 
 def _packing(config: Config) -> None:
     texts = config["data"]["kind"] == "texts"
-    if config["data"]["packing"] and (not texts or says(config, "own_head")):
+    if config["data"]["packing"] and (not texts or declared(config, "own_head")):
         why = "the task has a result for each text" if texts else "running text has no gaps"
         raise ConfigError(f"puts several texts into a sample, and {why}", "data.packing", "true", fix="Leave it out.")
 
@@ -131,10 +131,10 @@ def _layout(config: Config) -> None:
     if strategy["context"] > 1 and images:
         message = "cuts sequences of tokens over processes, and the data is images"
         raise ConfigError(message, "strategy.context", strategy["context"], fix="Use another layout, such as strategy=tensor.")
-    if strategy["context"] > 1 and says(config, "pooled"):
+    if strategy["context"] > 1 and declared(config, "pooled"):
         message = f"cuts each text over processes, and task={_option(config)} takes the mean over all of it"
         raise ConfigError(message, "strategy.context", strategy["context"], fix="Use another layout, such as strategy=fsdp.")
-    if strategy["loss_parallel"] and says(config, "learns_from") and not says(config, "writes_text"):
+    if strategy["loss_parallel"] and declared(config, "learns_from") and not declared(config, "writes_text"):
         message = f"is about large vocabularies, and task={_option(config)} reads whole outputs"
         raise ConfigError(message, "strategy.loss_parallel", "true", fix="Leave it out.")
     if strategy["tensor"] > 1 and strategy["sequence_parallel"] and config["model"].get("head") is False:
@@ -143,8 +143,8 @@ def _layout(config: Config) -> None:
 
 
 def _groups(config: Config) -> None:
-    """Groups of pairs must lie in one micro-batch."""
-    if says(config, "objective") != "pairs":
+    """Checks that groups of pairs fit into one micro-batch."""
+    if declared(config, "objective") != "pairs":
         return
     strategy, batch = config["strategy"], config["data"]["batch_size"]
     group = {**defaults(config["task"]["_target_"]), **config["task"]}["group"]
@@ -157,7 +157,7 @@ def _groups(config: Config) -> None:
 
 
 def _option(config: Config) -> str:
-    """SequenceClassification -> sequence_classification, as it is typed; of a task of the user's the class."""
+    """The task as typed on the command line: sequence_classification for SequenceClassification; the full class name of a user's task."""
     target = str(config["task"]["_target_"])
     if not target.startswith(HOME):
         return target

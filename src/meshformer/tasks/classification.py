@@ -1,4 +1,4 @@
-"""One class for a text, a token or an image.
+"""Classification of texts, tokens and images.
 
 Shapes: B batch, T time, C channels, K classes.
 """
@@ -19,10 +19,10 @@ from .evaluation import IGNORED, SUMMED_HERE, Evaluated
 
 
 class Classification(Evaluated):
-    """Cross-entropy of a class; labels of −100 are ignored and not counted.
+    """Cross-entropy over K classes, in nats; labels of −100 are ignored.
 
-    Logs val/loss, val/accuracy and val/f1 (the mean of the classes' F1), and keeps the confusion matrix of the last validation, which ends up
-    in the run folder. `label_smoothing` is the share of the target that is spread over all classes in training (Szegedy et al. 2016).
+    Logs val/loss, val/accuracy and val/f1 (macro F1), and writes the confusion matrix of the last validation into the run folder.
+    `label_smoothing`: share of the target distribution that is spread evenly over all classes in training (Szegedy et al. 2016).
     """
 
     objective = "label"
@@ -31,10 +31,10 @@ class Classification(Evaluated):
     def __init__(self, *args: Any, label_smoothing: float = 0.0, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.label_smoothing = label_smoothing
-        self.confusion: Tensor | None = None  # (K, K), true class by guessed class
+        self.confusion: Tensor | None = None  # (K, K): rows are true classes, columns predicted ones
 
     def judged(self, logits_NK: Tensor, labels_N: Tensor, phase: str) -> tuple[Tensor, Tensor]:
-        """Summed loss and number of labels, both scalars."""
+        """(summed loss, number of labels), both scalars; outside of training also updates the metrics."""
         smoothing = self.label_smoothing if phase == "train" else 0.0
         loss_sum = F.cross_entropy(logits_NK.float(), labels_N, ignore_index=IGNORED, reduction="sum", label_smoothing=smoothing)
         if phase != "train":
@@ -61,7 +61,7 @@ class Classification(Evaluated):
         return f"validation accuracy {final['val/accuracy']:.4f}, F1 {final['val/f1']:.4f}, loss {final['val/loss']:.4f} nats"
 
     def results(self, data: Any) -> dict[str, str]:
-        """confusion_matrix.csv: a row for each true class, a column for each that was guessed."""
+        """confusion_matrix.csv: a row for each true class, a column for each predicted class."""
         if self.confusion is None:
             return {}
         names = getattr(data, "classes", None) or [str(k) for k in range(len(self.confusion))]
@@ -73,9 +73,9 @@ class Classification(Evaluated):
 
 
 class SequenceClassification(Classification):
-    """A class for a text, from the mean of its tokens' logits or from those of its first token.
+    """Classifies a text by the mean of its tokens' logits or by the logits of its first token (`pooling`).
 
-    The head is linear, so the mean of logits is the logits of the mean; pooling after the head leaves every layout as it is.
+    The head is linear, so pooling the logits equals pooling the hidden states, and it works in every layout without changes.
     """
 
     learns_from = ("texts",)
@@ -89,7 +89,7 @@ class SequenceClassification(Classification):
         self.pooling = pooling
 
     def inputs(self, batch: dict[str, Tensor]) -> dict[str, Any]:
-        """batch: tokens and documents (B, T), below 0 where there is padding."""
+        """batch: tokens (B, T) and documents (B, T), which are negative for padding."""
         return {"tokens_BT": batch["tokens"], "documents_BT": batch["documents"]}
 
     def score(self, output: Tensor, batch: dict[str, Tensor], phase: str) -> tuple[Tensor, Tensor]:
@@ -99,7 +99,7 @@ class SequenceClassification(Classification):
 
 
 class TokenClassification(Classification):
-    """A class for each labelled token, as for names in a text; accuracy and F1 count tokens."""
+    """Classifies each labelled token, for example to find names in a text; accuracy and F1 are over tokens."""
 
     learns_from = ("texts",)
     needs_column = "label_column"
@@ -114,7 +114,7 @@ class TokenClassification(Classification):
 
 
 class ImageClassification(Classification):
-    """A class for an image, by a model that returns logits (B, K) for images, such as VisionTransformer."""
+    """Classifies an image with a model that maps images to logits (B, K), such as VisionTransformer."""
 
     learns_from = ("images",)
 
@@ -127,6 +127,6 @@ class ImageClassification(Classification):
 
 
 def mean_over_text(x_BTC: Tensor, documents_BT: Tensor) -> Tensor:
-    """(B, C): the mean over the tokens that are no padding, in single precision."""
+    """(B, C): the mean over the tokens that are not padding, in fp32. `documents_BT` is negative for padding."""
     real_BT1 = (documents_BT >= 0).unsqueeze(-1)
     return torch.where(real_BT1, x_BTC.float(), 0.0).sum(dim=1) / real_BT1.sum(dim=1).clamp(min=1)

@@ -1,4 +1,4 @@
-"""Predict the next token, or hidden ones."""
+"""Next-token prediction and masked language modelling."""
 
 from __future__ import annotations
 
@@ -29,29 +29,29 @@ class LanguageModelling(Evaluated):
 
     learns_from = ("corpus", "texts")
     writes_text = True
-    large = 2**26  # logits of a batch: from 256 MiB in fp32 on the model's head sums the loss itself and never holds them all
+    large = 2**26  # from so many logits (256 MiB in fp32) on, the head computes the loss in chunks (model/head.py)
 
     def inputs(self, batch: dict[str, Tensor]) -> dict[str, Any]:
-        """batch: tokens (B, T); positions (B, T) where the sequence is a slice of a longer one or holds several; documents (B, T) where it holds
-        several, or padding."""
+        """batch: tokens (B, T); positions (B, T), only for slices of a sequence and packed texts; documents (B, T), only for packed texts and
+        padding."""
         return {"tokens_BT": batch["tokens"], "positions_BT": batch.get("positions"), "documents_BT": batch.get("documents")}
 
     def given(self, batch: dict[str, Tensor], phase: str) -> dict[str, Any]:
-        """With the targets where the model's head shall sum their loss: the logits are many, and nobody else wants to see them."""
+        """`inputs`, plus the targets if the head shall compute the loss: for many logits that nothing else needs."""
         head, targets_BT = getattr(self.model, "head", None), batch["targets"]
         own = type(self).score in (LanguageModelling.score, MaskedLanguageModelling.score)
         many = isinstance(head, Head) and targets_BT.numel() * head.out_features >= self.large
-        # A forward of the user's may know no targets.
-        sums = many and own and not self.looks_at_logits(phase) and "targets_BT" in self._takes[0]
+        # The forward of a user's model may have no `targets_BT`.
+        sums = many and own and not self.looks_at_logits(phase) and "targets_BT" in self._forward_signature[0]
         return {**self.inputs(batch), "targets_BT": targets_BT} if sums else self.inputs(batch)
 
     def looks_at_logits(self, phase: str) -> bool:
-        """Whether `score` takes more than the loss from them."""
+        """Whether `score` needs the logits for more than the loss."""
         return False
 
     def score(self, output: Tensor, batch: dict[str, Tensor], phase: str) -> tuple[Tensor, Tensor]:
-        """output: logits (B, T, V), or their loss where the model summed it; batch: targets (B, T). Returns the summed loss and the number of
-        counted targets, both scalars."""
+        """output: logits (B, T, V), or the summed loss from the head; batch: targets (B, T). Returns (summed loss, number of counted targets),
+        both scalars."""
         targets_BT = batch["targets"]
         return summed_cross_entropy(output, targets_BT) if output.ndim else output, (targets_BT != IGNORED).sum()
 
@@ -68,9 +68,9 @@ class LanguageModelling(Evaluated):
 
 
 class MaskedLanguageModelling(LanguageModelling):
-    """Cross-entropy of hidden tokens, as BERT is pretrained (Devlin et al. 2019); which ones are hidden is the data's work (data/masking.py).
+    """Masked language modelling: cross-entropy of masked tokens (BERT, Devlin et al. 2019). data/masking.py chooses which tokens are masked.
 
-    Logs val/loss and val/perplexity a hidden token, and val/accuracy, the share of hidden tokens that are the likeliest in their place.
+    Logs val/loss and val/perplexity per masked token, and val/accuracy, the share of masked tokens that are predicted exactly.
     """
 
     writes_text = False

@@ -1,4 +1,4 @@
-"""Texts as vectors: alike texts lie near each other.
+"""Sentence embeddings: texts with similar meaning get vectors with a high cosine similarity.
 
 Shapes: B batch (rows 2i and 2i + 1 are a pair), T time, C channels, G pairs in a group, N texts.
 """
@@ -19,12 +19,11 @@ from .evaluation import IGNORED, SUMMED_HERE, Evaluated
 
 
 class SentenceEmbedding(Evaluated):
-    """Contrastive learning from pairs (van den Oord et al. 2018; Reimers & Gurevych 2019): each text has to find its partner among those of
-    its group, by cosine similarity over `temperature`.
+    """Contrastive learning from pairs: InfoNCE with in-batch negatives (van den Oord et al. 2018; Reimers & Gurevych 2019).
 
-    A text is embedded as the normalised mean of its tokens' outputs. Groups are `group` consecutive pairs of a step's samples, so that the loss
-    is the same in every layout; what a process computes at once must be a multiple of it. Logs val/loss and val/accuracy, the share of texts
-    whose partner is the nearest.
+    A text's embedding is the normalised mean of its tokens' outputs. Each text is classified among the texts of its group, by cosine similarity /
+    `temperature`, with its partner as the target. A group is `group` consecutive pairs of a step's samples, which makes the loss independent of
+    the layout; a micro-batch must hold a multiple of it. Logs val/loss and val/accuracy, the share of texts whose nearest text is the partner.
     """
 
     learns_from = ("texts",)
@@ -41,7 +40,7 @@ class SentenceEmbedding(Evaluated):
         return {"tokens_BT": batch["tokens"], "documents_BT": batch["documents"]}
 
     def score(self, output: Tensor, batch: dict[str, Tensor], phase: str) -> tuple[Tensor, Tensor]:
-        """output: (B, T, C); batch: documents (B, T). The count is of texts, each of which looks for its partner."""
+        """output: (B, T, C); batch: documents (B, T). The count is the number of texts. ValueError for a batch that is no multiple of the group."""
         documents_BT = batch["documents"]
         e_BC = F.normalize(mean_over_text(output, documents_BT), dim=-1)
         real_B = (documents_BT >= 0).any(dim=1)
@@ -49,7 +48,7 @@ class SentenceEmbedding(Evaluated):
         if pairs % G:
             raise ValueError(f"{pairs} pairs at a time are no multiple of task.group={G}")
         left, right = e_BC.view(-1, G, 2, e_BC.shape[-1]).unbind(2)
-        real = real_B.view(-1, G, 2)[..., 0]  # pairs that only fill a batch up are nobody's neighbours
+        real = real_B.view(-1, G, 2)[..., 0]  # pairs that only pad the batch are masked
         scores = left @ right.transpose(1, 2) / self.temperature
         rows = torch.cat((scores, scores.transpose(1, 2)), dim=1).masked_fill(~real[:, None, :], -1e4)
         own = torch.arange(G, device=e_BC.device).repeat(2).expand(len(rows), -1)
@@ -68,10 +67,10 @@ class SentenceEmbedding(Evaluated):
 
 @torch.no_grad()
 def embed(model: Any, tokenizer: Any, texts: Sequence[str], batch_size: int = 32) -> Tensor:
-    """(N, C): the texts as unit vectors, the mean of the model's outputs over each text's tokens; their products are cosines.
+    """(N, C): a unit vector for each text, the normalised mean of the model's outputs over its tokens. Dot products are cosine similarities.
 
-    `model` is a Transformer whose outputs are hidden states (`head=False`) or an embedding's; texts are cut to its context length. With a
-    pretrained tokenizer the marks that it puts around a text belong to it.
+    `model` is a Transformer that returns hidden states (`head=False`) or embeddings; texts are truncated to its context length. Special tokens
+    that a pretrained tokenizer adds are included in the mean.
     """
     was_training = model.training
     model.eval()

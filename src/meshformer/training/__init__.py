@@ -1,1 +1,1 @@
-"""One optimizer step: `step.py` from top to bottom, what it asks of a strategy (`protocol.py`), what it notes for the next row (`guard.py`)."""
+"""One optimizer step: the step itself (`step.py`), the methods it needs from a strategy (`protocol.py`), non-finite values (`guard.py`)."""

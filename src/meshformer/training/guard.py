@@ -1,4 +1,4 @@
-"""Numbers that go wrong, noted on the device: a step whose gradient is not finite changes nothing, and the host learns of it at the next row."""
+"""Records losses and non-finite steps on the device. The host reads the records only when a metrics row is written, so a step needs no sync."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-class Trouble(NamedTuple):
-    """The first step since the last row whose gradient or loss was not finite; the same on every rank.
+class NonFiniteStep(NamedTuple):
+    """The first step since the last row with a non-finite gradient or loss; the same on every rank.
 
-    `parameter` is the first that the backward pass reached, None where all gradients, or only their own norms, are finite; `parameters` counts
-    all. `ranks` hold that parameter's gradient, after the sum over ranks; `loss_ranks`, whose own loss was not finite, say where it began.
+    `parameter`: of the parameters with a non-finite gradient, the last in model order, which the backward pass reached first; None if there is
+    none. `parameters`: their number. `ranks`: the ranks where that parameter's (reduced) gradient is not finite. `loss_ranks`: the ranks whose own
+    loss was not finite, where the failure started. `gradient`: whether the gradient or its global norm was not finite, not just the loss.
     """
 
     step: int
@@ -26,41 +27,41 @@ class Trouble(NamedTuple):
     gradient: bool
 
 
-FOLD = 1024  # steps or micro-batches noted as they came, before the host looks at them though no row is due
+MAX_PENDING = 1024  # records on the device after which the host reads them even though no row is due
 
 
 class Guard:
-    """Sums and notes since the last row. The host looks at them, and waits for the device, at a row, at a checkpoint, or when they are `FOLD`.
+    """Loss sums and gradient flags since the last row. The host reads them (a sync) at a row, at a checkpoint, or after `MAX_PENDING` records.
 
-    Until then a step costs no more than an entry in a list: twenty operations on single numbers would be 0.2 ms on a slow core.
+    Until then a step only appends its tensors to a list: summing them on the device would be twenty scalar operations, 0.2 ms on a slow core.
     """
 
-    def __init__(self, device: torch.device, since_last_row: tuple[float, float], skipped: float, earlier: Trouble | None):
+    def __init__(self, device: torch.device, since_last_row: tuple[float, float], skipped: float, earlier: NonFiniteStep | None):
         self.device = device
-        self.loss_sum, self.count = since_last_row  # this rank's, of finite losses
-        self.skipped = skipped  # steps of the whole run
-        self.step = math.inf  # first with a bad gradient; all ranks agree on it
-        self.loss_step = math.inf  # first with a bad loss on this rank
-        self.norms: list[float] = []  # of the gradients of self.step
-        self.rates: dict[int, float] = {}
-        self.earlier = earlier  # noted before a checkpoint that this run goes on from
+        self.loss_sum, self.count = since_last_row  # over this rank's finite losses
+        self.skipped = skipped  # steps since the start of the run
+        self.step = math.inf  # the first with a non-finite gradient; the same on all ranks
+        self.loss_step = math.inf  # the first with a non-finite loss on this rank
+        self.norms: list[float] = []  # gradient norms of self.step, one per parameter
+        self.rates: dict[int, float] = {}  # step -> learning rate
+        self.earlier = earlier  # restored from the checkpoint
         self._losses: list[tuple[int, Tensor, Tensor]] = []
         self._gradients: list[tuple[int, Tensor, Tensor, Tensor]] = []
 
     def loss(self, step: int, loss: Tensor, count: Tensor) -> None:
-        """A micro-batch's loss sum and count. They enter the row's mean where the loss is finite."""
+        """Records a micro-batch's loss sum and token count (scalars on the device). The row's mean leaves out non-finite losses."""
         self._losses.append((step, loss, count))
-        if len(self._losses) == FOLD:
-            self._fold()
+        if len(self._losses) == MAX_PENDING:
+            self._read_pending()
 
     def gradient(self, step: int, learning_rate: float, bad: Tensor, skip: Tensor, norms: Tensor) -> None:
-        """`bad`: whether the step's gradient is not finite; `skip`: whether its update is not made; `norms`: of this rank's gradients."""
-        if len(self._gradients) == FOLD:
-            self._fold()
+        """Records a step. `bad`: its gradient is not finite; `skip`: its update is skipped; `norms`: one per local gradient. All on the device."""
+        if len(self._gradients) == MAX_PENDING:
+            self._read_pending()
         self._gradients.append((step, bad, skip, norms))
         self.rates[step] = learning_rate
 
-    def _fold(self) -> None:
+    def _read_pending(self) -> None:
         steps, *others = zip(*self._losses, strict=True) if self._losses else ((), (), ())
         for step, loss, count in zip(steps, *map(_on_host, others), strict=True):
             if math.isfinite(loss):
@@ -75,9 +76,9 @@ class Guard:
                 self.step, self.norms = step, some.tolist()
         self._gradients.clear()
 
-    def look(self, strategy: Any) -> tuple[int, int | None, tuple[float, float]]:
-        """(steps skipped, first step with something bad on any rank, (loss sum, count) over the data ranks). A collective."""
-        self._fold()
+    def summarise(self, strategy: Any) -> tuple[int, int | None, tuple[float, float]]:
+        """(skipped steps, first step with a non-finite loss or gradient on any rank, (loss sum, count) over the data ranks). A collective."""
+        self._read_pending()
         mine = torch.tensor((self.loss_sum, self.count), dtype=torch.float64, device=self.device)
         loss_sum, count = strategy.reduce(mine, reduce_op="sum").tolist()
         step = min(self.step, self.loss_step)
@@ -87,8 +88,8 @@ class Guard:
             step = steps.item()
         return int(self.skipped), None if math.isinf(step) else int(step), (loss_sum, count)
 
-    def describe(self, step: int | None, task: Any) -> Trouble | None:
-        """Describes the failure that `look` found at `step`. A collective where `step` is not None; it may be slow."""
+    def describe(self, step: int | None, task: Any) -> NonFiniteStep | None:
+        """Describes the failure that `summarise` found at `step`. A collective if `step` is not None; it may be slow."""
         if self.earlier is not None or step is None:
             return self.earlier
         bad_gradient = self.step == step
@@ -106,7 +107,7 @@ class Guard:
         parameter = max(found, key=task.model_names.index, default=None)
         ranks = [rank for rank, one in enumerate(everyone) if parameter in one["names"]]
         losses = [rank for rank, one in enumerate(everyone) if one["loss"]]
-        return Trouble(step, self.rates.get(step, math.nan), parameter, len(found), ranks, losses, bad_gradient)
+        return NonFiniteStep(step, self.rates.get(step, math.nan), parameter, len(found), ranks, losses, bad_gradient)
 
     def reset(self) -> None:
         self.loss_sum, self.count = 0.0, 0.0
@@ -116,5 +117,5 @@ class Guard:
 
 
 def _on_host(values: tuple[Tensor, ...]) -> list[Any]:
-    """Tensors' numbers, fetched at once."""
+    """The values of scalar tensors, with one transfer."""
     return torch.stack(values).tolist() if values else []

@@ -1,4 +1,4 @@
-"""16-mixed, with gradients whose loss scale the step has divided out already."""
+"""The plugin for trainer.precision=16-mixed."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 
 
 class LossScaling(MixedPrecision):
-    """Lightning's plugin unscales inside `optimizer_step`, behind which nobody could find the norm and clip; and it asks the device whether to
-    skip. `StepStrategy.finish_gradients` unscales, and training/step.py skips where the gradient is not finite."""
+    """Loss scaling without Lightning's unscaling. Lightning unscales inside `optimizer_step`, too late to clip by the norm, and its skip decision
+    is a host sync. Here `StepStrategy.finish_gradients` unscales, and training/step.py skips non-finite gradients."""
 
     def __init__(self, precision: Any, device: str) -> None:
         super().__init__(precision, device, torch.amp.GradScaler(torch.device(device).type))  # pyright: ignore[reportPrivateImportUsage]

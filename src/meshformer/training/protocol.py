@@ -1,4 +1,4 @@
-"""What a step, evaluation and the callbacks ask of a strategy, beyond what Lightning's strategies have."""
+"""The strategy methods that the step, the evaluation and the callbacks need in addition to Lightning's."""
 
 from __future__ import annotations
 
@@ -17,37 +17,37 @@ else:
 
 
 class StepStrategy(Base):
-    """Mixed into Lightning's strategies. These methods are those of processes that each hold the whole model; MeshStrategy has its own."""
+    """Mixin for Lightning's strategies. These defaults assume that each rank holds the whole model; MeshStrategy overrides them."""
 
-    averaged_over: int = 1  # ranks over which a backward pass averages gradients, where it does not sum them
+    averaged_over: int = 1  # number of ranks if the backward pass averages gradients over ranks; 1 if it sums them
     holds_whole_model: bool = True
-    blocks_per_stage: list[int] | None = None  # of a pipeline
+    blocks_per_stage: list[int] | None = None  # with pipeline parallelism
 
     @property
     def random_rank(self) -> int:
-        """Equal on ranks that hold copies of one computation, whose dropout must agree; different on all others."""
+        """Seeds dropout: equal on ranks that repeat the same computation, whose masks must agree; different on all others."""
         return self.global_rank  # pyright: ignore[reportAttributeAccessIssue]
 
     @property
     def is_first_token_rank(self) -> bool:
-        """Whether this rank is the first of those that see different tokens, which takes over sums that were restored."""
+        """Whether this rank is the first among those with different tokens. It alone keeps sums restored from a checkpoint, so they count once."""
         return self.is_global_zero
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Without Lightning's precision context, which is for forward passes alone: `forward_backward` opens it."""
+        """Without Lightning's precision context: `forward_backward` enters it for the forward pass only."""
         task: Any = self.lightning_module
         return task.training_step(*args, **kwargs)
 
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
-        """A step's micro-batches (a list) stay where they are: the step moves one at a time."""
+        """Leaves a step's list of micro-batches on the CPU: the step moves one at a time."""
         if isinstance(batch, list):
             return batch
         return super().batch_to_device(batch, device, dataloader_idx)  # pyright: ignore[reportAttributeAccessIssue]
 
     def forward_backward(self, batch: dict[str, Tensor], scale: float, last: bool) -> tuple[Tensor, Tensor]:
-        """Adds the gradient of `scale` × the batch's loss sum to the parameters'; returns (loss sum, count of tokens), detached.
+        """Accumulates the gradient of `scale` × the batch's loss sum; returns (loss sum, token count), detached.
 
-        Behind the `last` micro-batch of a step gradients are reduced over ranks, where a backward pass does that.
+        With DDP and FSDP the backward pass of the `last` micro-batch of a step reduces the gradients over ranks.
         """
         with nullcontext() if last else self.without_reduction():
             with self.precision_plugin.train_step_context():
@@ -61,9 +61,9 @@ class StepStrategy(Base):
 
     @torch.no_grad()
     def finish_gradients(self, optimizer: torch.optim.Optimizer) -> tuple[list[Tensor], Tensor, Tensor]:
-        """This rank's part of the step's gradient, complete over all axes, the norm of each, and the norm of the whole. A collective on a mesh.
+        """(local gradients, reduced over all axes; their norms; the global norm). With 16-mixed the gradients of `optimizer` are unscaled first.
 
-        16-mixed's loss scale is divided out first (`optimizer` tells of which parameters).
+        A collective on a mesh.
         """
         if (scaler := getattr(self.precision_plugin, "scaler", None)) is not None:
             scaler.unscale_(optimizer)
@@ -73,12 +73,12 @@ class StepStrategy(Base):
         return gradients, norms, torch.linalg.vector_norm(norms)
 
     def from_last_stage(self, tensor: Tensor) -> Tensor:
-        """What the ranks that hold the head measured, on every rank of a pipeline; elsewhere `tensor` itself. A collective, in place."""
+        """With a pipeline: broadcasts `tensor` in place from the last stage, which computes loss and metrics. Otherwise returns it unchanged."""
         return tensor
 
     def whole_weights(self) -> dict[str, Tensor] | None:
-        """Every parameter, whole and on the host, by name: on global rank 0; None elsewhere. A collective, and as much memory as the model."""
+        """Name -> full (unsharded) parameter on the CPU, on global rank 0; None on the others. A collective; needs memory for the whole model."""
         raise NotImplementedError("each process holds the whole model")
 
     def reshard(self) -> None:
-        """Frees whole parameters that FSDP keeps, so that parameters are this rank's pieces again: before these are read or written."""
+        """Frees the full parameters that FSDP keeps after a forward pass. Call it before reading or writing the shards."""
