@@ -1,4 +1,4 @@
-"""One concern a file; each docstring says what state the callback keeps."""
+"""Callbacks: one concern per file. Each docstring says what state the callback saves in checkpoints."""
 
 from .checkpoint import Checkpoint, ExactResume
 from .ema import EMA

@@ -1,4 +1,4 @@
-"""When checkpoints are saved and which are kept; and how a run finds its place again from two numbers."""
+"""When checkpoints are saved, which of them are kept, and how Lightning's loops are restored."""
 
 from __future__ import annotations
 
@@ -24,11 +24,10 @@ class Checkpoint(Callback):
     """Saves RUN/checkpoints/step-… every `every_n_steps` optimizer steps and at the end.
 
     Kept are the `keep_last` newest (0: all), the `keep_best` with the lowest `monitor` among those whose step was validated, and those of every
-    `keep_every_n_steps`-th step; single files always. `asynchronous`: training goes on while the checkpoint is written, from a copy in the
-    host's memory; what fails then shows at the next save or at the end. `on_failure`: whether a save that fails (a full disk, say) ends the run
-    or is a warning, after which the next save tries again. Where a step is also validated, the save comes after the validation, so that a
-    resumed run neither repeats nor misses it. State: none; `metrics`, what validation gave at the step that is saved, is in the checkpoint for
-    `keep_best`, which reads it from the manifests.
+    `keep_every_n_steps`-th step; single files are never removed. `asynchronous`: training continues while the checkpoint is written from a copy
+    in host memory; an error is raised at the next save or at the end of training. `on_failure`: whether a failed save (for example a full disk)
+    ends the run or is a warning. A step that is also validated is saved after its validation, so that a resumed run neither repeats nor skips it.
+    State: none. The validation metrics of the saved step are in the checkpoint's manifest, where `keep_best` reads them.
     """
 
     def __init__(
@@ -51,7 +50,7 @@ class Checkpoint(Callback):
         io.asynchronous, io.then, io.tolerant = self.asynchronous, self._remove_old, self.on_failure == "warn"
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        self.saved_step = trainer.global_step  # what we start from is on disk already, or is the untrained model
+        self.saved_step = trainer.global_step  # the starting point is on disk already, or is the untrained model
         if trainer.is_global_zero and self.folder is not None:
             tidy(self.folder)
 
@@ -77,7 +76,7 @@ class Checkpoint(Callback):
             self.save(trainer)
 
     def lost(self, trainer: pl.Trainer) -> bool:
-        """Whether the save before failed, and was a warning. The same on all ranks, of which the first alone may know."""
+        """Whether the last save failed and only gave a warning. Rank 0 broadcasts the answer: a collective."""
         if self.on_failure == "stop":
             return False
         io = self._io(trainer)
@@ -85,15 +84,15 @@ class Checkpoint(Callback):
         return bool(trainer.strategy.broadcast(io.failed))
 
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
-        # (Where training ends well, Lightning's teardown of the CheckpointIO waits, and raises.)
+        # If training ends normally, Lightning's teardown of the CheckpointIO waits for the save and raises its error.
         try:
             self._io(trainer).wait()
-        except Exception as error:  # the exception that ends the run is the one to be raised
+        except Exception as error:  # the exception that ended the run must be the one that is raised
             if trainer.is_global_zero:
                 say(f"a checkpoint was lost: {error}", error=True)
 
     def validates_now(self, trainer: pl.Trainer) -> bool:
-        """Whether the step that has just been made is also to be validated."""
+        """Whether the step that has just finished will also be validated."""
         every = trainer.val_check_batch
         return bool(trainer.enable_validation and every and trainer.global_step % every == 0)
 
@@ -108,37 +107,37 @@ class Checkpoint(Callback):
         trainer.save_checkpoint(self.folder / checkpoint_name(self.saved_step))
 
     def _remove_old(self, new: Path) -> None:
-        """Called by the process that has completed the checkpoint `new`. What cannot be removed is told: no reason to end a training."""
-        # Single files were put there by hand. Later steps than this one are damaged, or the run would have gone on from them: they count for
-        # nothing, and are replaced when the run comes there.
+        """Removes old checkpoints; called by the process that completed the checkpoint `new`. A failure is only a warning."""
+        # Single files are the user's. A checkpoint of a later step is damaged, since the run did not resume from it: it is ignored here, and
+        # overwritten when the run reaches that step.
         folders = [p for p in checkpoints(new.parent.parent) if p.is_dir() and step_of(p) <= step_of(new)]
         try:
             for old in sorted(set(folders) - self._kept(folders)):
-                aside = old.with_name(old.name + ".tmp")  # a kill in the middle must not leave a folder that looks complete
+                aside = old.with_name(old.name + ".tmp")  # renamed first: a kill during the removal must not leave a folder that looks complete
                 shutil.rmtree(aside, ignore_errors=True)
                 shutil.rmtree(old.rename(aside))
         except (OSError, Damaged) as error:
             say(f"warning: an old checkpoint could not be removed: {error}", error=True)
 
     def _kept(self, folders: Sequence[Path]) -> set[Path]:
-        """Of complete checkpoints, oldest first."""
+        """The checkpoints to keep; `folders` are complete checkpoints, oldest first."""
         if not self.keep_last:
             return set(folders)
         kept = set(folders[-self.keep_last :])
         if self.keep_best:
             values = [(read_manifest(p).metrics.get(self.monitor, float("nan")), -step_of(p), p) for p in folders]
-            kept |= {p for *_, p in sorted(found for found in values if found[0] == found[0])[: self.keep_best]}  # not the nan ones
+            kept |= {p for *_, p in sorted(found for found in values if found[0] == found[0])[: self.keep_best]}  # without NaNs
         if self.keep_every_n_steps:
             kept |= {p for p in folders if step_of(p) % self.keep_every_n_steps == 0}
         return kept
 
 
 class ExactResume(Callback):
-    """Puts Lightning's loops where the run's steps and samples leave them.
+    """Restores Lightning's loop counters from the number of optimizer steps and of consumed samples.
 
-    Lightning's own counters in a checkpoint are those of the run that wrote it: in a fork with another batch size, or from a version that
-    counted micro-batches, they mean other samples. The optimizer step and the samples consumed mean the same everywhere. State: {"step"} here,
-    {"samples"} in the data module, which this callback keeps up to date.
+    Lightning's saved counters count batches of the run that wrote the checkpoint. In a fork with another batch size these are different samples;
+    the optimizer step and the sample number are independent of the batch size. State: {"step"}; the data module saves {"samples"}, which this
+    callback updates.
     """
 
     def __init__(self, steps_per_epoch: int):
@@ -158,7 +157,7 @@ class ExactResume(Callback):
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         step = checkpoint["step"]
         data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-        epoch, samples_inside = divmod(data.samples, self.steps_per_epoch * data.batch_size)  # restored before callbacks are
+        epoch, samples_inside = divmod(data.samples, self.steps_per_epoch * data.batch_size)  # the data module is restored before the callbacks
         steps_inside = samples_inside // data.batch_size
         checkpoint["epoch"] = epoch
         fit = trainer.fit_loop.state_dict()

@@ -1,4 +1,4 @@
-"""An average of the weights over the training steps, which is what is validated, written with and loaded."""
+"""Exponential moving average of the weights, used for validation, samples and everything that loads the weights."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 class EMA(Callback):
     """Keeps the exponential moving average a ← β a + (1 − β) θ of the trained weights θ after every optimizer step (Polyak & Juditsky 1992).
 
-    β is `decay`, or (1 + n) / (10 + n) after n steps where that is less, so that the first weights are soon forgotten; with `decay` null nothing
-    is done. Training itself is not changed. Validation, sample texts, and all that loads weights from the run's checkpoints (evaluate, generate,
-    export, fine-tuning) use the average; `resume` and `fork` go on from the weights, and with the average. It is kept in fp32, cut as the
-    parameters are. State: "average.<parameter>", tensors beside the checkpoint's "model.<parameter>".
+    After n steps β is the smaller of `decay` and (1 + n) / (10 + n), so that the initial weights are forgotten early; `decay` null disables it.
+    Training is not changed. Validation, sample texts and everything that loads weights from the checkpoints (evaluate, generate, export,
+    fine-tuning) use the average; `resume` and `fork` restore both the weights and the average. It is kept in fp32, sharded like the parameters.
+    State: the tensors "average.<parameter>" in the checkpoint, beside "model.<parameter>".
 
-    Comes after what looks at weights in validation (Samples) and before what saves: job/build.py sees to it.
+    The callback must come after those that use the weights in validation (Samples) and before those that save; job/build.py orders them.
     """
 
     def __init__(self, decay: Share | None = None):
@@ -38,32 +38,32 @@ class EMA(Callback):
         self.decay = decay
         self._trained: list[Any] = []
         self._second: set[str] = set()
-        self._weights: list[Tensor] = []  # what this rank holds of them; sharing memory
-        self._averages: dict[str, Tensor] = {}  # key in a checkpoint -> of the parameter's shape and layout
-        self._held: list[Tensor] = []  # what this rank holds of those; sharing memory
-        self._aside: list[Tensor] | None = None  # the weights while the model has the averages
+        self._local_weights: list[Tensor] = []  # the local tensors of the trained weights, sharing their memory
+        self._averages: dict[str, Tensor] = {}  # key in a checkpoint -> average, with the parameter's shape and sharding
+        self._local_averages: list[Tensor] = []  # the local tensors of the averages, sharing their memory
+        self._aside: list[Tensor] | None = None  # a copy of the weights while the model holds the averages
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if self.decay is None:
             return
         named = {pl_module.aliases.get(name, name): p for name, p in pl_module.model.named_parameters() if p.requires_grad}
-        self._second = {AVERAGE + name for name in pl_module.aliases.values()}  # another rank saves them
+        self._second = {AVERAGE + name for name in pl_module.aliases.values()}  # tied weights that another pipeline stage saves
         self._trained = list(named.values())
         self._averages = {AVERAGE + name: p.detach().float().clone() for name, p in named.items()}
-        self._weights, self._held = self._local_weights(), local_tensors(list(self._averages.values()))
+        self._local_weights, self._local_averages = self._current_weights(), local_tensors(list(self._averages.values()))
         if trainer.ckpt_path is not None:
             path = Path(trainer.ckpt_path)
             saved = tensor_sizes(path)
             read_into(path, {key: x for key, x in self._averages.items() if key in saved})
 
-    def _local_weights(self) -> list[Tensor]:
+    def _current_weights(self) -> list[Tensor]:
         return local_tensors([p.detach() for p in self._trained])
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.decay is None:
             return
         n = trainer.global_step
-        foreach_lerp_(self._held, [w.float() for w in self._weights], 1 - min(self.decay, (1 + n) / (10 + n)))
+        foreach_lerp_(self._local_averages, [w.float() for w in self._local_weights], 1 - min(self.decay, (1 + n) / (10 + n)))
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"] |= {key: x for key, x in self._averages.items() if key not in self._second}
@@ -77,14 +77,14 @@ class EMA(Callback):
     def _swap(self, trainer: pl.Trainer) -> None:
         if self._averages:
             trainer.strategy.reshard()  # pyright: ignore[reportAttributeAccessIssue]
-            weights = self._local_weights()  # not those of training: when it ends, Lightning moves a GPU's parameters away and back
+            weights = self._current_weights()  # not self._local_weights: at the end of training Lightning moves the parameters from the GPU and back
             self._aside = [w.clone() for w in weights]
-            _copy(weights, self._held)
+            _copy(weights, self._local_averages)
 
     def _swap_back(self, trainer: pl.Trainer) -> None:
         if self._aside is not None:
             trainer.strategy.reshard()  # pyright: ignore[reportAttributeAccessIssue]
-            _copy(self._local_weights(), self._aside)
+            _copy(self._current_weights(), self._aside)
             self._aside = None
 
 
@@ -95,7 +95,7 @@ def _copy(into: list[Tensor], values: list[Tensor]) -> None:
 
 @contextmanager
 def averaged(trainer: pl.Trainer) -> Iterator[None]:
-    """Until this is left the trained model has for weights what its EMA, if it keeps one, has made of them."""
+    """Context in which the model has the averaged weights, if the run has an EMA."""
     own = [callback for callback in trainer.callbacks if isinstance(callback, EMA)]  # pyright: ignore[reportAttributeAccessIssue]
     for ema in own:
         ema._swap(trainer)

@@ -1,4 +1,4 @@
-"""Which process does what, shown once when training starts."""
+"""Prints the parallel layout when training starts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from meshformer.parallel.table import axes_table, local_sizes
 
 
 class Layout(Callback):
-    """Prints the mesh (axis, degree, what it splits) and what each rank holds. `settings` is the strategy config node. State: none."""
+    """Prints the mesh (axis, degree, what it splits) and the memory per rank. `settings` is the strategy config node. State: none."""
 
     def __init__(self, settings: dict[str, Any]):
         self.settings = settings

@@ -1,4 +1,4 @@
-"""What happens when numbers go wrong. That a gradient which is not finite changes nothing is the task's own doing, with or without this."""
+"""Reports non-finite losses and gradients, and skips gradient spikes. training/step.py skips non-finite gradients, with or without this callback."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 
 
 class NonFiniteError(ArithmeticError):
-    """A gradient or a loss was not finite, and the run was not told to go on."""
+    """A gradient or a loss was not finite, and callbacks.nonfinite.action is stop."""
 
 
 class NonFinite(Callback):
-    """At a row, tells of the first step since the last one whose gradient or loss was not finite; then `stop`s the run, or goes on (`skip`).
+    """At each metrics row reports the first step since the last row with a non-finite gradient or loss, then `stop`s the run or continues (`skip`).
 
-    The update of a step whose gradient is not finite is never made; `train/skipped_steps` counts them. A run that stops is saved first, unless
-    the loss alone was not finite, when the weights may be at fault; resumed, it goes on behind the row. Under 16-mixed, gradients that overflow
-    are how the loss scale is found: they are counted only. State: none.
+    A step with a non-finite gradient never updates the weights; `train/skipped_steps` counts them. A run that stops is saved first, unless only
+    the loss was not finite, since then the weights may be corrupt; a resumed run continues after the row. With 16-mixed, overflowing gradients
+    are part of dynamic loss scaling and are only counted. State: none.
     """
 
     def __init__(self, action: Literal["stop", "skip"] = "stop"):
@@ -37,15 +37,15 @@ class NonFinite(Callback):
         self._error: NonFiniteError | None = None
 
     def measure(self, trainer: pl.Trainer, pl_module: Any) -> dict[str, float]:
-        trouble = pl_module.trouble
+        failure = pl_module.failure
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
-        if trouble is None or (scaled and not trouble.loss_ranks):
+        if failure is None or (scaled and not failure.loss_ranks):
             return {}
-        if self.action == "stop":  # once the row is written, and whatever else is due at this step
-            self._error = NonFiniteError(f"{told(trouble)} {advice(trainer)}")
-            self._save = trouble.gradient
+        if self.action == "stop":  # raised later, after the row is written and the other callbacks of this step have run
+            self._error = NonFiniteError(f"{describe_failure(failure)} {advice(trainer)}")
+            self._save = failure.gradient
         elif trainer.is_global_zero:
-            say(f"warning: {told(trouble)}", error=True)
+            say(f"warning: {describe_failure(failure)}", error=True)
         return {}
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -66,7 +66,7 @@ class NonFinite(Callback):
 
 
 def advice(trainer: pl.Trainer) -> str:
-    """What may help, without what the run has already."""
+    """Suggestions that the run does not follow already."""
     tries = ["a lower optimizer.lr", "a longer warm-up"]
     if not trainer.lightning_module.gradient_clip_val:  # pyright: ignore[reportOptionalMemberAccess]
         tries.append("trainer.gradient_clip_val=1")
@@ -75,18 +75,18 @@ def advice(trainer: pl.Trainer) -> str:
     return f"Try {', '.join(tries[:-1])} or {tries[-1]}; callbacks.nonfinite.action=skip goes on without such steps."
 
 
-def told(trouble: Any) -> str:
-    """The trouble in words: `step 7: the gradient of norm.weight is not finite (rank 1, learning rate 0.002). …`."""
-    rate = f"learning rate {trouble.learning_rate:.3g}"
-    if not trouble.gradient:
-        return f"step {trouble.step}: the loss is not finite ({_ranks(trouble.loss_ranks)}, {rate}), though its gradient is."
-    where = _ranks(trouble.loss_ranks or trouble.ranks) + (", where the loss is not finite either" if trouble.loss_ranks else "")
+def describe_failure(failure: Any) -> str:
+    """A NonFiniteStep in words: `step 7: the gradient of norm.weight is not finite (rank 1, learning rate 0.002). …`."""
+    rate = f"learning rate {failure.learning_rate:.3g}"
+    if not failure.gradient:
+        return f"step {failure.step}: the loss is not finite ({_ranks(failure.loss_ranks)}, {rate}), though its gradient is."
+    where = _ranks(failure.loss_ranks or failure.ranks) + (", where the loss is not finite either" if failure.loss_ranks else "")
     what = "the gradients' common norm overflows"
-    if trouble.parameter is not None:
-        more = f" and of {trouble.parameters - 1} more" if trouble.parameters > 1 else ""
-        what = f"the gradient of {trouble.parameter}{more} is not finite"
+    if failure.parameter is not None:
+        more = f" and of {failure.parameters - 1} more" if failure.parameters > 1 else ""
+        what = f"the gradient of {failure.parameter}{more} is not finite"
     place = f"{where}, {rate}" if where else rate
-    return f"step {trouble.step}: {what} ({place}). The update was not made: weights and optimizer state are as before it."
+    return f"step {failure.step}: {what} ({place}). The update was not made: weights and optimizer state are as before it."
 
 
 def _ranks(ranks: list[int]) -> str:
@@ -96,11 +96,11 @@ def _ranks(ranks: list[int]) -> str:
 class Spike(Callback):
     """Skips the update of a step whose gradient norm is above `threshold` times the median of the last `window` steps' norms. Null: off.
 
-    The norm is the global one before clipping; the median is the lower of the two middle values, and nothing is judged before half a window is
-    known. Norms of skipped steps enter the window too, but for those not finite, so that a lasting rise is taken for the new normal after half a
-    window. Chowdhery et al. 2022, section 5.1 (PaLM), train again without the batches around a spike; skipping inside the step, against running
-    statistics, is what OLMo-core's SkipStepOptimizer does with mean and deviation, which a spike, unlike the median, drags along.
-    State: the norms, on the device; in checkpoints, so that a resumed run judges alike. `train/skipped_steps` counts.
+    The norm is the global one before clipping. The median is the lower of the two middle values, and no step is skipped until half the window is
+    filled. Finite norms of skipped steps enter the window too, so after a lasting rise of the norm steps are skipped for half a window at most.
+    PaLM (Chowdhery et al. 2022, section 5.1) restarts without the batches around a spike; OLMo-core's SkipStepOptimizer skips inside the step as
+    here, but compares with mean and standard deviation, which a spike changes more than the median.
+    `train/skipped_steps` counts the skipped steps. State: the window of norms, on the device, saved so that a resumed run skips the same steps.
     """
 
     def __init__(self, threshold: PositiveFloat | None = None, window: PositiveInt = 128):
@@ -114,13 +114,13 @@ class Spike(Callback):
         if self.threshold is not None:
             norms = self._saved if len(self._saved) == self.window else [float("inf")] * self.window
             self._norms = torch.tensor(norms, device=pl_module.device)
-            pl_module.refuses = self._refuses
+            pl_module.should_skip = self._should_skip
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        pl_module.refuses = None
+        pl_module.should_skip = None
 
-    def _refuses(self, norm: torch.Tensor, bad: torch.Tensor, step: int) -> torch.Tensor:
-        """A flag on the device. The window is a ring: the place of a step is `step % window`."""
+    def _should_skip(self, norm: torch.Tensor, bad: torch.Tensor, step: int) -> torch.Tensor:
+        """Whether to skip, a boolean on the device; also stores the norm in the ring buffer of length `window`."""
         assert self._norms is not None and self.threshold is not None
         refused = norm > self.threshold * self._norms.median()
         place = self._norms[step % self.window]

@@ -1,4 +1,4 @@
-"""A run that is told to stop ends at a step boundary, saved: preemption by a scheduler, and Ctrl-C."""
+"""Preemption by a scheduler and Ctrl-C: the run saves a checkpoint after the current step and stops."""
 
 from __future__ import annotations
 
@@ -19,32 +19,33 @@ from meshformer.config.errors import Stopped
 
 from .checkpoint import Checkpoint
 
-REASONS = (None, "preempted", "interrupted")  # the number that ranks agree on is the place in here
-AGREE_SECONDS = 0.5  # between two agreements: half a second is nothing to one who waits, and 14 steps of 35 ms
-LONGEST_WAIT = 100  # steps
-ASKING = {signal.SIGUSR1: "preempted", signal.SIGTERM: "preempted", signal.SIGINT: "interrupted"}
+REASONS = (None, "preempted", "interrupted")  # ranks exchange the index into this tuple
+EXCHANGE_SECONDS = 0.5  # target time between two exchanges
+LONGEST_WAIT = 100  # most steps between two exchanges
+STOP_SIGNALS = {signal.SIGUSR1: "preempted", signal.SIGTERM: "preempted", signal.SIGINT: "interrupted"}
 
 
 class StopSignals:
-    """SIGTERM, SIGUSR1 and Ctrl-C only set a flag; the one after that ends the process at once, whatever it is doing.
+    """Context in which SIGTERM, SIGUSR1 and Ctrl-C only set `requested`; a second signal ends the process at once, wherever it is.
 
-    `by_agent`: in a rank of our own elastic agent Ctrl-C, which the terminal sends to every process, is the parent's to pass on (as SIGUSR1). So
-    is the second signal: SLURM sends SIGTERM and SIGUSR1 to each process of a job step, and the parent passes its own on. The agent, too, sends
-    SIGTERM, when another rank has failed: `leaving` tells whether that is so, and then the process ends at once.
+    `by_agent`: this process is a rank of our own elastic agent. The terminal sends Ctrl-C to every process, so a rank ignores it and waits for
+    the parent, which forwards it as SIGUSR1. A rank does not exit at a second signal either, because SLURM signals each process of a job step and
+    the parent forwards its own signals too. The agent itself sends SIGTERM when another rank has failed: then `leaving()` returns True, and the
+    process exits at once.
     """
 
     def __init__(self, by_agent: bool, leaving: Callable[[], bool] = lambda: True):
         self.by_agent, self.leaving = by_agent, leaving
-        self.asked: str | None = None
+        self.requested: str | None = None
         self._before: dict[signal.Signals, Any] = {}
         self._pipe: int | None = None
 
     def __enter__(self) -> StopSignals:
-        if threading.current_thread() is threading.main_thread():  # in a notebook's or a test's thread signals are not ours
-            self._before = {number: signal.getsignal(number) for number in ASKING}
-            for number in ASKING:
-                signal.signal(number, signal.SIG_IGN if self.by_agent and number == signal.SIGINT else self._ask)
-            if self.by_agent and self._pipe is None:  # train() enters again what the rank has entered
+        if threading.current_thread() is threading.main_thread():  # signal handlers can only be set in the main thread
+            self._before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+            for number in STOP_SIGNALS:
+                signal.signal(number, signal.SIG_IGN if self.by_agent and number == signal.SIGINT else self._on_signal)
+            if self.by_agent and self._pipe is None:  # train() enters the context a second time in a rank
                 self._watch()
         return self
 
@@ -53,11 +54,11 @@ class StopSignals:
             signal.signal(number, handler)
         if self._pipe is not None:
             signal.set_wakeup_fd(-1)
-            os.close(self._pipe)  # which ends the thread
+            os.close(self._pipe)  # ends the thread
             self._pipe = None
 
     def _watch(self) -> None:
-        """A thread that looks at every SIGTERM at once: Python's own handlers wait until the main thread comes back, from a collective, say."""
+        """Starts a thread that handles SIGTERM at once: a Python handler would wait until the main thread returns, for example from a collective."""
         read, self._pipe = os.pipe()
         os.set_blocking(self._pipe, False)
         signal.set_wakeup_fd(self._pipe, warn_on_full_buffer=False)
@@ -70,17 +71,17 @@ class StopSignals:
 
         threading.Thread(target=watch, daemon=True).start()
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        self.asked = ASKING[signal.Signals(number)]
-        for again in () if self.by_agent else ASKING:  # the default ends a process even inside a collective that never returns
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.requested = STOP_SIGNALS[signal.Signals(number)]
+        for again in () if self.by_agent else STOP_SIGNALS:  # the default handler ends the process even inside a hanging collective
             signal.signal(again, signal.SIG_DFL)
 
 
 class Preemption(Callback):
-    """Ends training after the step in which all ranks have heard that one was told to stop: saves, then raises Stopped on every rank.
+    """Stops training on all ranks after the same step once a rank has received a signal: saves, then raises Stopped on every rank.
 
-    Ranks agree about twice a second, or after every step where steps are longer: by two integers, of which the hosts find the largest while the
-    next step runs, so nobody waits for it. Where the step is also to be validated, it is, so that the resumed run misses nothing. State: none.
+    Ranks exchange the signal about twice a second (or after every step, if steps take longer) with an asynchronous all-reduce on the CPU, which
+    overlaps with the next step. If the last step is due for validation, it is validated first, so the resumed run skips nothing. State: none.
     """
 
     def __init__(self, signals: StopSignals):
@@ -88,7 +89,7 @@ class Preemption(Callback):
         self._pending: tuple[Any, torch.Tensor] | None = None
         self._group: Any = None
         self._reason: str | None = None
-        self._wait, self._steps, self._since = 1, 0, 0.0  # steps between exchanges; how many since the last began; when that was
+        self._wait, self._steps, self._since = 1, 0, 0.0  # steps between exchanges, steps since the last one, and its time
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._reason, self._pending = None, None
@@ -109,9 +110,9 @@ class Preemption(Callback):
             self._stop(trainer)
 
     def _agreed(self) -> str | None:
-        """What the ranks had asked for when they last exchanged, the same on all of them; in one process, what was asked for by now."""
+        """The stop reason that all ranks know from the last exchange, or None. In a single process: the signal received so far."""
         if self._group is None:
-            return self.signals.asked
+            return self.signals.requested
         agreed = 0
         if self._pending is not None:
             work, numbers = self._pending
@@ -122,15 +123,15 @@ class Preemption(Callback):
         self._steps += 1
         if self._steps >= self._wait:
             now = time.monotonic()
-            fit = int(AGREE_SECONDS * self._steps / max(now - self._since, 1e-6))
-            # The most that any rank asks for, and the fewest steps that any would wait.
-            numbers = torch.tensor([REASONS.index(self.signals.asked), LONGEST_WAIT - min(max(fit, 1), LONGEST_WAIT)])
+            fit = int(EXCHANGE_SECONDS * self._steps / max(now - self._since, 1e-6))
+            # The maximum over ranks of the reason, and of LONGEST_WAIT − wait, which gives the minimum of the waits.
+            numbers = torch.tensor([REASONS.index(self.signals.requested), LONGEST_WAIT - min(max(fit, 1), LONGEST_WAIT)])
             self._pending = (dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=self._group, async_op=True), numbers)
             self._steps, self._since = 0, now
         return REASONS[agreed]
 
     def _finish(self) -> None:
-        """No rank may leave while another still waits for its part of this."""
+        """Completes a pending all-reduce, so that no rank exits while another still waits for it."""
         if self._pending is not None:
             self._pending[0].wait()
             self._pending = None
@@ -147,6 +148,6 @@ class Preemption(Callback):
         if not savers:
             raise Stopped(self._reason or "", step, False)
         trainer.strategy.checkpoint_io.wait()  # pyright: ignore[reportAttributeAccessIssue]
-        if any(saver.lost(trainer) for saver in savers):  # a warning has said why
+        if any(saver.lost(trainer) for saver in savers):  # a warning has given the reason
             raise Stopped(self._reason or "", step, False, "the save failed")
         raise Stopped(self._reason or "", step, True)

@@ -1,4 +1,4 @@
-"""Where training is, on the terminal: a bar that refreshes by time, never by step."""
+"""The progress bar on the terminal, refreshed by time instead of by step."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from meshformer.printing import say
 
 
 class ProgressBar(Callback):
-    """On a terminal a Rich bar, refreshed about once a second; elsewhere (a log file) a plain line whenever a tenth is done. State: none.
+    """On a terminal a Rich bar, refreshed about once a second; elsewhere (a log file) a plain line after each tenth of the run. State: none.
 
-    It shows the numbers of the last metrics row, so it asks the device for nothing.
+    It shows the numbers of the last metrics row, so it needs no host sync.
     """
 
     REFRESH_SECONDS = 1.0

@@ -1,4 +1,4 @@
-"""A run of a search reports to the study how it does, and ends early when others did better at its step."""
+"""Pruning: a run of a search reports its metric to the Optuna study and ends early if the pruner decides so."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from meshformer.printing import say
 
 
 class Pruning(Callback):
-    """Reports `metric` after every validation; where the pruner says so, training ends as if this were its last step.
+    """Reports `metric` after every validation; if the pruner decides so, training ends as if this were its last step.
 
     `study`: the SQLite file of an Optuna study, of which this run is trial number `trial`. `pruner`: median (worse than the median of the other
-    trials at this step) or hyperband (successive halving between 1 and `last_step`). Rank 0 asks, all ranks hear. Where the trial is over (a
-    run of a search that is continued by hand) or the file is gone it does nothing. State: none, the study is the state.
+    trials at this step) or hyperband (successive halving between 1 and `last_step`). Rank 0 decides and broadcasts. It
+    does nothing if the trial is finished (a run of a search that is continued by hand) or the file is gone. State: none, it is in the study.
     """
 
     def __init__(self, study: str, trial: int, metric: str = "val/loss", pruner: str = "median", last_step: int | None = None):
@@ -49,7 +49,7 @@ class Pruning(Callback):
             return
         prune = False
         if self.trial is not None:
-            # A resumed run repeats no step, but reporting one twice would only earn a warning.
+            # Optuna only warns if a step is reported twice.
             self.trial.report(float(trainer.callback_metrics[self.metric]), trainer.global_step)
             prune = self.trial.should_prune()
         if trainer.strategy.broadcast(prune):

@@ -1,4 +1,4 @@
-"""Writes metrics.csv and feeds the loggers: one wide row a logged step, with the step numbers that the whole project uses."""
+"""Writes metrics.csv and feeds the loggers: one row per logged step, numbered by completed optimizer steps."""
 
 from __future__ import annotations
 
@@ -14,54 +14,54 @@ from meshformer.record.metrics_csv import MetricsCsv, read_metrics
 
 
 class Rows(Callback):
-    """A row every `every_n_steps` optimizer steps and at the last one; validation fills the row of its step.
+    """A row every `every_n_steps` optimizer steps and at the last one; validation metrics go into the row of their step.
 
-    `step` counts completed optimizer steps from 1. Other callbacks add columns by a method `measure(trainer, task) -> dict[str, float]`,
-    called on every rank at the same steps; whatever the task logs with `self.log` becomes a column too. State: none, the file is the state.
+    `step` counts completed optimizer steps from 1. Another callback adds columns with a method `measure(trainer, task) -> dict[str, float]`, which
+    is called on every rank at the same steps; values that the task logs with `self.log` become columns too. State: none, it is in the file.
     """
 
     def __init__(self, folder: Path, every_n_steps: int):
         self.folder, self.every_n_steps = Path(folder), every_n_steps
         self.validated_step = -1
-        self.csv: MetricsCsv | None = None  # rank 0 alone
+        self.csv: MetricsCsv | None = None  # on rank 0 only
         self.latest: dict[str, float] = {}
         self._lr, self._epoch_samples = 0.0, 0
         self.tolerant = False  # set by job/build.py: callbacks.checkpoint.on_failure=warn
         self._unwritten: list[tuple[int, dict[str, Any]]] = []
-        self._told_of_failure = False
-        self._told: set[str] = set()  # metrics of ours that Lightning was told
+        self._failure_reported = False
+        self._exported: set[str] = set()  # our metrics that were added to trainer.callback_metrics
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.begin(trainer)  # not in on_fit_start: there the step is not restored yet
+        self.begin(trainer)  # not in on_fit_start, where the step is not restored yet
 
     def begin(self, trainer: pl.Trainer) -> None:
-        """Opens metrics.csv at the trainer's step. train.py calls it for a run that has its last step behind it and only validation to do."""
+        """Opens metrics.csv at the trainer's step. job/train.py calls it for a resumed run that only has its last validation left to do."""
         data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-        self._epoch_samples = data.steps_per_epoch * data.batch_size  # asked once: it takes the token file
+        self._epoch_samples = data.steps_per_epoch * data.batch_size  # computed once, since it opens the token file
         if trainer.is_global_zero:
             self.csv = MetricsCsv(self.folder / "metrics.csv")
-            self.csv.truncate_after(trainer.global_step)  # rows that a killed run wrote after the checkpoint it resumes from
+            self.csv.truncate_after(trainer.global_step)  # drops rows after the checkpoint that this run resumes from
             rows = read_metrics(self.csv.path)
             if rows and rows[-1]["step"] == trainer.global_step:
                 self.latest = {name: value for name, value in rows[-1].items() if "/" in name and isinstance(value, float)}
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Any, optimizer: Any) -> None:
-        self._lr = optimizer.param_groups[0]["lr"]  # what this step uses; by the end of the batch the schedule has moved on
+        self._lr = optimizer.param_groups[0]["lr"]  # recorded here, since on_train_batch_end comes after the scheduler step
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
         if step % self.every_n_steps and step != trainer.max_steps:
             return
-        # A row at the end, out of turn, does not end the interval: a resumed run then has the rows of one that never stopped.
+        # An extra row at the last step does not reset the sums, so a run that is resumed to train longer gets the rows of an uninterrupted one.
         values: dict[str, float] = pl_module.running_metrics(reset=step % self.every_n_steps == 0)
         values["train/lr"] = self._lr
         for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
             if hasattr(callback, "measure"):
                 values.update(callback.measure(trainer, pl_module))
-        own = {k: float(v) for k, v in trainer.callback_metrics.items() if not k.startswith(("val/", "test/")) and k not in self._told}
-        # What a stock callback (EarlyStopping, LearningRateMonitor) may ask for by name: Lightning knows what was logged by self.log alone.
+        own = {k: float(v) for k, v in trainer.callback_metrics.items() if not k.startswith(("val/", "test/")) and k not in self._exported}
+        # Lightning's callbacks (EarlyStopping) look up metrics by name, and Lightning itself only adds those logged with self.log.
         trainer.callback_metrics.update({k: torch.tensor(v) for k, v in values.items()})
-        self._told.update(values)
+        self._exported.update(values)
         values.update(own)
         self._write(trainer, step, values)
 
@@ -82,7 +82,7 @@ class Rows(Callback):
             logger.log_metrics({**values, "samples": samples}, step)
 
     def _flush(self) -> None:
-        """Writes the rows that are not on disk yet. A full disk ends the run, or (`tolerant`) is told once, and the rows are tried again."""
+        """Writes the pending rows. If that fails (a full disk), raises, or with `tolerant` warns once and keeps the rows for the next attempt."""
         assert self.csv is not None
         try:
             while self._unwritten:
@@ -90,12 +90,12 @@ class Rows(Callback):
                 self.csv.flush()
                 self._unwritten.pop(0)
             self.csv.flush()
-            self._told_of_failure = False
+            self._failure_reported = False
         except OSError as error:
             if not self.tolerant:
                 raise
-            if not self._told_of_failure:
-                self._told_of_failure = True
+            if not self._failure_reported:
+                self._failure_reported = True
                 say(f"warning: metrics.csv could not be written ({error.strerror}); training goes on, and the next row tries again", error=True)
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:

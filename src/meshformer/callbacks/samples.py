@@ -1,4 +1,4 @@
-"""A look at what the model writes, after validation."""
+"""Writes sample texts of the model after validation."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Samples(Callback):
     ):
         self.prompt, self.every_n_validations, self.max_tokens = prompt, every_n_validations, max_tokens
         self.temperature, self.top_p = temperature, top_p
-        self.folder: Any = None  # set by train.py: RUN/samples
+        self.folder: Any = None  # set by job/build.py: RUN/samples
         self._validations = 0
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -38,10 +38,10 @@ class Samples(Callback):
 
 
 def continuation(task: Any, tokenizer: Any, prompt: str, max_tokens: int, **options: Any) -> str | None:
-    """`prompt` and what the task's model makes of it; None for a model that cannot continue texts, and on every rank but 0.
+    """`prompt` and its continuation by the task's model; None for a model that cannot generate, and on every rank except 0.
 
-    Token 0 stands in for a prompt that is empty or that the tokenizer does not know: a look at the text must not end a run. Every rank must call
-    it: where a rank holds a part of the model only, rank 0 gathers all of it."""
+    If the prompt is empty or unknown to the tokenizer, token 0 is used instead, since a sample must not end a run. A collective: if the model is
+    sharded, rank 0 gathers it."""
     model = whole_model(task) if keeps_what_it_read(task.model) else None
     if model is None or getattr(model, "head", True) is None:
         return None
@@ -50,15 +50,15 @@ def continuation(task: Any, tokenizer: Any, prompt: str, max_tokens: int, **opti
     except ConfigError:
         ids = [0]
     prompt_BT = torch.as_tensor([list(map(int, ids))], device=next(model.parameters()).device)
-    # the precision plugin's context (bf16 autocast, say) is what the model was trained under
-    # a compiled block would be compiled anew for each length of the cache
+    # Generates under the precision of training (for example bf16 autocast), and in eager mode: a compiled block would recompile for each
+    # length of the cache.
     with task.trainer.precision_plugin.forward_context(), torch.compiler.set_stance("force_eager"):
         out_BT = generate(model, prompt_BT, max_tokens, **options)
     return tokenizer.decode(out_BT[0].tolist())
 
 
 def whole_model(task: Any) -> Any:
-    """The task's model where this process holds all of it; else a whole copy of it on rank 0's host, and None on the other ranks."""
+    """On rank 0 the task's model, or an unsharded copy on the CPU if it is sharded; None on the other ranks. A collective."""
     if task.trainer.strategy.holds_whole_model:
         return task.model if task.trainer.is_global_zero else None
     weights = task.trainer.strategy.whole_weights()

@@ -1,4 +1,4 @@
-"""How fast training goes: tokens a second, and the share of the device's own matrix rate that it reaches."""
+"""Throughput of training: tokens per second, and MFU relative to the device's measured matrix product rate."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from lightning.pytorch.callbacks import Callback
 
 
 class Throughput(Callback):
-    """Columns train/tokens_per_second (all ranks together, validation and checkpoints not counted), train/mfu; of rank 0 train/data_wait_ms (how
-    long the host waited for a step's batches: a GPU may have been busy meanwhile) and train/peak_memory_gib, on a GPU also
-    train/reserved_memory_gib (what torch's allocator took from the device at most, with what lies idle in it).
+    """Adds columns for all ranks, train/tokens_per_second (without validation and checkpoints) and train/mfu, and for rank 0 train/data_wait_ms (time
+    per step that the host waited for batches, while a GPU may have been busy), train/peak_memory_gib and, on a GPU, train/reserved_memory_gib
+    (the most that torch's caching allocator reserved).
 
-    MFU (Chowdhery et al. 2022, appendix B) = FLOPs of the model's matrix products a second / the rate at which this device multiplies large
-    matrices of this type, measured for `measure_seconds` when training starts: no table of peak numbers is involved. State: none.
+    MFU (Chowdhery et al. 2022, appendix B) = FLOP/s of the model's matrix products / FLOP/s of large matrix products of this dtype on this device,
+    measured for `measure_seconds` when training starts instead of taken from a data sheet. State: none.
     """
 
     def __init__(self, measure_seconds: float = 0.2):
@@ -36,7 +36,7 @@ class Throughput(Callback):
         assert self.matrix_rate is not None
         values = {"train/tokens_per_second": rate, "train/data_wait_ms": 1e3 * (waited - self._waited) / max(steps, 1)}
         self._since, self._since_step, self._waited = now, step, waited
-        if hasattr(pl_module, "flops_per_token"):  # not a model of the user's
+        if hasattr(pl_module, "flops_per_token"):  # set for our models only
             values["train/mfu"] = rate * pl_module.flops_per_token / (self.matrix_rate * trainer.world_size)
         if (peak := peak_memory(pl_module.device)) is not None:
             values["train/peak_memory_gib"] = peak / 2**30
@@ -44,7 +44,7 @@ class Throughput(Callback):
             values["train/reserved_memory_gib"] = torch.cuda.max_memory_reserved(pl_module.device) / 2**30
         return values
 
-    # Time that is not training (validation, samples, checkpoints) moves the start of the interval forward.
+    # The time of validation, samples and checkpoints is excluded by moving the start of the interval forward.
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._pause()
@@ -64,9 +64,9 @@ class Throughput(Callback):
 def measure_matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> float:
     """FLOP/s of square matrix products of `dtype` on `device`: the fastest of repeated products over about `seconds`.
 
-    The size grows until one product takes a twentieth of the time, so that neither a GPU's launch cost nor a CPU that emulates
-    the type decides the result. Of random numbers: a GPU multiplies equal ones faster, at less power. Leaves nothing behind, neither in a GPU's
-    memory and its peaks nor in the global random state.
+    The size doubles until one product takes a fortieth of `seconds`, so that launch overhead does not matter on a GPU and a CPU that emulates the
+    dtype is not measured for too long. The matrices are random, because GPUs multiply constant ones faster, at less power. Resets the GPU's memory
+    statistics and leaves the global random state unchanged.
     """
     draw = torch.Generator(device).manual_seed(0)
 
@@ -83,7 +83,7 @@ def measure_matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float
         return best
 
     n = 128
-    while n < 8192 and once(n, 3) < seconds / 40:  # of three: a moment in which others had the machine shall not stop it
+    while n < 8192 and once(n, 3) < seconds / 40:  # best of three, so that one interruption does not end the search
         n *= 2
     n = max(128, n // 2)
     best = once(n, max(2, int(seconds / max(once(n, 3), 1e-6))))
@@ -94,16 +94,16 @@ def measure_matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float
 
 
 def _waited(trainer: Any) -> float:
-    """Seconds; 0 for data of the user's that does not say."""
+    """Seconds that the host has waited for batches; 0 for a user's data module without `waited`."""
     return getattr(trainer.datamodule, "waited", 0.0)
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Bytes: on a GPU the most that tensors took there, on a CPU the most that this process held in memory, libraries included (Linux alone)."""
+    """Peak memory in bytes: of tensors on a GPU; of the whole process on a CPU, on Linux only (None elsewhere)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
-        with open("/proc/self/status", "rb") as file:  # getrusage would tell of the parent's memory too
+        with open("/proc/self/status", "rb") as file:  # getrusage would include the parent's memory
             _, _, peak = file.read().partition(b"VmHWM:")
     except OSError:
         return None

@@ -192,7 +192,7 @@ def _worker(config: dict[str, Any], folder: str, notes: str, launcher: int, veri
         with StopSignals(by_agent=True, leaving=partial(_someone_left, Path(notes), start)) as signals:
             atomic_write_text(Path(notes) / f"{start}.{rank}.pid", str(os.getpid()))
             if (Path(notes) / STOP).exists():
-                signals.asked = "preempted"
+                signals.requested = "preempted"
             if int(start) and checkpoints(Path(folder)):
                 config = {**config, "resume": folder}
             return _train(config, Path(folder), signals)

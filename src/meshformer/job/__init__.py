@@ -1,1 +1,1 @@
-"""What the processes of a job do: build the parts, train, evaluate, generate, export; and how those processes are started."""
+"""The work of a job's processes: build the objects, then train, evaluate, generate, export or convert."""

@@ -1,4 +1,4 @@
-"""From the resolved configuration, a plain dict, to objects. The only place that calls `hydra.utils.instantiate`."""
+"""Builds the objects of a resolved configuration (a plain dict). The only module that calls `hydra.utils.instantiate`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning.pytorch.plugins.environments import LightningEnvironment
 
 from meshformer.callbacks import EMA, Checkpoint, ExactResume, Layout, ProgressBar, Rows, Samples
 from meshformer.checkpoint.lightning_io import FolderCheckpointIO
-from meshformer.compat.lightning import leave_signals_to_us
+from meshformer.compat.lightning import disable_signal_handling
 from meshformer.config.allow import check_object, check_target
 from meshformer.config.errors import ConfigError
 from meshformer.config.foreign import refuse_interpolations
@@ -32,11 +32,11 @@ from meshformer.tasks.check import has_own_head, padding_multiple
 from meshformer.training.precision import LossScaling
 
 Config = dict[str, Any]
-UNEXPECTED = re.compile(r"unexpected keyword argument '?(.*?)'?$")  # of a class that hands what it does not know on to its base
+UNEXPECTED = re.compile(r"unexpected keyword argument '?(.*?)'?$")  # the TypeError of a class that forwards **kwargs
 
 
 def instantiate(node: Config, config: Config, key: str, **values: Any) -> Any:
-    """The object that `node["_target_"]` names, with `values` added. ConfigError when any target inside is not on the allow-list."""
+    """Builds `node["_target_"]` with the node's settings and `values`. ConfigError if a target inside is not on the allow-list."""
     refuse_interpolations(node, "the configuration", key)
     for where, target in _targets(node, key):
         check_target(target, config.get("allow", ()), where)
@@ -48,14 +48,14 @@ def _make(node: Config, values: dict[str, Any]) -> Any:
     inner = {name: _make(child, {}) for name, child in node.items() if isinstance(child, dict) and "_target_" in child}
     try:
         made = hydra.utils.instantiate(node, **inner, **values, _convert_="all")
-    except InstantiationException as error:  # Hydra's wrapping of what a component itself says about its settings
+    except InstantiationException as error:  # Hydra wraps the component's own error
         if isinstance(error.__cause__, ConfigError):
             raise error.__cause__ from None
         if isinstance(error.__cause__, TypeError) and (taken := UNEXPECTED.search(str(error.__cause__))):
             raise ConfigError(f"{node['_target_']} takes no argument {taken[1]}", fix="Leave it out.") from None
         raise
     if isinstance(made, partial):
-        # Hydra's partial checks its target again at every call: 0.1 ms for every attention layer of every step.
+        # Hydra's partial checks its target at every call, which takes 0.1 ms per attention layer and step.
         return partial(made.func, *made.args, **made.keywords) if made.args or made.keywords else made.func
     return made
 
@@ -72,7 +72,7 @@ def _targets(node: Any, key: str) -> Iterator[tuple[str, Any]]:
 
 
 def build_data(config: Config, fixed_tokenizer: Any = None) -> SampledData:
-    """The data module for what the source gives (`data.kind`), its batches made for the task."""
+    """The data module for `data.kind`, with batches as the task needs them."""
     data = config["data"]
     shared = {
         "source": instantiate(data["source"], config, "data.source"),
@@ -114,12 +114,12 @@ def task_class(config: Config) -> Any:
 
 
 def build_model(config: Config) -> Any:
-    """The network, with the adapters that `stage` asks for, and without gradients where it says so."""
+    """The model, with the LoRA adapters and the frozen parameters that `stage` configures."""
     node, plan = dict(config["model"]), None
     accepted = signature(node["_target_"])
     if "plan" not in accepted.parameters and (said := node.pop("plan", None)) is not None:
         plan = build_plan(said, config)
-    # A module of the user's may draw its weights as torch's modules do, from the seed that is set before it is made.
+    # A user's model without an argument `seed` draws its weights from torch's global generator, seeded in job/train.py.
     seed = {"seed": config["seed"]} if accepted.open_ended or "seed" in accepted.parameters else {}
     model = instantiate(node, config, "model", **seed)
     if plan is not None:
@@ -138,12 +138,12 @@ def build_model(config: Config) -> Any:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(any(fnmatchcase(name, pattern) for pattern in trained))
     freeze(model, stage.get("freeze") or ())
-    fitting((name for name, _ in model.named_parameters()), stage.get("reinit") or (), "stage.reinit")  # acted on where weights are loaded
+    fitting((name for name, _ in model.named_parameters()), stage.get("reinit") or (), "stage.reinit")  # checked here; load_weights applies it
     return model
 
 
 def build_plan(said: Config | str, config: Config) -> Plan:
-    """What `model.plan` says: the settings of a Plan, or the dotted name of one in a module that the configuration may name."""
+    """The Plan in `model.plan`: a dict of its settings, or the dotted name of a Plan in an allowed module."""
     if isinstance(said, str):
         check_target(said, config.get("allow", ()), "model.plan")
         try:
@@ -155,19 +155,19 @@ def build_plan(said: Config | str, config: Config) -> Plan:
         return found
     try:
         return Plan(**said)
-    except (TypeError, ValueError) as error:  # a setting that a plan does not have; a word that is no style
+    except (TypeError, ValueError) as error:  # an unknown setting or style
         raise ConfigError(str(error), "model.plan") from None
 
 
 def freeze(model: Any, patterns: Sequence[str]) -> None:
-    """Parameters whose names fit one of the patterns get no gradient. ConfigError for a pattern that no name fits."""
+    """Freezes the parameters whose names match a pattern. ConfigError for a pattern without a match."""
     parameters = dict(model.named_parameters())
     for name in fitting(parameters, patterns, "stage.freeze"):
         parameters[name].requires_grad_(False)
 
 
 def fitting(names: Iterable[str], patterns: Sequence[str], key: str) -> list[str]:
-    """Those of the parameters' names that fit one of the patterns. ConfigError for a pattern that none fits."""
+    """The names that match one of the patterns. ConfigError for a pattern without a match."""
     names, found = list(names), []
     for pattern in patterns:
         fit = [name for name in names if fnmatchcase(name, pattern)]
@@ -202,7 +202,7 @@ def build_task(config: Config, max_steps: int) -> pl.LightningModule:
 
 
 def build_callbacks(config: Config, folder: Path, steps_per_epoch: int) -> list[pl.Callback]:
-    """The configured callbacks, then those every run has. Rows comes after what measures and before what saves."""
+    """The configured callbacks and those of every run. Rows must come after the callbacks that measure and before those that save."""
     configured = [instantiate(node, config, f"callbacks.{name}") for name, node in config["callbacks"].items() if node]
     for callback in configured:
         if isinstance(callback, Checkpoint):
@@ -217,7 +217,7 @@ def build_callbacks(config: Config, folder: Path, steps_per_epoch: int) -> list[
 
 
 def build_loggers(config: Config, folder: Path) -> list[Any]:
-    """The configured loggers, writing into the run folder; metrics.csv is always written, by the Rows callback."""
+    """The configured loggers, which write into the run folder. The Rows callback writes metrics.csv in any case."""
     return [
         instantiate(
             node,
@@ -231,14 +231,14 @@ def build_loggers(config: Config, folder: Path) -> list[Any]:
 
 
 def _validation_batches(config: Config) -> int | None:
-    """`trainer.limit_val_batches` in batches as evaluation makes them. It counts batches of data.batch_size samples where data.eval_batch_size
-    is null, whatever the accumulation, which makes evaluation batches smaller as it makes micro-batches."""
+    """`trainer.limit_val_batches` as a number of the data module's evaluation batches. With data.eval_batch_size=null the setting counts batches of
+    data.batch_size samples, but evaluation batches have the size of a micro-batch."""
     limit, accumulation = config["trainer"]["limit_val_batches"], config["trainer"]["accumulate_grad_batches"]
     return limit if limit is None or config["data"]["eval_batch_size"] is not None else limit * accumulation
 
 
 def _same_graph(config: Config) -> bool:
-    """Whether every backward pass is of one graph and reduces gradients: our models and tasks, no accumulation. (A user's may branch.)"""
+    """Whether DDP may use static_graph: our models and tasks (a user's may have branches) without gradient accumulation."""
     own = all(config[part]["_target_"].startswith("meshformer.") for part in ("model", "task"))
     return own and config["trainer"]["accumulate_grad_batches"] == 1
 
@@ -256,20 +256,20 @@ def build_trainer(config: Config, folder: Path, max_steps: int, callbacks: list[
         max_steps=max_steps,
         max_epochs=-1,
         val_check_interval=min(trainer["val_check_interval"], max_steps),
-        check_val_every_n_epoch=None,  # steps are counted over all epochs
+        check_val_every_n_epoch=None,  # count steps over all epochs
         limit_val_batches=_validation_batches(config),
         deterministic=trainer["deterministic"],
         callbacks=callbacks,
         logger=loggers,
-        # An allocation's shell has SLURM_NTASKS too, by which Lightning would take this process for one of several tasks.
+        # In the shell of a SLURM allocation, Lightning would see SLURM_NTASKS and take this process for one of several tasks.
         plugins=[FolderCheckpointIO(), *scaled, *([LightningEnvironment()] if external_launcher() is None else [])],
         log_every_n_steps=trainer["log_every_n_steps"],
         default_root_dir=folder,
         num_sanity_val_steps=0,
-        enable_checkpointing=False,  # callbacks.Checkpoint saves
-        enable_progress_bar=False,  # callbacks.ProgressBar shows
+        enable_checkpointing=False,  # callbacks.Checkpoint does it
+        enable_progress_bar=False,  # callbacks.ProgressBar does it
         enable_model_summary=False,
-        use_distributed_sampler=False,  # the data room slices one global order itself
+        use_distributed_sampler=False,  # data/ shards one global order over the ranks
     )
-    leave_signals_to_us(made)
+    disable_signal_handling(made)
     return made

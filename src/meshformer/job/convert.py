@@ -16,8 +16,8 @@ from meshformer.printing import say
 def convert(source: Path, target: Path, to: str) -> None:
     """Writes the checkpoint `source` (a folder or a .ckpt file) to the path `target`, which must be free, and prints how to use it.
 
-    `to`: sharded (a folder), single (one file), safetensors (the weights alone). Tensors keep their types and bits. As much memory is needed
-    as the checkpoint is large.
+    `to`: sharded (a folder), single (one file), safetensors (the weights only). Tensors keep dtype and bits. Needs memory for the whole checkpoint.
+    ConfigError if the target cannot be written.
     """
     tensors, rest = read_tensors(source), read_rest(source)
     step = rest.get("step")
@@ -31,17 +31,17 @@ def convert(source: Path, target: Path, to: str) -> None:
             about = {"step": step, "model": _model_settings(run_of(source))}
             tied, weights = tied_weights(tensors, rest), {f"model.{name}": x for name, x in weights_of(tensors).items()}
             write_weights(target, weights, tied, {k: v for k, v in about.items() if v is not None})
-    except (OSError, RuntimeError) as error:  # torch's archives report a full disk as the latter
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError for a full disk
         raise ConfigError(f"it cannot be written ({error})", "output", str(target)) from error
-    say(_told(target, to, step))
+    say(_usage(target, to, step))
 
 
 def _model_settings(run: Path) -> dict | None:
-    """What the model was built from, where it is known: the names of its parameters alone do not say."""
+    """The `model` node of the run, or None if the run has no config.yaml: parameter names alone do not determine the model."""
     return read_config(run)["model"] if (run / "config.yaml").is_file() else None
 
 
-def _told(target: Path, to: str, step: int | None) -> str:
+def _usage(target: Path, to: str, step: int | None) -> str:
     files = list(target.iterdir()) if target.is_dir() else [target]
     size = sum(file.stat().st_size for file in files) / 1e6
     what = "weights" if to == "safetensors" else "weights, optimizer state and position"

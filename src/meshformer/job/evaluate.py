@@ -1,4 +1,4 @@
-"""`meshformer evaluate`: a run's metrics on its validation or test part."""
+"""`meshformer evaluate`: a run's metrics on its validation or test split."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from meshformer.printing import say
 def evaluate(config: dict[str, Any], options: dict[str, Any]) -> dict[str, float]:
     """Metrics of `options["run"]`, a run folder (its newest checkpoint) or a checkpoint in one, on the split `options["split"]` (val or test).
 
-    In one process, whatever layout the run was trained in.
+    Runs in one process, for a run of any layout.
     """
     quiet_libraries()
     torch.set_num_threads(config["trainer"]["threads"])
@@ -46,7 +46,7 @@ def evaluate(config: dict[str, Any], options: dict[str, Any]) -> dict[str, float
 
 
 def load_run(config: dict[str, Any], source: Path) -> tuple[Any, Any]:
-    """(model, tokenizer) of a run's newest checkpoint, or of a checkpoint in it, ready to use."""
+    """(model in eval mode, tokenizer) of `source`, a run folder (its newest checkpoint) or a checkpoint in one."""
     model, file = build_model(config), run_of(source) / "tokenizer.json"
     load_weights(model, latest_checkpoint(source))
     tokenizer, size = load_tokenizer(file), config["model"].get("vocab_size")

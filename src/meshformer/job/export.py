@@ -1,4 +1,4 @@
-"""`meshformer export`: a model for other programs, in one process."""
+"""`meshformer export`: writes a model for other programs, in one process."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from meshformer.model import Attention, Transformer, VisionTransformer, attend_r
 from meshformer.model.settings import HEAD_PARAMETERS, SECOND_NAME
 from meshformer.printing import say
 
-Write = Callable[[Path], None]  # what is read and checked, to a path
+Write = Callable[[Path], None]  # writes the prepared model to a path
 
 
 def export(source: Path, target: Path, form: str) -> None:
     """Writes the model of `source` (a checkpoint, or foreign weights) to the path `target`, which must be free, and prints how to use it.
 
-    Adapters are merged into their weights, but for `form` adapter, which is them (and a new head) alone. Of the other forms, huggingface (a
-    folder) and safetensors keep every tensor's type and bits; onnx and torch_export are the model's computation in fp32, for any batch and
-    every length up to the context.
+    `form`: adapter writes the LoRA adapters (and a new head) only; all other forms merge adapters into the weights. huggingface (a folder) and
+    safetensors keep every tensor's dtype and bits; onnx and torch_export hold the graph in fp32, for any batch size and any length up to the
+    context length. ConfigError if the target cannot be written.
     """
     try:
         if form == "safetensors" and not is_foreign(source) and settings_of(source) is None:
@@ -48,12 +48,12 @@ def export(source: Path, target: Path, form: str) -> None:
             "torch_export": _torch_export,
             "adapter": _adapter,
         }[form]
-        write = prepare(source)  # reads and checks everything: what cannot be written whole is refused before there is a folder for it
+        write = prepare(source)  # reads and checks everything before anything is written
         target.parent.mkdir(parents=True, exist_ok=True)
         write(target)
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"it cannot be written ({error})", "output", str(target)) from error
-    say(_told(target, form))
+    say(_usage(target, form))
 
 
 def _weights(source: Path) -> dict[str, Tensor]:
@@ -86,14 +86,14 @@ def _write_folder(target: Path, config: dict[str, Any], tensors: dict[str, Tenso
 
 
 def _tokenizer(file: Path) -> str:
-    """Ours as the `tokenizers` library writes it; the characters of a character tokenizer are its words."""
+    """Our tokenizer in the JSON format of the `tokenizers` library; a character tokenizer becomes a WordLevel model of single characters."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     saved = json.loads(file.read_text(encoding="utf-8"))
     if saved.get("kind") != "char":
         return json.dumps(saved["model"] if "kind" in saved else saved, ensure_ascii=False)
     ours: Any = load_tokenizer(file)
-    stand_in = "?" if "?" in ours.characters else ours.characters[0]  # as CharTokenizer replaces what it does not know
+    stand_in = "?" if "?" in ours.characters else ours.characters[0]  # CharTokenizer's replacement for unknown characters
     theirs = Tokenizer(models.WordLevel({character: i for i, character in enumerate(ours.characters)}, unk_token=stand_in))
     theirs.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     theirs.decoder = decoders.Fuse()
@@ -114,7 +114,7 @@ def _torch_export(source: Path) -> Write:
 
 
 def _onnx(source: Path) -> Write:
-    # torch's exporter tells of packages that it would like, such as torchvision.
+    # torch's exporter warns about optional packages, such as torchvision.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -124,11 +124,11 @@ def _onnx(source: Path) -> Write:
 
 
 def exported(model: Transformer) -> torch.export.ExportedProgram:
-    """The model's computation for any batch and every length up to its context. Arguments: tokens_BT of a decoder; tokens_BT and documents_BT (1
-    where a token is, 0 where padding) of an encoder; images of a vision model."""
+    """The exported graph, for any batch size and any length up to the context length. Arguments: a decoder takes tokens_BT; an encoder tokens_BT and
+    documents_BT (1 for tokens, 0 for padding); a vision model images."""
     for module in model.modules():
         if isinstance(module, Attention):
-            module.attend = attend_reference  # plain products and a softmax, which every runtime knows
+            module.attend = attend_reference  # matrix products and softmax, which every runtime supports
     batch = torch.export.Dim("batch", min=1, max=2**16)
     if isinstance(model, VisionTransformer):
         images = torch.zeros(2, model.image_size, model.image_size, model.embedding.colours)
@@ -142,7 +142,7 @@ def exported(model: Transformer) -> torch.export.ExportedProgram:
     )
 
 
-def _told(target: Path, form: str) -> str:
+def _usage(target: Path, form: str) -> str:
     files = list(target.iterdir()) if target.is_dir() else [target]
     size = sum(file.stat().st_size for file in files) / 1e6
     uses = {

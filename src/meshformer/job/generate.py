@@ -1,4 +1,4 @@
-"""`meshformer generate`: text from a run's model."""
+"""`meshformer generate`: samples text from a run's model."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from meshformer.printing import say
 
 
 def generate(config: dict[str, Any], options: dict[str, Any]) -> list[str]:
-    """Prints and returns `options["count"]` continuations of `options["prompt"]`; the run folder is all it needs."""
+    """Prints and returns `options["count"]` continuations of `options["prompt"]` by the model of the run folder `options["run"]`."""
     torch.set_num_threads(config["trainer"]["threads"])
     model, tokenizer = load_run(config, Path(options["run"]))
-    if not keeps_what_it_read(model):  # one of the user's own
+    if not keeps_what_it_read(model):  # a user's model
         message = f"its model, {config['model']['_target_']}, cannot continue a text: its forward takes no `cache` of what it has read"
         raise ConfigError(message, "run", options["run"], fix="Load it in a notebook: meshformer.runs.load_model.")
     ids = list(map(int, tokenizer.encode(options["prompt"])))

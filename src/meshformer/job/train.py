@@ -1,4 +1,4 @@
-"""What one process of a training job does, from the resolved configuration to the record of the run."""
+"""A training job in one of its processes: from the resolved configuration to the record of the run."""
 
 from __future__ import annotations
 
@@ -46,28 +46,28 @@ from meshformer.tasks import Evaluated
 from meshformer.tasks.check import has_own_head
 
 Config = dict[str, Any]
-# mallopt's M_MMAP_THRESHOLD (at its most), M_TRIM_THRESHOLD and M_TOP_PAD, in bytes.
+# mallopt's M_MMAP_THRESHOLD (its maximum), M_TRIM_THRESHOLD and M_TOP_PAD, in bytes.
 MALLOC_OPTIONS = {-3: 32 * 2**20, -1: 2**31 - 1, -2: 64 * 2**20}
-TEXT_TOKENS = 400  # of the text a run ends with
+TEXT_TOKENS = 400  # length of the sample text at the end of a run
 
 
 def train(config: Config, folder: Path, signals: StopSignals | None = None) -> dict[str, float]:
-    """Trains in `folder`; returns the final metrics. The same on every rank; rank 0 writes.
+    """Trains a run in `folder`; returns the final metrics. Every rank calls it; rank 0 writes the files.
 
-    Raises Stopped, on every rank, where `signals` (default: those to this process) asked for it and the run was saved.
+    Raises Stopped on every rank after a stop signal and a save. `signals`: default, the signals of this process.
     """
     with signals or StopSignals(by_agent=False) as listening:
         return _train(config, folder, listening)
 
 
 def leave_together() -> None:
-    """For ranks that have all come to their end: none exits before the others need it no more.
+    """A last barrier, so that no rank exits while another is still in a collective.
 
-    The first to exit might else break the last exchange of another, which then fails though all is done; and torchrun's agent on the one
-    node waits 300 seconds for that on the other.
+    Otherwise the last collective of the other rank could fail although the run is complete, and torchrun's agents wait up to 300 seconds for the
+    other node.
     """
     if dist.is_initialized():
-        with suppress(RuntimeError):  # the first rank still writes a text, longer than strategy.timeout: all is done, so nothing has failed
+        with suppress(RuntimeError):  # timeout: rank 0 may still generate the final text; the run is complete, so this is no failure
             dist.barrier()
         dist.destroy_process_group()
 
@@ -76,7 +76,7 @@ def _train(config: Config, folder: Path, signals: StopSignals) -> dict[str, floa
     prepare_process(config["trainer"])
     data = prepare_data(config)
     max_steps = total_steps(config, data.steps_per_epoch)
-    start = starting_point(config, folder, data, max_steps)  # before anything in the run folder is touched
+    start = starting_point(config, folder, data, max_steps)  # before anything in the run folder is changed
     settle_sizes(config, data)
 
     loggers, callbacks = build_loggers(config, folder), build_callbacks(config, folder, data.steps_per_epoch)
@@ -93,7 +93,7 @@ def _train(config: Config, folder: Path, signals: StopSignals) -> dict[str, floa
     recording = Recording(config, folder, trainer, task, data, rows.tolerant)
     trainer.callbacks.insert(0, recording)  # pyright: ignore[reportAttributeAccessIssue]
     with recording:
-        if not config["resume"]:  # a resumed run's record is touched when its first step begins
+        if not config["resume"]:  # the record of a resumed run changes when its first step begins
             recording.begin()
         fit(trainer, task, data, start, rows, recording)
     final = {**rows.latest, **{k: float(v) for k, v in trainer.callback_metrics.items()}}
@@ -112,7 +112,7 @@ def prepare_process(trainer: Config) -> None:
 
 
 def prepare_data(config: Config) -> SampledData:
-    """The run's data. Its tokenizer is made from it, except in fine-tuning, which keeps the ids that the weights were trained with."""
+    """The data module, prepared. Fine-tuning uses the tokenizer of the pretrained weights; otherwise it is trained on the data."""
     tokenizer = None
     if config["stage"]["name"] == "finetune" and config["data"]["kind"] != "images":
         tokenizer = load_tokenizer(tokenizer_file(Path(config["resume"] or config["fork"] or config["stage"]["init_from"])))
@@ -123,15 +123,15 @@ def prepare_data(config: Config) -> SampledData:
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run begins: at a checkpoint (`resume_from`), or with the weights of another run (`weights`), or with neither."""
+    """Where a run starts: from a checkpoint (`resume_from`), from pretrained weights (`weights`), or from scratch (both None)."""
 
     resume_from: Path | None
-    at_end: bool  # the checkpoint is the last step's: only validation is left
+    at_end: bool  # the checkpoint is that of the last step, so only the validation is missing
     weights: Path | None
 
 
 def starting_point(config: Config, folder: Path, data: SampledData, max_steps: int) -> Start:
-    """ConfigError where the checkpoint belongs to other data, or nothing is left to do. Only reads."""
+    """Finds the checkpoint to start from, without writing anything. ConfigError if it belongs to other data or the run is complete."""
     continued = config["resume"] or config["fork"]
     if not continued:
         init_from = config["stage"]["init_from"]
@@ -142,15 +142,15 @@ def starting_point(config: Config, folder: Path, data: SampledData, max_steps: i
 
 
 def configure_model(config: Config, task: Any, strategy: Any, start: Start) -> None:
-    """Builds the model with its first weights: here, or on torch's meta device, where the mesh strategy makes this rank's part real."""
+    """Builds the model with its initial weights. With MeshStrategy it is on the meta device, and the strategy allocates this rank's shards."""
     stage, float8 = config["stage"], config["trainer"]["float8"]
     new_parts = (*(HEAD_PARAMETERS if has_own_head(config) else ()), *ADAPTERS)
-    reinit = None if (stage.get("lora") or {}).get("rank") else stage.get("reinit") or ()  # where adapters learn, nothing is drawn anew
-    torch.manual_seed(config["seed"])  # of models that draw their weights as torch's modules do
+    reinit = None if (stage.get("lora") or {}).get("rank") else stage.get("reinit") or ()  # with adapters, no other parameter is reinitialised
+    torch.manual_seed(config["seed"])  # for users' models, which draw from the global generator
     if isinstance(strategy, MeshStrategy):
         with torch.device("meta"):
             task.configure_model()
-        if not hasattr(task.model, "initial_value"):  # a model of the user's, whose weights come with it
+        if not hasattr(task.model, "initial_value"):  # a user's model that cannot be initialised by name: build it with real weights
             task.model = None
             torch.manual_seed(config["seed"])
             task.configure_model()
@@ -167,7 +167,7 @@ def configure_model(config: Config, task: Any, strategy: Any, start: Start) -> N
 
 
 def count_work(task: Any, data: SampledData) -> None:
-    """Tokens of a step and FLOPs of a token, which throughput is told in."""
+    """Sets the tokens per step and FLOPs per token that callbacks.Throughput reads."""
     if isinstance(task.model, Transformer):
         length = data.mean_length or task.model.context_length
         task.tokens_per_step = data.batch_size * length
@@ -176,7 +176,7 @@ def count_work(task: Any, data: SampledData) -> None:
 
 def fit(trainer: pl.Trainer, task: Any, data: SampledData, start: Start, rows: Rows, recording: Recording) -> None:
     trainer.fit(task, datamodule=data, ckpt_path=start.resume_from, weights_only=True)
-    if start.at_end:  # Lightning restored the state and found no step left
+    if start.at_end:  # Lightning has restored the state and run no step
         recording.begin()
         rows.begin(trainer)
     if rows.validated_step != trainer.global_step:  # the last step was not a validation step
@@ -184,7 +184,7 @@ def fit(trainer: pl.Trainer, task: Any, data: SampledData, start: Start, rows: R
 
 
 def final_text(task: Any, trainer: pl.Trainer, data: SampledData) -> str | None:
-    """What the model writes at the end, where it writes: every rank must call it."""
+    """A sample text at the end of the run, or None if the model writes no text. A collective."""
     if not getattr(task, "writes_text", False):
         return None
     with averaged(trainer):
@@ -192,11 +192,11 @@ def final_text(task: Any, trainer: pl.Trainer, data: SampledData) -> str | None:
 
 
 class Recording(pl.Callback):
-    """Keeps the run folder's record: begun when training begins, ended with how it went (`with`). Rank 0 writes; the others do nothing."""
+    """Writes the record of the run (run.json and configuration) when training starts, and the outcome on leaving its context. Rank 0 only."""
 
     def __init__(self, config: Config, folder: Path, trainer: pl.Trainer, task: Any, data: SampledData, tolerant: bool) -> None:
         self.config, self.folder, self.trainer, self.task, self.data, self.tolerant = config, folder, trainer, task, data, tolerant
-        self.parameters = sum(p.numel() for p in task.parameters())  # before a strategy leaves this rank a part
+        self.parameters = sum(p.numel() for p in task.parameters())  # before the strategy shards the model
         self.record = RunRecord(folder) if trainer.is_global_zero else None
         self.begun = False
 
@@ -216,7 +216,6 @@ class Recording(pl.Callback):
         self.begin()
 
     def begin(self) -> None:
-        """Once."""
         if self.begun or self.record is None:
             return
         self.begun, config, folder = True, self.config, self.folder
@@ -246,7 +245,7 @@ class Recording(pl.Callback):
 
 @contextmanager
 def tolerating(tolerant: bool, what: str) -> Iterator[None]:
-    """With callbacks.checkpoint.on_failure=warn a disk that takes no more ends no run, in whatever file it shows."""
+    """Context that turns an OSError (a full disk) into a warning if `tolerant` (callbacks.checkpoint.on_failure=warn); `what` names the file."""
     try:
         yield
     except OSError as error:
@@ -260,27 +259,27 @@ def _is_finished(folder: Path) -> bool:
 
 
 def check_weights(model: Any, checkpoint: Path) -> None:
-    """ConfigError where the checkpoint's tensors are another model's. Reads names and shapes; nothing of the run has been touched yet."""
+    """ConfigError if the names or shapes of the checkpoint's tensors do not match the model. Reads no tensor."""
     saved = {key.removeprefix(PREFIX): size for key, (size, _) in tensor_sizes(checkpoint).items() if key.startswith(PREFIX)}
     refuse_misfits(misfits_of(model, saved), f"the weights in {checkpoint} are not those of this run's model")
 
 
-def other_optimizer(config: Config, tells: bool) -> bool:
-    """Whether a fork has another optimizer than the run it starts from, so that it starts without the old one's state."""
+def other_optimizer(config: Config, print_notice: bool) -> bool:
+    """Whether a fork uses another optimizer than its source run, and so starts without optimizer state."""
     if not config["fork"]:
         return False
     before = read_config(Path(config["fork"]))["optimizer"].get("_target_")
     if before == config["optimizer"]["_target_"]:
         return False
-    if tells:
+    if print_notice:
         names = [str(target).rpartition(".")[2] for target in (before, config["optimizer"]["_target_"])]
         say(f"the run to fork was trained with optimizer={names[0]}: {names[1]} starts without state", error=True)
     return True
 
 
 def _check_continues(checkpoint: Config, data: SampledData, max_steps: int, unfinished: bool) -> bool:
-    """Whether the run has made its last step, and not its closing validation. ConfigError when the checkpoint belongs to other data, or to a run
-    that has nothing left to do."""
+    """Whether only the final validation is missing. ConfigError if the checkpoint belongs to other data, or if the run is complete. Also restores
+    the position in `data`."""
     data.load_state_dict(checkpoint.get(type(data).__name__, {"identity": None}))
     if checkpoint["step"] == max_steps and unfinished:
         return True
@@ -295,7 +294,7 @@ def _check_continues(checkpoint: Config, data: SampledData, max_steps: int, unfi
 
 
 def tokenizer_file(source: Path) -> Path:
-    """Where the tokenizer lies that weights were trained with. ConfigError where it does not come with them."""
+    """Path of the tokenizer that the weights `source` were trained with. ConfigError if it is missing."""
     found = tokenizer_of(source)
     if found is None:
         fix = f"Put the model's tokenizer.json (as `tokenizers` and transformers write it) into {source if source.is_dir() else source.parent}."
@@ -306,23 +305,23 @@ def tokenizer_file(source: Path) -> Path:
 
 
 def settle_sizes(config: Config, data: SampledData) -> None:
-    """Fills in what the model takes from the data: the vocabulary, the number of classes. ConfigError where it was given and does not fit."""
+    """Sets the model's sizes that depend on the data (vocabulary, classes). ConfigError if a given size contradicts the data."""
     model = config["model"]
     accepted = signature(model["_target_"])
     for key, size in data.model_settings().items():
         if not accepted.open_ended and key not in accepted.parameters:
-            continue  # a model of the user's that has another name for it
+            continue  # a user's model without that argument
         if key == "vocab_size":
             size = vocabulary(model.get(key), size)
         elif model.get(key) not in (None, size):
             raise ConfigError(f"the data has {size} classes", f"model.{key}", model[key], fix="Leave it out.")
         model[key] = size
     if config["data"]["kind"] == "texts" and data.classes is not None:
-        config["data"]["classes"] = data.classes  # a later evaluation on other data numbers them alike
+        config["data"]["classes"] = data.classes  # so that an evaluation on other data uses the same class ids
 
 
 def vocabulary(wanted: int | None, tokens: int) -> int:
-    """Rows of the embedding: as many as the tokenizer has tokens, or more where the model, as pretrained ones may, has rows to spare."""
+    """Rows of the embedding: the tokenizer's number of tokens, or `wanted` if that is larger, as in some pretrained models."""
     if wanted is not None and wanted < tokens:
         raise ConfigError(f"the tokenizer has more tokens, {tokens}", "model.vocab_size", wanted, fix="Leave it out.")
     return wanted or tokens
@@ -336,13 +335,13 @@ def total_steps(config: Config, steps_per_epoch: int) -> int:
 
 
 def summary(task: Any, text: str | None, folder: Path, final: dict[str, float]) -> str:
-    """What a person wants to see at the end: how good it is, a paragraph of `text` where the model writes some, and what to type next."""
+    """The text printed at the end of a run: the result, a sample `text` if there is one, and the commands to use the run."""
     headline = task.headline(final) if isinstance(task, Evaluated) else f"validation loss {final.get('val/loss', float('nan')):.4f}"
     lines = ["", headline, ""]
     if text is not None:
         lines += [text.strip(), ""]
     lines.append(f"run folder  {folder}")
-    if not checkpoints(folder):  # callbacks.checkpoint is off: there is nothing to go on from
+    if not checkpoints(folder):  # callbacks.checkpoint is off, so nothing can be loaded
         return "\n".join(lines)
     lines += [
         f"  continue  meshformer train {argument('resume', folder)} trainer.max_steps=…",
@@ -354,7 +353,7 @@ def summary(task: Any, text: str | None, folder: Path, final: dict[str, float]) 
 
 
 def quiet_libraries() -> None:
-    """Lightning's start-up lines and hints repeat what the run record says, on every rank."""
+    """Silences Lightning's start-up messages and hints, which every rank would print."""
     import logging
 
     for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "torch.distributed.tensor"):
@@ -364,22 +363,22 @@ def quiet_libraries() -> None:
 
 
 def refuse_emulation(device: torch.device, precision: str) -> None:
-    """ConfigError for bf16 on a GPU without it, where the configuration could not know (config/resolve.py)."""
+    """ConfigError for bf16 on a GPU that emulates it. config/resolve.py checks this earlier, but cannot always query the GPU."""
     if device.type == "cuda" and precision in BF16 and not multiplies_bfloat16(device.type):
         raise no_bf16(precision)
 
 
 def choose_tf32(precision: str) -> None:
-    """Whether a GPU multiplies fp32 matrices in TF32 (`high`) or in fp32 (`highest`); convolutions too, for which torch's default is TF32."""
+    """Sets TF32 (`high`) or fp32 (`highest`) for fp32 matrix products and convolutions on GPUs; torch's default for convolutions is TF32."""
     torch.set_float32_matmul_precision(precision)
     torch.backends.cudnn.allow_tf32 = precision != "highest"
 
 
 def keep_freed_memory() -> None:
-    """Tells glibc to keep what a step frees for the next step, which asks for the same again.
+    """Configures glibc's malloc to keep freed memory for the next step, which allocates the same sizes again.
 
-    It would give large blocks back to the system, and each page of a new one costs a page fault, thousands a step (what they cost:
-    `python -m meshformer.bench memory`). Other C libraries, and GPUs, have ways of their own. Users' own MALLOC_ variables win.
+    By default it returns large blocks to the system, and a new block costs a page fault per page, thousands per step (measured with
+    `python -m meshformer.bench memory`). Does nothing with other C libraries, or if a MALLOC_ variable is set.
     """
     library = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(library, "gnu_get_libc_version") and not any(name.startswith("MALLOC_") for name in os.environ):
