@@ -77,7 +77,7 @@ WRONG = {
     "q, k and v in one matrix": (
         ("self.split(self.q(h)), self.split(self.k(h)), self.split(self.v(h))", "*map(self.split, self.q(h).chunk(3, dim=-1))"),
         "tensor",
-        r"computes something else than it does whole",
+        r"gives another output than unsharded",
     ),
     "keys of other processes": (("", ""), "context", r"strategy\.context_method=ulysses"),
 }  # fmt: skip

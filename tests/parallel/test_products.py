@@ -50,8 +50,8 @@ def test_overlap_that_cannot_work_is_refused(two_gpus: None, overrides: list[str
     ("overrides", "words"),
     [
         (["trainer.compile=false"], "Add trainer.compile=true."),
-        (["trainer.precision=32-true"], "stands beside bfloat16, not 32-true. Use trainer.precision=bf16-mixed."),
-        (["strategy=tensor"], "strategy.tensor shares out"),
+        (["trainer.precision=32-true"], "works with bfloat16 only, not 32-true. Use trainer.precision=bf16-mixed."),
+        (["strategy=tensor"], "does not work with tensor parallelism"),
         (["model.d_ff=500"], "that of model.d_ff does not"),
         (["model.n_heads=8", "model.n_kv_heads=1", "model.head_dim=8"], "that of model.n_kv_heads does not"),
     ],

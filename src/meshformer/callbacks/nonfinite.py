@@ -58,7 +58,7 @@ class NonFinite(Callback):
         if self._error is None:
             return
         error, self._error = self._error, None
-        pl_module.guard.reset()  # already reported: the extra row of the last step must not report it again
+        pl_module.guard.reset()  # the row of the last step must not report the failure again
         for saver in trainer.callbacks if self._save else ():  # pyright: ignore[reportAttributeAccessIssue]
             if isinstance(saver, Checkpoint) and saver.saved_step != trainer.global_step:
                 saver.save(trainer)

@@ -179,7 +179,7 @@ def fitting(names: Iterable[str], patterns: Sequence[str], key: str) -> list[str
 
 
 def build_task(config: Config, max_steps: int) -> pl.LightningModule:
-    """The task with factories for its model, optimizer and schedule; the model itself is built when Lightning asks for it."""
+    """The task with factories for its model, optimizer and schedule; Lightning builds the model later, through `configure_model`."""
     optimizer = dict(config["optimizer"])
     for key in optimizer:
         if key == "lr" or key.endswith("_lr"):

@@ -112,7 +112,7 @@ def prepare_process(trainer: Config) -> None:
 
 
 def prepare_data(config: Config) -> SampledData:
-    """The data module, prepared. Fine-tuning uses the tokenizer of the pretrained weights; otherwise it is trained on the data."""
+    """Builds and prepares the data module. Fine-tuning uses the tokenizer of the pretrained weights; otherwise it is trained on the data."""
     tokenizer = None
     if config["stage"]["name"] == "finetune" and config["data"]["kind"] != "images":
         tokenizer = load_tokenizer(tokenizer_file(Path(config["resume"] or config["fork"] or config["stage"]["init_from"])))

@@ -1,4 +1,4 @@
-"""The Transformer in plain PyTorch. This room imports nothing else of the project."""
+"""The Transformer in plain PyTorch. This package imports no other part of the project except compat/."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,4 @@
-"""Checks of the model settings, before torch is imported. A `Problem` holds the arguments of a ConfigError; config/ raises it."""
+"""Checks of the model settings, before torch is imported. A `Problem` holds the arguments of a ConfigError; command/check.py raises it."""
 
 from __future__ import annotations
 

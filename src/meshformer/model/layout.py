@@ -36,7 +36,8 @@ SYNONYMS = {  # the names in transformers' `base_model_tp_plan`
 
 @dataclass(frozen=True)
 class Plan:
-    """Names are dotted module names relative to the model; patterns are fnmatch patterns (`layers.*.norm?`). A field left out: no such layout.
+    """Names are dotted module names relative to the model; patterns are fnmatch patterns (`layers.*.norm?`). Without a
+    field, the model cannot be split along the mesh axis that needs it.
 
     blocks: the ModuleList of the repeated blocks; default: the longest ModuleList of the model.
     tensor: pattern -> one of STYLES, for tensor parallelism. The first matching pattern counts; every parameter needs a module that matches one.
@@ -81,9 +82,9 @@ class Plan:
         if axis == "tensor" and not self.tensor:
             return "`tensor` in its Plan, which says how each module is cut"
         if axis == "pipeline" and not (self.embed and self.head):
-            return "`embed` and `head` in its Plan, which name what stands before and behind the blocks"
+            return "`embed` and `head` in its Plan, which name the modules before and after the blocks"
         if axis == "context" and self.attention is None:
-            return "`attention` in its Plan, which names what sees across tokens"
+            return "`attention` in its Plan, which names the function that mixes tokens"
         return None
 
 

@@ -25,7 +25,7 @@ class Position(nn.Module):
         self.d_model, self.n_heads, self.head_dim, self.context_length = d_model, n_heads, head_dim, context_length
 
     def embed(self, x_BTC: Tensor, positions_BT: Tensor) -> Tensor:
-        """Token embeddings with their positions added."""
+        """Token embeddings (B, T, C) with the encoding added, if it is an additive one."""
         return x_BTC
 
     def tables(self, positions_BT: Tensor) -> tuple[Tensor, ...]:

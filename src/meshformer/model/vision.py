@@ -109,7 +109,7 @@ class VisionTransformer(Transformer):
             self.initialise(seed)
 
     def forward(self, images: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Logits (B, classes) or features (B, C). ValueError for images of another size than the model was made for."""
+        """Logits (B, classes) or features (B, C). ValueError for images of another size than `image_size`."""
         # The head is linear, so pooling after it equals pooling before it.
         out_BTX = super().forward(images, length=self.context_length)
         return out_BTX[:, 0] if self.pooling == "cls" else out_BTX.mean(dim=1)

@@ -114,7 +114,7 @@ def use_fused(parameters: Iterable[Parameter], fused: bool | Literal["auto"]) ->
 def _betas(betas: Sequence[float], key: str) -> tuple[float, float]:
     values = tuple(float(beta) for beta in betas)
     if len(values) != 2 or not all(0 <= beta < 1 for beta in values):
-        raise ConfigError("AdamW takes two averages' decay rates from 0 to below 1", key, list(betas), "[0.9, 0.95] is usual.")
+        raise ConfigError("AdamW needs two decay rates of at least 0 and below 1", key, list(betas), "[0.9, 0.95] is usual.")
     return values[0], values[1]
 
 

@@ -46,7 +46,7 @@ def wsd(
     """
     _check(max_steps, warmup_steps, min_ratio)
     if not 0 <= decay_fraction <= 1:
-        raise ConfigError("a part of the run lies between 0 and 1", "schedule.decay_fraction", decay_fraction, "0.2 is usual.")
+        raise ConfigError("must be a fraction of the run, from 0 to 1", "schedule.decay_fraction", decay_fraction, "0.2 is usual.")
     if shape not in SHAPES:
         raise ConfigError("unknown shape of the decay", "schedule.shape", shape, f"Use one of {', '.join(SHAPES)}.")
     decay_from = max(warmup_steps, max_steps - round(decay_fraction * max_steps))
@@ -77,4 +77,4 @@ def _check(max_steps: int, warmup_steps: int, min_ratio: float) -> None:
     if warmup_steps < 0:
         raise ConfigError("warm-up cannot be negative", "schedule.warmup_steps", warmup_steps, "Use 0 for none.")
     if not 0 <= min_ratio <= 1:
-        raise ConfigError("the last learning rate is a part of the first", "schedule.min_ratio", min_ratio, "Use a number from 0 to 1.")
+        raise ConfigError("must be a fraction of the highest learning rate", "schedule.min_ratio", min_ratio, "Use a number from 0 to 1.")

@@ -126,7 +126,7 @@ def sgd_step(
     nesterov: bool = False,
     maximize: bool = False,
 ) -> None:
-    """θ ← θ − lr (±gradient + weight_decay θ), in place, on plain tensors; with `buffers`, torch.optim.SGD's momentum."""
+    """θ ← θ − lr (±gradient + weight_decay θ), in place, on plain tensors; `buffers` holds torch.optim.SGD's momentum."""
     functional_sgd(
         held,
         with_strides_of(held, gradients),

@@ -131,15 +131,15 @@ def _float8(config: Config) -> None:
         (not trainer["compile"], "is slower than bfloat16 unless it is compiled", "Add trainer.compile=true."),
         (
             not trainer["precision"].startswith("bf16"),
-            f"stands beside bfloat16, not {trainer['precision']}",
+            f"works with bfloat16 only, not {trainer['precision']}",
             "Use trainer.precision=bf16-mixed.",
         ),
-        (strategy["tensor"] > 1, "is not for products that strategy.tensor shares out", "Leave it out, or use strategy=fsdp."),
+        (strategy["tensor"] > 1, "does not work with tensor parallelism (strategy.tensor)", "Leave it out, or use strategy=fsdp."),
         (not model["_target_"].startswith("meshformer.model."), "is for the blocks of this package's models", "Leave it out."),
         ((config["stage"].get("lora") or {}).get("rank"), "is not for layers with adapters", "Leave it or stage.lora.rank out."),
         (
             odd,
-            f"multiplies sizes that divide by 16, which that of model.{odd[0] if odd else ''} does not",
+            f"needs layer sizes that are multiples of 16, and that of model.{odd[0] if odd else ''} is not",
             "Leave it out, or use another size.",
         ),
     ]
@@ -182,7 +182,7 @@ def _fsdp_alone(strategy: Config) -> None:
     """Refuses FSDP settings that would be ignored."""
     pipeline, uses = strategy["pipeline"] > 1, uses_fsdp(strategy)
     if not uses and strategy["reshard_after_forward"] == pipeline:  # `auto` resolves to the opposite value
-        message = "is about parameters that are gathered and would be ignored: no axis of this layout cuts them over the data"
+        message = "is a setting of FSDP and would be ignored, since this layout does not shard parameters over the data"
         value = _plain(strategy["reshard_after_forward"])
         raise ConfigError(message, "strategy.reshard_after_forward", value, fix="Leave it out, or use strategy=fsdp.")
     if strategy["reduce_gradients"] == "every" and (pipeline or not uses):
@@ -240,7 +240,7 @@ def _context(config: Config) -> None:
     for key, heads in _heads(model).items():
         if heads // tensor % context:
             each = f"model.{key}={heads}" + (f" / strategy.tensor={tensor} = {heads // tensor}" if tensor > 1 else "")
-            message = f"ulysses shares out heads, and {each} does not divide by it"
+            message = f"ulysses shards the heads, and {each} does not divide by it"
             usable = [n for n in _divisors(gcd(*(n // tensor for n in _heads(model).values()))) if n < context]
             fix = f"Use strategy.context={_either(usable)}, or strategy.context_method=all_gather."
             raise ConfigError(message, "strategy.context", context, fix=fix)

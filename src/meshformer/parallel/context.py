@@ -47,7 +47,7 @@ class ContextAxis:
         plan = plan_of(model)
         assert plan is not None and plan.attention is not None, "MeshStrategy._check_plan requires both"
         if plan.mask is None and self.method != "ulysses":
-            message = "hands attention keys of other processes, for which the model's Plan names no `mask`"
+            message = "needs a mask over the keys of other processes, and the model's Plan names no `mask`"
             raise ConfigError(message, "strategy.context_method", self.method, fix="Use strategy.context_method=ulysses.")
         path, _, core = plan.attention.rpartition(".")
         for name, module in model.named_modules():

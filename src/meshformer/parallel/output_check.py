@@ -46,10 +46,10 @@ def check_same_output(model: Any, task: Any, batch: dict[str, Tensor], expected:
         found = output_of(model, task, batch)
     except Exception as error:
         last = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
-        raise ConfigError(f"cut as its Plan says, the model fails: {last}", f"strategy.{axis}", degree, fix=FIX) from error
+        raise ConfigError(f"sharded as its Plan says, the model fails: {last}", f"strategy.{axis}", degree, fix=FIX) from error
     if found is None:  # the task cannot use the sharded batch, and raises its own error at the first step
         return
     if found.shape == expected.shape and (found - expected).abs().max() <= TOLERANCE * expected.abs().max():
         return
-    message = "cut as its Plan says, the model computes something else than it does whole"
+    message = "sharded as its Plan says, the model gives another output than unsharded"
     raise ConfigError(message, f"strategy.{axis}", degree, fix=FIX)

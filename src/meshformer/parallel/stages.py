@@ -76,7 +76,7 @@ def run_part(part: nn.Module, inputs: dict[str, Any], received: Tensor | None) -
         return output.hidden
 
 
-# --- where to cut
+# --- splitting the model
 
 
 def balanced(costs: Sequence[float], last: float, stages: int) -> list[int]:

@@ -282,7 +282,7 @@ class MeshStrategy(StepStrategy, ModelParallelStrategy):
         for gradient, total in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
             gradient.copy_(total.view_as(gradient))
 
-    # --- what is measured
+    # --- metrics
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         """Reduces over the ranks with different tokens (`tokens`), so that tensor and pipeline ranks do not count twice."""

@@ -202,8 +202,8 @@ def apply_tensor_parallel(model: Any, mesh: DeviceMesh, sequence_parallel: bool,
     for name in plan.per_head:
         model.get_submodule(name).share_heads(mesh.get_local_rank(), mesh.size())
     if starts_here and (blocks := held_blocks(model)):
-        # Embeddings are summed over all tokens, so the sharding along time starts at the first block. Without sequence parallelism, clone() waits
-        # for the asynchronous all-reduce: its special tensor class would make torch.compile compile the first block separately.
+        # Embeddings are summed over all tokens, so the sharding along time starts at the first block. Without it, clone() replaces the
+        # AsyncCollectiveTensor of the embedding's all-reduce, for which torch.compile would compile the first block separately.
         def prepare_input(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
             if not sequence_parallel:
                 return inputs[0].clone(), *inputs[1:]

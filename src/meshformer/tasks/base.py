@@ -60,7 +60,7 @@ class Task(MicroBatches):
         self.should_skip: Callable[[Tensor, Tensor, int], Tensor] | None = None
         self.failure: NonFiniteStep | None = None  # found by the last `running_metrics`
         self._restored, self._restored_guard = (0.0, 0.0), (0.0, None)
-        self.automatic_optimization = False  # training/step.py is the step
+        self.automatic_optimization = False  # training/step.py performs the step
         self.gradient_clip_val: float | None = None  # set by job/build.py
 
     def inputs(self, batch: dict[str, Tensor]) -> dict[str, Any]:
@@ -143,7 +143,7 @@ class Task(MicroBatches):
         strategy: Any = self.trainer.strategy
         for schedule in self.trainer.lr_scheduler_configs:
             if isinstance(schedule.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-                raise ConfigError("ReduceLROnPlateau has no metric to look at here", "task._target_", type(self).__name__, fix="Use schedule=….")
+                raise ConfigError("ReduceLROnPlateau has no metric to monitor here", "task._target_", type(self).__name__, fix="Use schedule=….")
         self.trained = [p for p in self.model.parameters() if p.requires_grad]  # cached: walking the modules at every step is slow
         # Running values stay on the device, and a callback reads them once every `log_every_n_steps`. They are not buffers, because DDP would
         # broadcast buffers and bf16-true would round them.

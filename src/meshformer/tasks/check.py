@@ -90,10 +90,10 @@ def _head(config: Config) -> None:
 def _causal(config: Config) -> None:
     model = config["model"]
     if declared(config, "objective") == "mask" and model.get("causal") is True:
-        message = "a hidden token is guessed from both sides, and a causal model sees one"
+        message = "masked tokens are predicted from both sides, and a causal model sees only the left one"
         raise ConfigError(message, "model.causal", "true", fix="Use model.causal=false.")
     if declared(config, "writes_text") and model.get("causal") is False and attribute(model["_target_"], "usual_settings"):
-        message = "predicting the next token is no task when the model sees it"
+        message = "next-token prediction is trivial for a model that sees the next token"
         raise ConfigError(message, "model.causal", False, fix="Use model.causal=true.")
 
 
@@ -135,7 +135,7 @@ def _layout(config: Config) -> None:
         message = f"cuts each text over processes, and task={_option(config)} takes the mean over all of it"
         raise ConfigError(message, "strategy.context", strategy["context"], fix="Use another layout, such as strategy=fsdp.")
     if strategy["loss_parallel"] and declared(config, "learns_from") and not declared(config, "writes_text"):
-        message = f"is about large vocabularies, and task={_option(config)} reads whole outputs"
+        message = f"is for next-token prediction with large vocabularies, and task={_option(config)} needs unsharded outputs"
         raise ConfigError(message, "strategy.loss_parallel", "true", fix="Leave it out.")
     if strategy["tensor"] > 1 and strategy["sequence_parallel"] and config["model"].get("head") is False:
         message = "leaves the last hidden states cut along time, and a model without a head returns them"

@@ -61,7 +61,7 @@ class StepStrategy(Base):
 
     @torch.no_grad()
     def finish_gradients(self, optimizer: torch.optim.Optimizer) -> tuple[list[Tensor], Tensor, Tensor]:
-        """(local gradients, reduced over all axes; their norms; the global norm). With 16-mixed the gradients of `optimizer` are unscaled first.
+        """Returns (local gradients reduced over all axes, their norms, the global norm). With 16-mixed, unscales the gradients of `optimizer` first.
 
         A collective on a mesh.
         """
