@@ -17,7 +17,7 @@ class Pruning(Callback):
 
     `study`: the SQLite file of an Optuna study, of which this run is trial number `trial`. `pruner`: median (worse than the median of the other
     trials at this step) or hyperband (successive halving between 1 and `last_step`). Rank 0 decides and
-    broadcasts. It does nothing if the trial is finished (a run of a search that is continued by hand) or the file is gone. State: none, it is in the study.
+    broadcasts. It does nothing if the trial is finished (a run of a search that is continued by hand) or the file is gone. State: in the study.
     """
 
     def __init__(self, study: str, trial: int, metric: str = "val/loss", pruner: str = "median", last_step: int | None = None):
