@@ -72,12 +72,12 @@ WRONG = {
     ),
     "arithmetic behind the embedding": (("self.pos(positions)", "self.pos(positions) + 1"), "pipeline", r"changes hidden states between"),
     "a parameter of no stage": (('embed=("tok", "pos")', 'embed=("tok",)'), "pipeline", r"in which stage pos\.weight is"),
-    "heads counted by a number": (("x.view(*x.shape[:2], -1, self.head_size)", "x.view(*x.shape[:2], 4, -1)"), "tensor", r"something else than it"),
+    "heads counted by a number": (("x.view(*x.shape[:2], -1, self.head_size)", "x.view(*x.shape[:2], 4, -1)"), "tensor", r"different output than"),
     "heads of a number and a size": (("-1, self.head_size)", "4, self.head_size)"), "tensor", r"the model fails: shape '\[2, 16, 4, 8\]' is invalid"),
     "q, k and v in one matrix": (
         ("self.split(self.q(h)), self.split(self.k(h)), self.split(self.v(h))", "*map(self.split, self.q(h).chunk(3, dim=-1))"),
         "tensor",
-        r"gives another output than unsharded",
+        r"a different output than unsharded",
     ),
     "keys of other processes": (("", ""), "context", r"strategy\.context_method=ulysses"),
 }  # fmt: skip

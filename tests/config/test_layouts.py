@@ -265,7 +265,7 @@ FOUR = {"strategy.shard": 2, "strategy.tensor": 2}
         ("single", {"strategy.reduce_gradients": "every"}, "strategy.reduce_gradients", "would ignore it"),
         ("tensor", {"strategy.reduce_gradients": "every"}, "strategy.reduce_gradients", "nothing is reduced by FSDP"),
         ("pipeline", {"strategy.reduce_gradients": "every"}, "strategy.reduce_gradients", "at the end of each schedule"),
-        ("tensor", {"strategy.reshard_after_forward": False}, "strategy.reshard_after_forward", "no axis of this layout"),
+        ("tensor", {"strategy.reshard_after_forward": False}, "strategy.reshard_after_forward", "does not shard parameters"),
         (
             "pipeline",
             {"strategy.schedule": "interleaved_zero_bubble", "model.n_layers": 4, "strategy.activation_checkpointing": "selective"},

@@ -40,7 +40,7 @@ CSV = ["data=csv", "data.file={file}", "data.label_column=mood"]
         (
             ["task=sequence_classification", "data=sentiment", "strategy=tensor", "strategy.loss_parallel=true"],
             "strategy.loss_parallel",
-            "whole",
+            "unsharded outputs",
         ),
         (["task=sequence_classification", "data=sentiment", "model.tie_embeddings=true"], "model.tie_embeddings", "head of their own"),
         (["task=sequence_classification", "data=sentiment", "data.packing=true"], "data.packing", "a result for each text"),

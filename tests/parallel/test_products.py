@@ -52,8 +52,8 @@ def test_overlap_that_cannot_work_is_refused(two_gpus: None, overrides: list[str
         (["trainer.compile=false"], "Add trainer.compile=true."),
         (["trainer.precision=32-true"], "works with bfloat16 only, not 32-true. Use trainer.precision=bf16-mixed."),
         (["strategy=tensor"], "does not work with tensor parallelism"),
-        (["model.d_ff=500"], "that of model.d_ff does not"),
-        (["model.n_heads=8", "model.n_kv_heads=1", "model.head_dim=8"], "that of model.n_kv_heads does not"),
+        (["model.d_ff=500"], "that of model.d_ff is not"),
+        (["model.n_heads=8", "model.n_kv_heads=1", "model.head_dim=8"], "that of model.n_kv_heads is not"),
     ],
 )
 def test_float8_that_cannot_work_is_refused(two_gpus: None, overrides: list[str], words: str) -> None:

@@ -51,5 +51,5 @@ def check_same_output(model: Any, task: Any, batch: dict[str, Tensor], expected:
         return
     if found.shape == expected.shape and (found - expected).abs().max() <= TOLERANCE * expected.abs().max():
         return
-    message = "sharded as its Plan says, the model gives another output than unsharded"
+    message = "sharded as its Plan says, the model computes a different output than unsharded"
     raise ConfigError(message, f"strategy.{axis}", degree, fix=FIX)
