@@ -13,11 +13,11 @@ import yaml
 from harness import run_ranks
 from jobs import run_tiny, tiny_config
 from meshformer import callbacks
-from meshformer.checkpoint import load_pretrained
 from meshformer.checkpoint.find import latest_checkpoint
 from meshformer.checkpoint.folder import read_tensors
 from meshformer.checkpoint.weights import load_weights
 from meshformer.config.errors import ConfigError
+from meshformer.huggingface import load_pretrained
 from meshformer.job.build import build_callbacks, build_model
 from meshformer.job.export import export
 from meshformer.record.metrics_csv import read_metrics

@@ -11,12 +11,12 @@ import torch
 
 from harness import run_ranks
 from jobs import TINY, run_tiny, text_file
-from meshformer.checkpoint import derive, load_pretrained
 from meshformer.checkpoint.folder import read_tensors
 from meshformer.cli import main
 from meshformer.command.compose import compose
 from meshformer.config.errors import ConfigError
 from meshformer.data import load_tokenizer
+from meshformer.huggingface import derive, load_pretrained
 from meshformer.job.export import exported
 from meshformer.job.train import train
 from meshformer.model import Learned, Transformer, VisionTransformer

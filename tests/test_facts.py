@@ -30,8 +30,8 @@ DOTTED = re.compile(r"(?:[a-z_]\w*\.)*([A-Z]\w*)")
 COMPONENTS = ("model/", "tasks/", "callbacks/", "data/", "optim/", "parallel/")  # the rooms of what a configuration may name
 # Files that may name classes of ours in strings, and why.
 NAMES_CLASSES = {
-    "checkpoint/pretrained/bert.py": ({"embeddings.LayerNorm"}, "the name of a tensor in BERT"),
-    "checkpoint/pretrained/parts.py": ({"meshformer.model.Transformer", "meshformer.model.VisionTransformer", "Learned", "Rotary"},
+    "huggingface/bert.py": ({"embeddings.LayerNorm"}, "the name of a tensor in BERT"),
+    "huggingface/parts.py": ({"meshformer.model.Transformer", "meshformer.model.VisionTransformer", "Learned", "Rotary"},
         "foreign weights become a node as in conf/model/, whose `_target_` is such a name"),
     "config/foreign.py": ({"meshformer.callbacks.Pruning"}, "the `_target_` that a search writes"),
     "config/schema.py": ({"meshformer.model.layout.Plan"}, "the settings of `model.plan` are read from that class, without torch"),

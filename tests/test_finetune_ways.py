@@ -12,13 +12,13 @@ import yaml
 
 from harness import run_ranks
 from jobs import run_tiny, tiny_config
-from meshformer.checkpoint import load_pretrained
 from meshformer.checkpoint.adapters import is_adapter, load_adapters
 from meshformer.checkpoint.find import latest_checkpoint
 from meshformer.checkpoint.folder import read_tensors
 from meshformer.checkpoint.optimizer import complete_groups
 from meshformer.checkpoint.weights import load_weights
 from meshformer.config.errors import ConfigError
+from meshformer.huggingface import load_pretrained
 from meshformer.job.build import build_model
 from meshformer.job.evaluate import load_run
 from meshformer.job.export import export

@@ -21,6 +21,7 @@ FLOORS = {
     "data": 1,
     "checkpoint": 1,
     "optim": 1,
+    "huggingface": 2,  # adds its formats to the readers of checkpoint
     "training": 2,  # one step: tasks call it, strategies take part in it
     "parallel": 3,
     "tasks": 4,

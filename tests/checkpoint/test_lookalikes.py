@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from meshformer.checkpoint.pretrained.source import derive
 from meshformer.config.errors import ConfigError
+from meshformer.huggingface.source import derive
 
 LLAMA = {
     "model_type": "llama", "vocab_size": 8, "hidden_size": 4, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,

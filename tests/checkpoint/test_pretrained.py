@@ -17,11 +17,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from meshformer.checkpoint import derive, load_pretrained
-from meshformer.checkpoint.pretrained import pinned
-from meshformer.checkpoint.pretrained.tensors import foreign_tensors
-from meshformer.checkpoint.pretrained.write import write_folder
 from meshformer.config.errors import ConfigError
+from meshformer.huggingface import derive, load_pretrained, pinned
+from meshformer.huggingface.tensors import foreign_tensors, write_folder
 
 NO_END: Any = dict(bos_token_id=None, eos_token_id=None)
 SMALL: Any = dict(

@@ -165,7 +165,7 @@ def test_pairs_find_each_other_and_texts_become_unit_vectors(folder):
     # 120 steps: after 60 a processor without AVX512 ended at 0.806, another below 0.8.
     # By chance ln 4 = 1.39, and a quarter: 0.36 is two standard deviations above it, of 80 texts that look for their partners.
     assert rows[-1]["train/loss"] < rows[0]["train/loss"] and rows[-1]["val/loss"] < 0.8 and rows[-1]["val/accuracy"] > 0.36
-    from meshformer.checkpoint import load_pretrained
+    from meshformer.huggingface import load_pretrained
 
     model, tokenizer = load_pretrained(folder / "pairs"), load_tokenizer(folder / "pairs" / "tokenizer.json")
     texts = ["cat the a", "dog a", "saw the the the", "axe"]

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from meshformer.config.errors import ConfigError
 from meshformer.config.paths import CHECKPOINT
 from meshformer.config.resolve import external_launcher
 from meshformer.printing import say
 
-from .manifest import METADATA, PARTS, REST, Damaged, check_single, check_sizes, check_sums
+from .manifest import Damaged, check_single, check_sizes, check_sums
 
 SINGLE, WEIGHTS = ".ckpt", ".safetensors"  # files that hold all of a checkpoint, and its weights alone
-CONFIG, INDEX = "config.json", "model.safetensors.index.json"  # of Hugging Face folders: see pretrained/
-__all__ = [
-    "CONFIG", "INDEX", "METADATA", "PARTS", "REST", "SINGLE", "VERIFIED", "WEIGHTS", "candidates", "checkpoint_name", "checkpoints", "damage",
-    "is_complete", "is_folder", "is_foreign", "latest_checkpoint", "step_of",
-]  # fmt: skip
+
+
+class ForeignFormat(NamedTuple):
+    """A folder of another program, whose weights the readers of this room accept like those of a checkpoint."""
+
+    recognises: Callable[[Path], bool]
+    read: Callable[[Path], Mapping[str, Any]]  # parameters by name; imports torch
+
+
+FOREIGN_FORMATS: list[ForeignFormat] = []  # filled by meshformer.huggingface when it is imported, which this room must not import itself
 
 # Verified already, by this process or the one that started it: {path: (its files as they were then, what is wrong with it)}.
 VERIFIED: dict[str, tuple[Any, str | None]] = {}
@@ -93,17 +99,8 @@ def step_of(checkpoint: Path) -> int:
 
 
 def is_foreign(path: Path) -> bool:
-    """Whether the path that is there holds a model of another program, or our weights alone: anything but a run or a checkpoint."""
-    return path.suffix == WEIGHTS or is_folder(path)
-
-
-def is_folder(path: Path) -> bool:
-    """A Hugging Face folder, whole or not. (A run's configuration is config.yaml.)"""
-    if not path.is_dir() or (path / "config.yaml").is_file():
-        return False
-    return (
-        any((path / name).is_file() for name in (CONFIG, INDEX)) or any(path.glob("*.safetensors")) or any(path.glob("pytorch_model*.bin"))
-    )
+    """Whether `path` holds weights without the state of a run: a .safetensors file, or a folder of another program."""
+    return path.suffix == WEIGHTS or any(known.recognises(path) for known in FOREIGN_FORMATS)
 
 
 def latest_checkpoint(run: Path, key: str = "run") -> Path:

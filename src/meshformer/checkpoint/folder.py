@@ -9,7 +9,7 @@ Keys are names, never positions in a list or coordinates in a mesh, so that any 
 The folder is written aside, flushed to disk and renamed when it is complete: a killed process or a power cut leaves the old checkpoints and at
 most a `.tmp` folder.
 
-The readers below take single files (see single_file.py) and Hugging Face folders (see pretrained/) as well. They communicate with nobody: each
+The readers below take single files (see single_file.py) and Hugging Face folders (see FOREIGN_FORMATS) as well. They communicate with nobody: each
 process reads what it needs.
 """
 
@@ -33,11 +33,10 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from meshformer.config.errors import ConfigError
 
 from . import single_file
-from .find import METADATA, PARTS, REST, is_folder
-from .manifest import Files, write_manifest
+from .find import FOREIGN_FORMATS
+from .manifest import METADATA, PARTS, REST, Files, write_manifest
 from .metadata import read_metadata
 from .pieces import LoadPieces, Piece, SavePieces, pieces_of
-from .pretrained.tensors import foreign_tensors
 from .ranks import Ranks
 from .summing import SummingWriter, exchange
 
@@ -217,8 +216,9 @@ def _whole(path: Path) -> dict[str, Tensor] | None:
     """Every tensor of a single file or of a foreign folder, as a view of it; None for a checkpoint folder."""
     if single_file.is_single(path):
         return single_file.load(path)[0]
-    if is_folder(Path(path)):
-        return {f"model.{name}": x for name, x in foreign_tensors(path).items()}
+    for known in FOREIGN_FORMATS:
+        if known.recognises(Path(path)):
+            return {f"model.{name}": x for name, x in known.read(path).items()}
     return None
 
 

@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from meshformer.config.errors import ConfigError
 
-from .find import METADATA
+from .manifest import METADATA
 
 ALLOWED = {("torch", "Size"), ("torch.serialization", "_get_layout"), ("torch.distributed.checkpoint.filesystem", "_StorageInfo")}
 OURS = "torch.distributed.checkpoint.metadata"  # dataclasses and enumerations, defined there

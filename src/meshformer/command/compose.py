@@ -30,13 +30,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from meshformer.checkpoint.check import is_own
 from meshformer.checkpoint.find import candidates, is_foreign
-from meshformer.checkpoint.pretrained import pinned
-from meshformer.checkpoint.pretrained.source import derive, tokenizer_of
 from meshformer.command.check import check, resolve
 from meshformer.compat.hydra import Hydra, create_config_search_path
 from meshformer.config import ConfigError, did_you_mean, validate
 from meshformer.config.foreign import confine, read_config, refuse_links
 from meshformer.config.paths import conf_dir, run_of
+from meshformer.huggingface import pinned
+from meshformer.huggingface.source import derive, tokenizer_of
 from meshformer.model.settings import FREE, HEAD, SHAPES
 from meshformer.record import RunNotFound, find_run
 from meshformer.tasks.check import has_own_head

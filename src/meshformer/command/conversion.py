@@ -8,10 +8,11 @@ from typing import Any
 
 from meshformer.checkpoint.find import SINGLE, WEIGHTS, candidates, damage, latest_checkpoint, step_of
 from meshformer.checkpoint.manifest import MANIFEST, PARTS
-from meshformer.checkpoint.pretrained.source import derive, layout_for
 from meshformer.command import compose
 from meshformer.config import ConfigError, did_you_mean
 from meshformer.config.paths import run_of
+from meshformer.huggingface.check import layout_for
+from meshformer.huggingface.source import derive
 
 SUFFIX = {"sharded": "", "single": SINGLE, "safetensors": WEIGHTS}
 EXPORTED = {"huggingface": "", "safetensors": WEIGHTS, "adapter": f"-adapter{WEIGHTS}", "onnx": ".onnx", "torch_export": ".pt2"}

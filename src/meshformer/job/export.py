@@ -14,14 +14,14 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from meshformer.checkpoint import derive, load_pretrained
 from meshformer.checkpoint.adapters import merge_adapters, settings_of, write_adapters
 from meshformer.checkpoint.find import is_foreign
-from meshformer.checkpoint.pretrained.source import TOKENIZER, tokenizer_of
-from meshformer.checkpoint.pretrained.write import laid_out, save
 from meshformer.checkpoint.single_file import write_weights
 from meshformer.config.errors import ConfigError
 from meshformer.data import load_tokenizer
+from meshformer.huggingface import derive, load_pretrained
+from meshformer.huggingface.source import TOKENIZER, tokenizer_of
+from meshformer.huggingface.tensors import laid_out, save
 from meshformer.job.convert import convert
 from meshformer.model import Attention, Transformer, VisionTransformer, attend_reference
 from meshformer.model.settings import HEAD_PARAMETERS, SECOND_NAME
@@ -147,7 +147,7 @@ def _usage(target: Path, form: str) -> str:
     size = sum(file.stat().st_size for file in files) / 1e6
     uses = {
         "huggingface": f"transformers.AutoModel.from_pretrained({str(target)!r}), or here: stage=finetune stage.init_from={target}",
-        "safetensors": f"meshformer.checkpoint.load_pretrained({str(target)!r})",
+        "safetensors": f"meshformer.huggingface.load_pretrained({str(target)!r})",
         "adapter": f"meshformer.checkpoint.adapters.load_adapters(model, {str(target)!r})",
         "onnx": f"onnxruntime.InferenceSession({str(target)!r})",
         "torch_export": f"torch.export.load({str(target)!r}).module()",

@@ -23,12 +23,12 @@ from meshformer.callbacks.preemption import Preemption, StopSignals
 from meshformer.callbacks.samples import continuation
 from meshformer.checkpoint.find import checkpoints, latest_checkpoint
 from meshformer.checkpoint.folder import read_rest, refuse_misfits, tensor_sizes
-from meshformer.checkpoint.pretrained.source import tokenizer_of
 from meshformer.checkpoint.weights import PREFIX, load_weights, misfits_of
 from meshformer.config.errors import ConfigError, Stopped
 from meshformer.config.foreign import read_config
 from meshformer.config.signature import signature
 from meshformer.data import SampledData, load_tokenizer
+from meshformer.huggingface.source import tokenizer_of
 from meshformer.job.build import build_callbacks, build_data, build_loggers, build_task, build_trainer
 from meshformer.model import Transformer, training_flops_per_token
 from meshformer.model.layout import blocks_of

@@ -1,7 +1,7 @@
-"""BERT (Devlin et al. 2019) and what is built like it, MiniLM for one: post-norm, learned positions, token types, a norm after the embedding.
+"""BERT (Devlin et al. 2019) and models of its architecture such as MiniLM: post-norm, learned positions, token types, embedding norm.
 
-With a masked-word predictor (`cls.predictions`) our model has a head and returns logits; else it returns hidden states. Poolers and the heads of
-other tasks are left out.
+Our model has a head and returns logits if the folder has a masked-word predictor (`cls.predictions`); else it returns hidden states. Poolers
+and the heads of other tasks are not loaded.
 """
 
 from __future__ import annotations

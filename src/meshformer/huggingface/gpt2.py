@@ -1,4 +1,4 @@
-"""GPT-2 (Radford et al. 2019): pre-norm, learned positions, q, k and v in one matrix, matrices stored (in, out)."""
+"""GPT-2 (Radford et al. 2019): pre-norm, learned positions, q, k and v in one matrix, matrices stored as (in, out)."""
 
 from __future__ import annotations
 

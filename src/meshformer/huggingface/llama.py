@@ -1,4 +1,4 @@
-"""Llama (Touvron et al. 2023): RMSNorm, rotary positions in halves (as ours), SwiGLU, grouped-query attention. Mistral adds a window."""
+"""Llama (Touvron et al. 2023): RMSNorm, rotary positions in halves (as ours), SwiGLU, grouped-query attention; Mistral: a window besides."""
 
 from __future__ import annotations
 

@@ -1,15 +1,16 @@
-"""What a description of a foreign layout is made of: where each of our tensors lies in it, and how its settings read in our words. No torch.
+"""The vocabulary in which gpt2.py, llama.py, bert.py and vit.py describe their layouts. No torch.
 
-A layout is a module with
-    NAME, TYPES, CLASS          for messages; the `model_type`s of config.json that it reads; the class of ours that they become
-    LEFT_OUT                    names that may be there and are not needed: buffers, poolers, heads of other tasks
-    TIED                        {name: the name that it is a copy of} where a tied model is stored with both: left out where they are equal
-    canonical(name)             the one name for what is stored under several
+A layout is a module with these names. Some tensors are stored under several names, depending on the class that saved them; a layout reduces
+them to one canonical name.
+    NAME, TYPES, CLASS          its name in messages; the values of `model_type` in config.json that it reads; our model class for them
+    LEFT_OUT                    pattern of stored names that are not loaded: buffers, poolers, heads of other tasks
+    TIED                        {name: the name of which it is a copy} in a tied model that is stored with both; the two must be equal
+    canonical(name)             the canonical name of a stored name
     settings(config, names)     a model node as in conf/model/, from config.json and the canonical names that are stored
-    parts(model)                {our name: Part} for a complete model node
-    unfit(model)                what of a model node the layout has no place for: {key: what it has instead}
-    config(model)               config.json for a model node that fits
-    stored_name(name, model)    the name to store a canonical one under
+    parts(model)                {our parameter: Part} for a complete model node
+    unfit(model)                {key: required value} for each setting of a model node that the layout cannot express
+    config(model)               config.json for a model node that the layout can express
+    stored_name(name, model)    the name under which a canonical name is written
 """
 
 from __future__ import annotations
@@ -25,22 +26,18 @@ from meshformer.model.settings import feed_forward_width, usual_eps
 Model = dict[str, Any]  # a node as in conf/model/: arguments of Transformer or VisionTransformer, and their `_target_`
 TEXT, VISION = "meshformer.model.Transformer", "meshformer.model.VisionTransformer"
 POSITIONS = "meshformer.model.position."
-LEARNED, ROTARY = "Learned", "Rotary"  # its classes that foreign layouts have
+LEARNED, ROTARY = "Learned", "Rotary"  # the two of these classes that the layouts use
 
 
 @dataclass(frozen=True)
 class Part:
-    """One of our tensors in a foreign one: `name` is the canonical name there.
+    """Where one of our parameters is stored."""
 
-    `transposed`: stored (in, out), where ours is (out, in). `part` of `of` equal parts of the rows, after that. `stored`: its shape there, where
-    ours is `ours`, with the same numbers in the same order.
-    """
-
-    name: str
-    transposed: bool = False
-    part: int = 0
+    name: str  # canonical name of the stored tensor
+    transposed: bool = False  # stored as (in, out), where ours is (out, in)
+    part: int = 0  # after transposing, our rows are part number `part` of `of` equal parts
     of: int = 1
-    stored: tuple[int, ...] | None = None
+    stored: tuple[int, ...] | None = None  # shape of the stored tensor where it differs from `ours`; the values are in the same order
     ours: tuple[int, ...] | None = None
 
 
@@ -59,12 +56,12 @@ def position(name: str, **options: Any) -> Model:
 
 
 def complete(model: Model) -> Model:
-    """The node with every argument spelled out, also those that follow from others. `position` becomes its class's name, `base` a key."""
+    """The node with every argument filled in, those that follow from others too. `position` becomes the name of its class, `base` a key."""
     vision = model["_target_"] == VISION
     whole = {**defaults(model["_target_"]), **model}
     place = model.get("position") or position(LEARNED if vision else ROTARY)
     home, _, name = str(place["_target_"]).rpartition(".")
-    whole["position"] = name if home.startswith("meshformer.") else str(place["_target_"])  # a class of the user's may have any name
+    whole["position"] = name if home.startswith("meshformer.") else str(place["_target_"])  # a class of the user's may have the same name
     whole["base"] = float(place.get("base", 10000.0))
     whole["d_ff"] = whole["d_ff"] or feed_forward_width(whole["d_model"], whole["activation"])
     whole["norm_eps"] = usual_eps(whole["norm"]) if whole["norm_eps"] is None else whole["norm_eps"]
@@ -76,7 +73,7 @@ def complete(model: Model) -> Model:
 
 
 def differences(model: Model, required: Mapping[str, Any]) -> Model:
-    """{key: what is required} for the arguments of a complete node that have another value. A tuple lists what would do."""
+    """{key: required value} for the arguments of a complete node that have another value. A tuple in `required` lists accepted values."""
     return {k: wanted for k, wanted in required.items() if model[k] not in (wanted if isinstance(wanted, tuple) else (wanted,))}
 
 
@@ -88,7 +85,7 @@ def size(config: Mapping[str, Any], key: str) -> int:
 
 
 def expect(config: Mapping[str, Any], key: str, *read: Any) -> Any:
-    """The value of `key`, the first of `read` where it is absent. ConfigError when it is none of them."""
+    """The value of `key` in config.json, by default the first of `read`. ConfigError when the value is not one of `read`."""
     value = config.get(key, read[0])
     if value is None and None not in read:
         value = read[0]

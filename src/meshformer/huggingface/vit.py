@@ -1,6 +1,6 @@
 """ViT (Dosovitskiy et al. 2021) for square images: pre-norm, a class token, learned positions, patches by a convolution.
 
-With a classifier our model returns logits, else the class token's last state. The pooler is left out.
+Our model returns logits if the folder has a classifier, else the last hidden state of the class token. The pooler is not loaded.
 """
 
 from __future__ import annotations

@@ -1,11 +1,10 @@
-"""What a path holds that weights can come from, and the settings of the model they belong to. Reads config files and the headers of
-safetensors files, no weights, and imports no torch."""
+"""What a path holds that weights can be loaded from, and the settings of its model. Reads config files and the headers of safetensors files,
+never the weights, and imports no torch."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -13,44 +12,50 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from meshformer.checkpoint.find import WEIGHTS
 from meshformer.config.errors import ConfigError
 from meshformer.config.foreign import read_config
 from meshformer.config.paths import run_of
 from meshformer.config.suggest import did_you_mean
-from meshformer.model.settings import SECOND_NAME
 
-from ..find import CONFIG, INDEX, WEIGHTS, is_folder
 from . import bert, gpt2, llama, pinned, vit
-from .parts import TEXT, VISION, Model, Part, complete
+from .parts import Model, Part, complete
 
+CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 LAYOUTS: tuple[ModuleType, ...] = (gpt2, llama, bert, vit)
-ADAPTER, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"  # of a folder that peft wrote
+ADAPTER, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"  # in a folder that peft wrote
 OF_THE_MODEL = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
 ONE_FILE, TOKENIZER = "model.safetensors", "tokenizer.json"
 READ = "; ".join(f"{layout.NAME} ({', '.join(layout.TYPES)})" for layout in LAYOUTS)
 SHOWN = 6  # tensors named in a message
-KEEPS_ALL = "Use format=safetensors, which keeps every tensor."
 
 
 @dataclass(frozen=True)
 class Source:
-    """A Hugging Face folder. `parts`: where our tensors lie; `files`: for a canonical name the file and the name it is stored under in it;
-    `copies`: (file, name) of what must be equal to the canonical name that stands before it, or would be lost; `unknown`: names that are stored
-    and have no place in our model."""
+    """A Hugging Face folder, from its config.json and the headers of its files."""
 
     path: Path
     layout: ModuleType
     model: Model
-    parts: dict[str, Part]
-    files: dict[str, tuple[Path, str]]
-    copies: list[tuple[str, tuple[Path, str]]]
-    unknown: list[str]
+    parts: dict[str, Part]  # for each of our parameters, the stored tensor that holds it
+    files: dict[str, tuple[Path, str]]  # canonical name: (file, name in the file)
+    copies: list[tuple[str, tuple[Path, str]]]  # (canonical name, a second tensor that must be equal to it, since only one is loaded)
+    unknown: list[str]  # stored names that our model has no parameter for
+
+
+def is_folder(path: Path) -> bool:
+    """Whether `path` is a Hugging Face folder, complete or not. A run folder is none: its configuration is config.yaml."""
+    if not path.is_dir() or (path / "config.yaml").is_file():
+        return False
+    return (
+        any((path / name).is_file() for name in (CONFIG, INDEX)) or any(path.glob("*.safetensors")) or any(path.glob("pytorch_model*.bin"))
+    )
 
 
 def derive(path: str | Path, cache: Path | None = None) -> Model:
     """The settings of the model whose weights `path` holds, as a node of conf/model/: arguments of the class that `_target_` names.
 
-    `path`: see `load_pretrained`. ConfigError when it holds no model that can be read.
+    `path`: as for `load_pretrained`. ConfigError when it holds no model that can be read.
     """
     path = find(path, cache)
     if is_folder(path):
@@ -65,7 +70,7 @@ def derive(path: str | Path, cache: Path | None = None) -> Model:
 
 
 def find(path: str | Path, cache: Path | None = None) -> Path:
-    """The file or folder that `path` means; a pinned package's name means its folder in the cache, where there is no folder of that name."""
+    """The file or folder at `path`. Where there is none, the name of a pinned package means its folder in the cache."""
     place = Path(path).expanduser()
     if place.exists():
         return place.absolute()
@@ -78,14 +83,14 @@ def find(path: str | Path, cache: Path | None = None) -> Path:
 
 
 def tokenizer_of(path: Path) -> Path | None:
-    """The tokenizer.json that belongs to the weights at `path`: in the run or folder, or beside the file; None where there is none."""
+    """The tokenizer.json of the weights at `path`: in the run or folder, or beside the file. None where there is none."""
     path = Path(path)
     places = [run_of(path)] if path.suffix != WEIGHTS else [path.parent, path.parent.parent]  # RUN/exports/step-….safetensors
     return next((place / TOKENIZER for place in places if (place / TOKENIZER).is_file()), None)
 
 
 def read_folder(path: Path) -> Source:
-    """What a Hugging Face folder holds. ConfigError, one, for whatever keeps it from being read."""
+    """What a Hugging Face folder holds. ConfigError with the first reason why it cannot be read."""
     if (path / ADAPTER_FILE).is_file() or ((path / ADAPTER).is_file() and not (path / CONFIG).is_file()):
         base = _json(path / ADAPTER, "").get("base_model_name_or_path") if (path / ADAPTER).is_file() else None
         fix = "Merge it first: with peft, model.merge_and_unload().save_pretrained(folder)."
@@ -118,7 +123,7 @@ def read_folder(path: Path) -> Source:
 
 
 def _check_vocabulary(path: Path, model: Model, parts: dict[str, Part], files: dict[str, tuple[Path, str]]) -> None:
-    """ConfigError where the stored embedding has other rows than config.json says: somebody added tokens."""
+    """ConfigError where the embedding has another number of rows than config.json says: tokens were added to it."""
     part = parts.get("embedding.tokens.weight")
     if part is None or model.get("vocab_size") is None:
         return
@@ -130,7 +135,7 @@ def _check_vocabulary(path: Path, model: Model, parts: dict[str, Part], files: d
 
 
 def _stored(path: Path, layout: ModuleType) -> tuple[dict[str, tuple[Path, str]], list[tuple[str, tuple[Path, str]]]]:
-    """{canonical name: (file, stored name)}, and what is stored once more under a name that means the same."""
+    """{canonical name: (file, stored name)}, and the tensors that have the same canonical name as an earlier one."""
     found: dict[str, tuple[Path, str]] = {}
     again: list[tuple[str, tuple[Path, str]]] = []
     for file in _files(path):
@@ -143,7 +148,7 @@ def _stored(path: Path, layout: ModuleType) -> tuple[dict[str, tuple[Path, str]]
 
 
 def _files(path: Path) -> list[Path]:
-    """The files that hold the model. ConfigError where others beside them say that they do."""
+    """The files that hold the model. ConfigError where the folder has further model files, since it is not clear which ones are meant."""
     files = _files_named(path)
     if others := sorted(p.name for p in path.glob("*.safetensors") if OF_THE_MODEL.fullmatch(p.name) and p not in files):
         why = f"which {INDEX} does not name" if (path / INDEX).is_file() else "and no index says that they belong together"
@@ -171,38 +176,6 @@ def _files_named(path: Path) -> list[Path]:
         fix = "Write it anew with transformers: model.save_pretrained(folder, safe_serialization=True)."
         raise ConfigError(f"{path} holds {pickles[0].name}, a pickle that could run anything, and no {ONE_FILE}", fix=fix)
     raise ConfigError(f"{path} holds no {ONE_FILE}")
-
-
-def layout_for(model: Model, names: Callable[[], Iterable[str]] = tuple) -> ModuleType:
-    """The Hugging Face layout that the model node fits exactly. ConfigError naming what keeps it from fitting the nearest. `names()`: those of
-    the model's tensors, asked for where its class is the user's."""
-    of_class = [layout for layout in LAYOUTS if model["_target_"] == layout.CLASS]
-    if not of_class:
-        lost = _homeless(model, list(names()))
-        told = f", and none has a place for {listed(lost)}" if lost else ""
-        raise ConfigError(f"no Hugging Face layout is known for {model['_target_']}{told}", "format", "huggingface", fix=KEEPS_ALL)
-    whole = complete(model)
-    misfits = {layout: layout.unfit(whole) for layout in of_class}
-    layout = min(of_class, key=lambda layout: len(misfits[layout]))
-    if not misfits[layout]:
-        return layout
-    told = ", ".join(f"model.{key}={_plain(whole.get(key))} (there: {_either(value)})" for key, value in misfits[layout].items())
-    fix = "Use format=safetensors, onnx or torch_export."
-    message = f"the model fits no Hugging Face layout exactly; the nearest is {layout.NAME}, but for {told}"
-    raise ConfigError(message, "format", "huggingface", fix=fix)
-
-
-def _homeless(model: Model, names: list[str]) -> list[str]:
-    """Tensors of a class of the user's that even the nearest layout has no place for; none where its settings are not those of ours."""
-    node = {**model, "_target_": VISION if "image_size" in model else TEXT}
-    found: list[list[str]] = []
-    for layout in LAYOUTS:
-        try:
-            parts = layout.parts(complete(node))
-            found.append([name for name in names if name not in parts and SECOND_NAME.get(name) not in parts])
-        except (KeyError, TypeError):
-            continue
-    return min(found, key=len, default=[])
 
 
 def header(file: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
@@ -242,11 +215,3 @@ def _json(file: Path, wanted: str) -> dict[str, Any]:
 
 def listed(names: list[str]) -> str:
     return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
-
-
-def _plain(value: Any) -> str:
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _either(value: Any) -> str:
-    return " or ".join(map(_plain, value)) if isinstance(value, tuple) else _plain(value)
