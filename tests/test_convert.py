@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 
 from jobs import TINY, text_file
-from meshformer.checkpoint.folder import read_into, read_rest, read_tensors, tensor_sizes
+from meshformer.checkpoint.read import read_into, read_rest, read_tensors, tensor_sizes
 from meshformer.checkpoint.weights import load_weights
 from meshformer.cli import main
 from meshformer.command.compose import read_config

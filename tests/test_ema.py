@@ -14,7 +14,7 @@ from harness import run_ranks
 from jobs import run_tiny, tiny_config
 from meshformer import callbacks
 from meshformer.checkpoint.find import latest_checkpoint
-from meshformer.checkpoint.folder import read_tensors
+from meshformer.checkpoint.read import read_tensors
 from meshformer.checkpoint.weights import load_weights
 from meshformer.config.errors import ConfigError
 from meshformer.huggingface import load_pretrained

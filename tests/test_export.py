@@ -11,7 +11,7 @@ import torch
 
 from harness import run_ranks
 from jobs import TINY, run_tiny, text_file
-from meshformer.checkpoint.folder import read_tensors
+from meshformer.checkpoint.read import read_tensors
 from meshformer.cli import main
 from meshformer.command.compose import compose
 from meshformer.config.errors import ConfigError

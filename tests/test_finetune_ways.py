@@ -12,11 +12,10 @@ import yaml
 
 from harness import run_ranks
 from jobs import run_tiny, tiny_config
-from meshformer.checkpoint.adapters import is_adapter, load_adapters
 from meshformer.checkpoint.find import latest_checkpoint
-from meshformer.checkpoint.folder import read_tensors
 from meshformer.checkpoint.optimizer import complete_groups
-from meshformer.checkpoint.weights import load_weights
+from meshformer.checkpoint.read import read_tensors
+from meshformer.checkpoint.weights import is_adapter, load_adapters, load_weights
 from meshformer.config.errors import ConfigError
 from meshformer.huggingface import load_pretrained
 from meshformer.job.build import build_model

@@ -20,10 +20,9 @@ import torch
 import yaml
 
 import meshformer
-from meshformer.checkpoint.find import latest_checkpoint
-from meshformer.checkpoint.folder import read_tensors, write_folder
-from meshformer.checkpoint.manifest import MANIFEST, METADATA, read_manifest, write_manifest
-from meshformer.checkpoint.metadata import read_metadata
+from meshformer.checkpoint.find import MANIFEST, METADATA, latest_checkpoint, read_manifest, write_manifest
+from meshformer.checkpoint.read import read_metadata, read_tensors
+from meshformer.checkpoint.write import write_folder
 from meshformer.cli import main
 from meshformer.command.sweep.book import Book, Point
 from meshformer.config import ConfigError

@@ -18,7 +18,7 @@ import torch
 from harness import free_port
 from jobs import TINY, text_file
 from meshformer.checkpoint.find import latest_checkpoint, step_of
-from meshformer.checkpoint.folder import write_folder
+from meshformer.checkpoint.write import write_folder
 from meshformer.cli import main
 from meshformer.command.slurm import requeue
 from meshformer.record import RunRecord

@@ -11,8 +11,9 @@ import torch
 
 from jobs import TINY, run_tiny
 from meshformer.checkpoint.find import latest_checkpoint
-from meshformer.checkpoint.folder import read_tensors, write_folder
+from meshformer.checkpoint.read import read_tensors
 from meshformer.checkpoint.weights import load_weights
+from meshformer.checkpoint.write import write_folder
 from meshformer.cli import main
 from meshformer.command.compose import compose
 from meshformer.config.errors import ConfigError

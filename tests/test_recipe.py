@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from jobs import TINY, labelled_file
-from meshformer.checkpoint.folder import read_tensors
+from meshformer.checkpoint.read import read_tensors
 from meshformer.cli import main
 
 SHORT = [o for o in TINY if not o.startswith("data")] + ["data.batch_size=8"]

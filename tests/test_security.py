@@ -17,8 +17,7 @@ import yaml
 
 import meshformer
 from jobs import TINY, text_file
-from meshformer.checkpoint.find import latest_checkpoint
-from meshformer.checkpoint.manifest import MANIFEST, read_manifest, write_manifest
+from meshformer.checkpoint.find import MANIFEST, latest_checkpoint, read_manifest, write_manifest
 from meshformer.cli import main
 
 SECRET = "hunter2-do-not-write-me"

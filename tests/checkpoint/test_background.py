@@ -16,10 +16,10 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from harness import run_ranks
 from jobs import run_tiny, text_file
-from meshformer.checkpoint.background import Background
 from meshformer.checkpoint.find import checkpoints
-from meshformer.checkpoint.folder import read_rest, read_tensors
-from meshformer.checkpoint.ranks import StepFailed
+from meshformer.checkpoint.lightning_io import Background
+from meshformer.checkpoint.read import read_rest, read_tensors
+from meshformer.checkpoint.write import StepFailed
 
 
 @pytest.fixture

@@ -28,11 +28,10 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from harness import _fork, free_port, run_ranks
 from jobs import TINY, run_tiny, text_file, tiny_config
 from meshformer.callbacks import Checkpoint
-from meshformer.checkpoint.find import VERIFIED, checkpoint_name, checkpoints, damage, latest_checkpoint, step_of
-from meshformer.checkpoint.folder import read_rest, read_tensors, tidy, write_folder
-from meshformer.checkpoint.manifest import MANIFEST, read_manifest
-from meshformer.checkpoint.ranks import StepFailed
+from meshformer.checkpoint.find import MANIFEST, VERIFIED, checkpoint_name, checkpoints, damage, latest_checkpoint, read_manifest, step_of
+from meshformer.checkpoint.read import read_rest, read_tensors
 from meshformer.checkpoint.single_file import write_single
+from meshformer.checkpoint.write import StepFailed, tidy, write_folder
 from meshformer.cli import main
 from meshformer.config.errors import ConfigError
 from meshformer.record.metrics_csv import read_metrics
@@ -71,7 +70,7 @@ CALLS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtre
 @pytest.mark.parametrize("what", ["a new step", "the same step again", "the same step, no exchange", "a new step that removes the old"])
 def test_a_kill_before_any_operation_on_files_leaves_a_whole_checkpoint(tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if what.endswith("no exchange"):
-        monkeypatch.setattr("meshformer.checkpoint.folder.exchange", lambda a, b: False)
+        monkeypatch.setattr("meshformer.checkpoint.write.exchange", lambda a, b: False)
     callback = Checkpoint(keep_last=1)
     new = 1 if what.startswith("the same") else 2
     survived = 0

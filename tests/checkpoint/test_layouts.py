@@ -18,9 +18,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from harness import run_ranks
-from meshformer.checkpoint.folder import read_into, read_rest, read_tensors, tensor_sizes, write_folder
 from meshformer.checkpoint.pieces import pieces_of
+from meshformer.checkpoint.read import read_into, read_rest, read_tensors, tensor_sizes
 from meshformer.checkpoint.weights import load_weights
+from meshformer.checkpoint.write import write_folder
 from meshformer.config.errors import ConfigError
 from nets import LAYOUTS, Net, cut, differing, processes, states
 

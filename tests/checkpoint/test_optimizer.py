@@ -14,10 +14,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from harness import run_ranks
-from meshformer.checkpoint.folder import read_rest, write_folder
 from meshformer.checkpoint.lightning_io import FolderCheckpointIO, split
 from meshformer.checkpoint.optimizer import complete_groups, optimizer_tensors, read_optimizer
+from meshformer.checkpoint.read import read_rest
 from meshformer.checkpoint.weights import load_weights
+from meshformer.checkpoint.write import write_folder
 from meshformer.config.errors import ConfigError
 from meshformer.model import Transformer
 from meshformer.model.position import Learned

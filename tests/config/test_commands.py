@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from meshformer.checkpoint.manifest import PARTS, write_manifest
+from meshformer.checkpoint.find import PARTS, write_manifest
 from meshformer.cli import main
 from meshformer.command.recorded import read_overrides, write_overrides
 from meshformer.config import ConfigError

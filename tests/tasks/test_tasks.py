@@ -145,7 +145,7 @@ def test_pretraining_with_hidden_tokens_then_classifying_keeps_all_but_the_head(
     assert load_tokenizer(folder / "mlm" / "tokenizer.json").mask_id is not None
     start = ["stage=finetune", f"stage.init_from={folder}/mlm", *LABEL, "stage.lr_scale=1e-9", "trainer.max_steps=1"]
     jobs.run_labelled(folder, "after", *start)
-    from meshformer.checkpoint.folder import read_tensors
+    from meshformer.checkpoint.read import read_tensors
 
     before, after = (read_tensors(next((folder / name / "checkpoints").iterdir()), "model.") for name in ("mlm", "after"))
     assert after.pop("model.head.weight").shape == (3, 32)

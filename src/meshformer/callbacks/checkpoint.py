@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
-from meshformer.checkpoint.find import checkpoint_name, checkpoints, step_of
-from meshformer.checkpoint.folder import tidy
+from meshformer.checkpoint.find import Damaged, checkpoint_name, checkpoints, read_manifest, step_of
 from meshformer.checkpoint.lightning_io import FolderCheckpointIO
-from meshformer.checkpoint.manifest import Damaged, read_manifest
+from meshformer.checkpoint.write import tidy
 from meshformer.printing import say
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from meshformer.checkpoint.folder import read_into, tensor_sizes
+from meshformer.checkpoint.read import read_into, tensor_sizes
 from meshformer.checkpoint.weights import AVERAGE
 from meshformer.compat.torch import foreach_lerp_
 from meshformer.config.errors import ConfigError

@@ -1,4 +1,4 @@
-"""What a run starts from: that it is there, and that its weights fit the model. No torch."""
+"""Whether the weights that a run starts from exist and fit its model, decided from the two configurations. No torch."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ Config = dict[str, Any]
 
 
 def check_start(config: Config, own_head: bool) -> None:
-    """The weights that the run starts from are there, and are those of its model. `own_head`: see `check_fits`."""
+    """ConfigError unless the weights that the run starts from exist and fit its model. `own_head`: as for `check_fits`."""
     stage = config["stage"]
     source = stage["init_from"]
     if config["fork"] is not None and (recorded := Path(config["fork"]) / "config.yaml").is_file():
         check_fits(config["model"], read_config(recorded.parent)["model"], "the run to fork", own_head)
     if config["resume"] is not None or config["fork"] is not None:
-        return  # the weights are in the run by now; where they came from may be gone
+        return  # the run has the weights itself now; the path they came from may no longer exist
     if stage["name"] == "pretrain":
         if source is not None:
             raise ConfigError(
@@ -41,7 +41,7 @@ def check_start(config: Config, own_head: bool) -> None:
     if not Path(source).exists():
         raise ConfigError("there is no such run, checkpoint or model", "stage.init_from", source)
     recorded = run_of(source) / "config.yaml"
-    if not recorded.is_file():  # weights from outside, which compose.py has compared
+    if not recorded.is_file():  # weights of another program, which compose.py has compared
         return
     before = read_config(recorded.parent)
     check_fits(config["model"], before["model"], "the run to start from", own_head, by_name=True)
@@ -53,21 +53,23 @@ def check_start(config: Config, own_head: bool) -> None:
 
 
 def is_own(node: Any) -> bool:
-    """Whether a part is of a class or function of the user's."""
+    """Whether the node's `_target_` is a class or function of the user's."""
     return isinstance(node, dict) and not str(node.get("_target_", "meshformer.")).startswith("meshformer.")
 
 
 def check_fits(model: Config, theirs: Config, who: str, own_head: bool, by_name: bool = False) -> None:
-    """ConfigError for the first setting of `model` with which the weights of `who`, whose model is `theirs`, would not fit.
+    """ConfigError for the first setting in which `model` differs from `theirs`, the model of `who`, so that its weights would not fit.
 
-    `own_head`: the task trains a head of its own, so theirs is left behind. `by_name`: of a class of the user's on either side, that shares some
-    tensors with the other, those decide that are compared when they are loaded, by name and shape.
+    Args:
+        own_head: the task trains a head of its own, so the settings of the other model's head do not matter.
+        by_name: if one of the two is a class of the user's, compare only the settings that both have. Their tensors are compared by name and
+            shape when they are loaded.
     """
     left_out = HEAD if own_head else ()
     if is_own(model) or is_own(theirs):
         shared = model.keys() & theirs.keys() - ({"_target_"} if by_name else set())
         left_out = (*left_out, *(key for key in SHAPES if key not in shared))
-    both = [(node, defaults(str(node.get("_target_", "")))) for node in (model, theirs)]  # a run may be older than a setting
+    both = [(node, defaults(str(node.get("_target_", "")))) for node in (model, theirs)]  # an older run may lack a setting
     for key in (key for key in SHAPES if key not in left_out):
         mine, other = (node.get(key, usual.get(key)) for node, usual in both)
         if mine != other:

@@ -1,8 +1,9 @@
-"""Lightning's checkpoint dictionary to and from the checkpoints of folder.py."""
+"""How Lightning saves and loads: its checkpoint dictionary to and from checkpoint folders, in the foreground or in a background thread."""
 
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -15,20 +16,19 @@ from torch import Tensor
 
 from meshformer.printing import say
 
-from .background import Background
-from .folder import read_rest, read_tensors, write_folder
 from .optimizer import PREFIX, names_by_number, state_tensors
-from .ranks import StepFailed
+from .read import read_rest, read_tensors
 from .weights import AVERAGE
+from .write import State, StepFailed, state_of, write_folder, write_state
 
 
 class FolderCheckpointIO(CheckpointIO):
-    """Saves and loads what the Trainer's checkpoint connector hands over; optimizer state is keyed by parameter name on disk.
+    """Saves and loads the Trainer's checkpoint dictionary. On disk, optimizer state is keyed by parameter name.
 
-    `asynchronous` (training goes on while a thread writes), `then` (called with its path by the process that completes a checkpoint) and
-    `tolerant` (a save that fails is told, and no error) are set by callbacks.Checkpoint. `failed`: whether the last save did.
-    `fresh_optimizer`: the checkpoint's optimizer is another one, so what is loaded has the weights and the position alone.
-    A strategy that saves from several processes calls `write` itself.
+    A strategy that saves from several processes calls `write` itself. callbacks.Checkpoint sets three attributes: `asynchronous` (a thread
+    writes while training continues), `tolerant` (a save that fails is reported and training continues) and `then` (a function that the process
+    which completes a checkpoint calls with its path). `failed` says whether the last save failed. With `fresh_optimizer`, the state of the
+    checkpoint's optimizer is not loaded, since this run has another one.
     """
 
     def __init__(self) -> None:
@@ -41,7 +41,7 @@ class FolderCheckpointIO(CheckpointIO):
         self.write(Path(path), *split(checkpoint))
 
     def write(self, path: Path, tensors: Mapping[str, Tensor], rest: dict[str, Any], group: dist.ProcessGroup | None = None) -> None:
-        """`write_folder`, now or in the background. For the background, `group` is a gloo group of its own."""
+        """`write_folder`, now or in the background. In the background, `group` must be a gloo group that nothing else uses."""
         self.wait()
         self.failed = False
         self._is_first = group is None or dist.get_rank(group) == 0
@@ -60,7 +60,7 @@ class FolderCheckpointIO(CheckpointIO):
         return self._background.running
 
     def wait(self) -> None:
-        """Returns when no checkpoint is being written; raises what failed in the background."""
+        """Waits until no checkpoint is being written, and raises the error of a save in the background."""
         with self._tolerating():
             self._background.wait()
 
@@ -68,7 +68,7 @@ class FolderCheckpointIO(CheckpointIO):
     def _tolerating(self) -> Iterator[None]:
         try:
             yield
-        except StepFailed as error:  # on all ranks that save, so all of them go on
+        except StepFailed as error:  # raised on all ranks that save, so that all of them continue
             self.failed = True
             if not self.tolerant:
                 raise
@@ -98,17 +98,81 @@ class FolderCheckpointIO(CheckpointIO):
         shutil.rmtree(path, ignore_errors=True)
 
 
+class Background:
+    """Writes checkpoints in a thread, one at a time, from a copy in host memory that is freed when the checkpoint is written."""
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def save(
+        self,
+        path: Path,
+        tensors: Mapping[str, Tensor],
+        rest: dict[str, Any],
+        group: dist.ProcessGroup | None = None,
+        then: Callable[[], None] | None = None,
+    ) -> None:
+        """`write_folder` of the present state; returns once it is copied. The thread calls `then()` when the folder is complete.
+
+        Waits for the previous save first, and raises its error. `group` must be a gloo group that nothing else uses, since the thread
+        communicates in it while training continues.
+        """
+        self.wait()
+        state = _copied(tensors, rest, group)
+
+        def work() -> None:
+            try:
+                write_state(path, state, group)
+                if then is not None:
+                    then()
+            except BaseException as error:
+                self._error = error
+
+        self._thread = threading.Thread(target=work, name=f"save {Path(path).name}")
+        self._thread.start()
+
+    @property
+    def running(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def wait(self) -> None:
+        """Waits until the thread has ended, and raises its error, once."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+
+def _copied(tensors: Mapping[str, Tensor], rest: dict[str, Any], group: dist.ProcessGroup | None) -> Callable[[], State]:
+    """A function that returns a copy of the present state. If copying fails on this rank, the function raises that error inside `write_state`,
+    which reports it to all ranks; raised here, it would leave the others waiting."""
+    try:
+        state = state_of(tensors, rest, group)
+        copy = state._replace(pieces={name: piece.on_host() for name, piece in state.pieces.items()})
+    except Exception as error:
+        failure = error
+
+        def fail() -> State:
+            raise failure
+
+        return fail
+    return lambda: copy
+
+
 def without_optimizer(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """The same for another optimizer: no state, and of the schedule its step alone, since the learning rates it keeps are the old one's."""
+    """The checkpoint dictionary without optimizer state and, of the schedule, with its step only: its learning rates are the old optimizer's."""
     schedules = [{**schedule, "base_lrs": None, "_last_lr": None} for schedule in checkpoint.get("lr_schedulers", [])]
     kept = [{k: v for k, v in schedule.items() if v is not None and k != "lr_lambdas"} | {"lr_lambdas": []} for schedule in schedules]
     return {**checkpoint, "optimizer_states": [], "lr_schedulers": kept}
 
 
 def split(checkpoint: dict[str, Any], skip: Collection[str] = ()) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors by key, everything else) of Lightning's checkpoint dictionary. Of the optimizers, `param_groups` stay in the latter.
+    """(tensors by name, everything else) of Lightning's checkpoint dictionary. The optimizers' `param_groups` are in the second.
 
-    `skip`: parameters whose optimizer state is saved under another name.
+    `skip`: parameters whose optimizer state is left out, since it is saved under another name.
     """
     rest = dict(checkpoint)
     tensors = dict(rest.pop("state_dict"))

@@ -1,7 +1,8 @@
-"""The state of an optimizer by parameter name: to tensors, and back into an optimizer of any other layout.
+"""Optimizer state by parameter name: to tensors, and back into the optimizer of any other layout.
 
-An optimizer must have been made from named parameters: its state dict then lists `param_names` in each group. Numbers of parameters
-("params" in a state dict) depend on the layout, since a pipeline rank has a part of them only; they are never compared between two.
+The optimizer must have been made from named parameters: its state dict then lists `param_names` in each group. The numbers that a state dict
+gives to parameters ("params") depend on the layout, since a pipeline rank has only some of the parameters, so they are never compared between
+two state dicts.
 """
 
 from __future__ import annotations
@@ -16,19 +17,19 @@ from torch.optim import Optimizer
 
 from meshformer.config.errors import ConfigError
 
-from .folder import read_into, tensor_sizes
+from .read import read_into, tensor_sizes
 
 Groups = list[dict[str, Any]]  # `param_groups` of a state dict: settings, "params" (numbers) and "param_names"
 PREFIX = "optimizer."
 
 
 def optimizer_tensors(optimizer: Optimizer, skip: Collection[str] = ()) -> dict[str, Tensor]:
-    """{"optimizer.<name>.<entry>": tensor} of everything the optimizer remembers, but for the parameters in `skip`."""
+    """{"optimizer.<name>.<entry>": tensor} of the optimizer's whole state, without the parameters in `skip`."""
     return state_tensors(optimizer.state_dict(), skip)
 
 
 def state_tensors(state_dict: dict[str, Any], skip: Collection[str] = ()) -> dict[str, Tensor]:
-    """The same for an optimizer's state dict."""
+    """The same from an optimizer's state dict."""
     names = names_by_number(state_dict["param_groups"])
     return {
         f"{PREFIX}{names[number]}.{entry}": torch.as_tensor(value)
@@ -39,12 +40,12 @@ def state_tensors(state_dict: dict[str, Any], skip: Collection[str] = ()) -> dic
 
 
 def read_optimizer(path: Path, optimizer: Optimizer, saved_groups: Groups, aliases: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """A state dict for `optimizer.load_state_dict`, from a checkpoint that any layout wrote; no communication.
+    """A state dict for `optimizer.load_state_dict`, from a checkpoint that any layout wrote. Processes do not communicate.
 
-    State comes by name, `aliases` being {own name: name in the checkpoint}; it is cut as its parameter is where it has the parameter's shape,
-    whole otherwise (`step`). A parameter without saved state (which never had a gradient) gets none. Settings (learning rates, betas …) come
-    from `saved_groups`, the `param_groups` in the checkpoint's rest: an optimizer has the same groups in the same order in every layout.
-    ConfigError when the checkpoint's optimizer has another number of groups.
+    State is found by parameter name; `aliases` is {own name: name in the checkpoint} where the two differ. A state tensor of the parameter's
+    shape is sharded like the parameter; any other (`step`) is read whole. A parameter without saved state, which never had a gradient, gets
+    none. Settings (learning rates, betas …) come from `saved_groups`, the `param_groups` in the checkpoint's rest: in every layout the
+    optimizer has the same groups in the same order. ConfigError when the checkpoint's optimizer has another number of groups.
     """
     groups = optimizer.state_dict()["param_groups"]
     if len(groups) != len(saved_groups):
@@ -64,7 +65,7 @@ def read_optimizer(path: Path, optimizer: Optimizer, saved_groups: Groups, alias
     for number, own in names_by_number(groups).items():
         name = (aliases or {}).get(own, own)
         if name in saved:
-            state[number] = {entry: _room(parameters[number], *size) for entry, size in saved[name].items()}
+            state[number] = {entry: _empty_state(parameters[number], *size) for entry, size in saved[name].items()}
             targets |= {f"{PREFIX}{name}.{entry}": x for entry, x in state[number].items()}
     read_into(path, targets)
     settings = [{k: v for k, v in group.items() if k not in ("params", "param_names")} for group in saved_groups]
@@ -72,17 +73,17 @@ def read_optimizer(path: Path, optimizer: Optimizer, saved_groups: Groups, alias
     return {"state": state, "param_groups": [{**a, **b} for a, b in zip(settings, own_names, strict=True)]}
 
 
-def _room(parameter: Tensor, size: torch.Size, dtype: torch.dtype) -> Tensor:
+def _empty_state(parameter: Tensor, size: torch.Size, dtype: torch.dtype) -> Tensor:
     if size == parameter.shape:
         return torch.empty_like(parameter.detach(), dtype=dtype)
     return torch.empty(size, dtype=dtype)
 
 
 def complete_groups(groups_of_ranks: Sequence[Groups], model_order: Sequence[str]) -> Groups:
-    """The `param_groups` of the whole model's optimizer, from those of ranks that each hold a part of it (or the whole).
+    """The `param_groups` of the whole model's optimizer, from those of ranks that each hold a part of the model (or all of it).
 
-    Names are sorted as in `model_order`, the names of the whole model's parameters, and numbered through the groups, as in one process. Names
-    that the whole model does not have (the head of a tied one) are left out. Settings are the first rank's.
+    Names are sorted as in `model_order`, the names of the whole model's parameters, and numbered across the groups, as in one process. Names
+    that the whole model does not have (the head of a tied model) are left out. Settings are taken from the first rank.
     """
     place = {name: position for position, name in enumerate(model_order)}
     complete, count = [], 0

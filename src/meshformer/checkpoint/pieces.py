@@ -1,8 +1,8 @@
-"""Which rectangle of a tensor this process holds, and torch's distributed checkpoint format (DCP) written and read by rectangles.
+"""Which rectangle of a tensor this process holds, and planners that write and read torch's distributed checkpoints (DCP) by rectangles.
 
-DCP's own planners take the rectangle from a DTensor's placements, left to right. Where FSDP cuts unevenly what the tensor axis has cut before,
-that is not the rectangle that FSDP made (7 rows over shard 3 × tensor 2: placements say that rank (2, 0) holds row 3, and it holds none): rows
-would be saved under wrong numbers, without an error. So rectangles are found here, and DCP is only told them.
+DCP's own planners compute the rectangle from a DTensor's placements, from left to right. Where FSDP shards a tensor unevenly that tensor
+parallelism has sharded before, FSDP holds another rectangle. (7 rows over shard 3 × tensor 2: by its placements rank (2, 0) holds row 3; in
+fact it holds none.) DCP would save rows under wrong numbers, without an error. So the rectangles are computed here and passed to DCP.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 
 @dataclass(frozen=True)
 class Piece:
-    """`data` is the rectangle of a tensor of size `shape` that begins at `offsets`; it shares memory with the tensor it was taken of."""
+    """`data` is the rectangle that begins at `offsets` in a tensor of size `shape`. It shares memory with the tensor it was taken from."""
 
     data: Tensor
     offsets: torch.Size
@@ -32,7 +32,7 @@ class Piece:
 
     @property
     def slices(self) -> tuple[slice, ...]:
-        """Where the piece lies in the whole: `whole[piece.slices]`."""
+        """The piece's place in the whole tensor: `whole[piece.slices]`."""
         return tuple(slice(start, start + size) for start, size in zip(self.offsets, self.data.shape, strict=True))
 
     @property
@@ -40,12 +40,12 @@ class Piece:
         return ChunkStorageMetadata(offsets=self.offsets, sizes=self.data.shape)
 
     def on_host(self) -> Piece:
-        """A copy in the host's memory that later changes of the tensor do not reach."""
+        """A copy in host memory, independent of later changes to the tensor."""
         return Piece(self.data.to("cpu", copy=True), self.offsets, self.shape)
 
 
 def piece_of(x: Tensor) -> Piece | None:
-    """What this process holds of a plain tensor (all of it) or of a DTensor on any mesh; None for nothing at all."""
+    """What this process holds of a plain tensor (all of it) or of a DTensor on any mesh; None where it holds nothing."""
     if not isinstance(x, DTensor):
         return Piece(x.detach(), torch.Size([0] * x.ndim), x.shape)
     rectangle = _rectangle(x)
@@ -64,9 +64,10 @@ def pieces_of(tensors: Mapping[str, Tensor]) -> dict[str, Piece]:
 
 
 def _rectangle(x: DTensor) -> tuple[torch.Size, torch.Size] | None:
-    """(offsets, sizes): torch.chunk along one mesh axis after the other, those of FSDP last.
+    """(offsets, sizes), from torch.chunk along one mesh axis after the other, FSDP's axes last.
 
-    FSDP cuts what the tensor axis has cut before, though its axis is the outer one; torch then calls its placement `_StridedShard`.
+    FSDP shards what tensor parallelism has sharded before, although FSDP's axis is the outer one. torch marks that order by the placement
+    `_StridedShard`, which has a `split_factor`.
     """
     coordinate = x.device_mesh.get_coordinate()
     if coordinate is None:  # this process is not in the mesh
@@ -84,7 +85,7 @@ def _rectangle(x: DTensor) -> tuple[torch.Size, torch.Size] | None:
 
 
 class SavePieces(DefaultSavePlanner):
-    """Plans the writing of a dict of pieces. Copies that several ranks hold are written by one of them, as DCP's planner sees to."""
+    """Plans the writing of a dict of pieces. DCP's planner then chooses one rank to write what several ranks hold."""
 
     def create_local_plan(self) -> SavePlan:
         pieces: dict[str, Piece] = self.state_dict
@@ -104,7 +105,7 @@ class SavePieces(DefaultSavePlanner):
 
 
 class LoadPieces(LoadPlanner):
-    """Plans the reading of what a dict of pieces holds, and no more: parts of saved chunks that overlap with it."""
+    """Plans the reading into a dict of pieces: of each saved chunk only the part that overlaps with a piece is read."""
 
     def set_up_planner(self, state_dict: Any, metadata: Any = None, is_coordinator: bool = False) -> None:
         self.pieces: dict[str, Piece] = state_dict

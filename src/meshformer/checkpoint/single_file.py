@@ -1,8 +1,8 @@
-"""Checkpoints as single files, for moving and publishing; `meshformer convert` makes them of the folders that training writes.
+"""Checkpoints as single files, for moving and publishing. `meshformer convert` makes them from the folders that training writes.
 
-`.ckpt`           all of a checkpoint under the folder's keys: torch.save of {"tensors": {key: tensor}, "rest": {…}}, read with weights_only=True
-`.safetensors`    the weights alone, under the names of the model's parameters. Tied weights are stored once; the metadata say under which
-                  names they are to be found too, and this module's reader shows them under both.
+`.ckpt`           a whole checkpoint: torch.save of {"tensors": {name: tensor}, "rest": {…}}, the names as in the folder, read with weights_only=True
+`.safetensors`    the weights alone, under the names of the model's parameters. Tied weights are stored once; the file's metadata list their
+                  second names, and the reader here returns them under both.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ import json
 import os
 import pickle
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from torch import Tensor
 from meshformer.config.errors import ConfigError
 
 from .find import SINGLE, WEIGHTS
+from .write import naming_the_cause, sync_folder
 
 DAMAGED = (RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError, safetensors.SafetensorError)
 
@@ -33,9 +33,9 @@ def is_single(path: Path) -> bool:
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """(tensors by key, rest); `rest` is None for weights alone. Tensors are views of the file: only what is used of them is read.
+    """(tensors by name, rest). `rest` is None for a .safetensors file. Tensors are memory-mapped: only the parts that are used are read.
 
-    ConfigError when it is not such a file.
+    ConfigError when the file does not exist, is damaged or is of another kind.
     """
     path = Path(path)
     if not path.is_file():
@@ -58,17 +58,16 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
 
 
 def what_it_asks_for(error: pickle.UnpicklingError) -> str:
-    """In words: torch's own message advises to load it regardless."""
+    """What a refused pickle wanted to call, in words. (torch's own message recommends loading it anyway.)"""
     found = re.search(r"(?:Unsupported|GLOBAL|global) (\w+\.[\w.]+)", str(error))
     asked = f"asks for {found[1]}, and a checkpoint holds tensors and plain values alone" if found else "cannot be read as one"
     return f"is no checkpoint of ours: it {asked}. It was not run"
 
 
 def write_single(path: Path, tensors: Mapping[str, Tensor], rest: dict[str, Any]) -> None:
-    """A complete checkpoint in one file; appears under its name when it is complete."""
-    whole = {
-        key: x if x.untyped_storage().nbytes() == x.nbytes else x.clone() for key, x in tensors.items()
-    }  # a view would bring its storage
+    """Writes a whole checkpoint into one file, which gets its name once it is complete."""
+    # torch.save would write the whole storage of a view.
+    whole = {key: x if x.untyped_storage().nbytes() == x.nbytes else x.clone() for key, x in tensors.items()}
 
     def write(aside: Path) -> None:
         with naming_the_cause(), open(aside, "wb") as file:
@@ -78,7 +77,7 @@ def write_single(path: Path, tensors: Mapping[str, Tensor], rest: dict[str, Any]
 
 
 def write_weights(path: Path, tensors: Mapping[str, Tensor], tied: Mapping[str, str], about: Mapping[str, Any]) -> None:
-    """The tensors `model.*` as safetensors. `tied`: {name: the name of the same weights}; `about` goes to the metadata, as JSON."""
+    """Writes the tensors `model.*` as safetensors. `tied`: {second name: first name} of tied weights; `about`: further metadata, as JSON."""
     weights = {key.removeprefix("model."): x.contiguous() for key, x in tensors.items() if key.startswith("model.")}
     metadata = {"format": "pt", "names": json.dumps(list(weights)), "tied": json.dumps(dict(tied))}
     metadata |= {key: json.dumps(value) for key, value in about.items()}
@@ -87,7 +86,7 @@ def write_weights(path: Path, tensors: Mapping[str, Tensor], tied: Mapping[str, 
 
 
 def tied_weights(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> dict[str, str]:
-    """{name: first name} of weights that a checkpoint holds under two names: an optimizer lists a parameter once, by its first."""
+    """{second name: first name} of the weights that a checkpoint holds under two names. The optimizer lists a parameter by its first name only."""
     listed = [name for state in rest["optimizer_states"] for group in state["param_groups"] for name in group["param_names"]]
     weights = {key.removeprefix("model."): x for key, x in tensors.items() if key.startswith("model.")}
     same = {
@@ -110,27 +109,6 @@ def _atomically(path: Path, write: Callable[[Path], None]) -> None:
         aside.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
-
-
-@contextmanager
-def naming_the_cause() -> Iterator[None]:
-    """When a disk is full, torch's archives raise "unexpected pos 704 vs 598": raises the error behind that instead."""
-    try:
-        yield
-    except RuntimeError as error:
-        cause = error.__context__
-        while cause is not None and not isinstance(cause, OSError):
-            cause = cause.__context__
-        if cause is None:
-            raise
-        raise cause from None
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes renames in it survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,21 +1,29 @@
-"""Weights from a checkpoint into a model, by name."""
+"""Weights from a checkpoint into a model, by name; adapters of low rank (model/lora.py), alone in a file or merged into the weights."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import torch
 from torch import Tensor, nn
 
-from meshformer.model.lora import ADAPTERS
+from meshformer.config.errors import ConfigError
+from meshformer.config.foreign import read_config
+from meshformer.config.paths import run_of
+from meshformer.model.lora import ADAPTERS, add_adapters, merged
 
-from .folder import SHOWN, misfits, read_into, read_tensors, refuse_misfits, tensor_sizes
+from .read import SHOWN, misfits, read_into, read_tensors, refuse_misfits, tensor_sizes
+from .single_file import write_weights
 
-PREFIX, AVERAGE = "model.", "average."  # of the keys of weights, and of their averages over the training steps (callbacks.EMA)
+PREFIX, AVERAGE = "model.", "average."  # of the names of weights, and of their averages over the training steps (callbacks.EMA)
+Shapes = Mapping[str, torch.Size]
+NameMap = dict[str, str | None]  # {name in the model: name in the checkpoint, or None where the model's own value is kept}
 
 
 def load_weights(
@@ -28,58 +36,106 @@ def load_weights(
     averaged: bool = True,
     whole: Collection[str] = (),
 ) -> None:
-    """Copies the checkpoint's weights into `model`, whose parameters may be DTensors; each process reads its pieces, no communication.
+    """Copies the checkpoint's weights into `model`, whose parameters may be DTensors. Each process reads the pieces it holds; processes do not
+    communicate.
 
-    Where the run kept an average of its weights, that is taken, unless `averaged` is False (to go on training).
+    Args:
+        partial: `model` is a part of the model that was saved (a pipeline rank's), so the checkpoint may hold further weights.
+        whole: with `partial`, the names in the whole model; weights of the checkpoint with other names are then refused.
+        aliases: {name in the model: name in the checkpoint} for weights that the checkpoint lacks under the model's name, such as the tied
+            head of a pipeline rank that does not hold the embedding.
+        new: patterns of names. A parameter that matches keeps its value where the checkpoint lacks it or has it in another shape. Adapters
+            keep theirs only where the checkpoint lacks them.
+        reinit: patterns of names. A parameter that matches keeps its value in any case. None: the caller has no such setting to suggest.
+        averaged: load the average over the training steps where the run saved one. False to continue training.
 
-    `partial`: the model is a part of the one that was saved (a pipeline rank's), so the checkpoint may hold more: what `whole`, the names in the
-    whole model, lists, or anything without it. `aliases` are {own name: name in the checkpoint} for names that the checkpoint lacks: the head
-    of a tied model, say, where it is held without the embedding.
-    `new`: patterns of names of parameters that keep the values they have where the checkpoint's are of another shape or not there (adapters: not
-    there; those that the checkpoint has are never left behind).
-    `reinit`: patterns of names of parameters that keep them in any case; None where the caller has no way to say so.
-    ConfigError lists every tensor that is missing, extra or of another shape.
+    ConfigError lists every weight that is missing, unknown to the model, or of another shape.
     """
-    again = reinit or ()
-    aliases, sizes = aliases or {}, tensor_sizes(checkpoint)
-    saved = {key.removeprefix(PREFIX): size for key, (size, _) in sizes.items() if key.startswith(PREFIX)}
+    sizes = tensor_sizes(checkpoint)
+    saved = {key.removeprefix(PREFIX): shape for key, (shape, _) in sizes.items() if key.startswith(PREFIX)}
+    averages = {name for name in saved if AVERAGE + name in sizes} if averaged else set[str]()
+    names, readable = match_names(model, saved, averages, aliases or {}, new, reinit or ())
     own: dict[str, Any] = model.state_dict(keep_vars=True)
-    averages = {name for name in saved if AVERAGE + name in sizes} if averaged else set()
-    if averages:  # they are there for each parameter once: under the second name of a tied one lie the last step's weights
-        averaged_ids = {id(own[name]) for name in averages & own.keys()}
-        second = {name for name, x in own.items() if id(x) in averaged_ids or aliases.get(name) in averages} - averages
-        saved = {name: size for name, size in saved.items() if name not in second}
+    accepted = (set(whole) or readable.keys()) if partial else set(names.values())
+    refuse_mismatch(checkpoint, own, names, readable, readable.keys() - accepted, reinit)
+    read_matched(checkpoint, own, names, averages)
+
+
+def match_names(
+    model: nn.Module, saved: Shapes, averages: Collection[str], aliases: Mapping[str, str], new: Sequence[str], reinit: Sequence[str]
+) -> tuple[NameMap, dict[str, torch.Size]]:
+    """Pass 1: finds for each name in the model's state dict the weight of the checkpoint that belongs there. The arguments are those of
+    `load_weights`; `averages` are the names of weights whose average is read instead.
+
+    Returns the name map, and those weights of `saved` that may be read: without the ones for which the model keeps its own value.
+    """
+    own: dict[str, Any] = model.state_dict(keep_vars=True)
 
     def fits(name: str, patterns: Sequence[str]) -> bool:
         return any(fnmatchcase(aliases.get(name, name), pattern) for pattern in patterns)
 
-    def replaced(name: str) -> bool:
-        """The checkpoint's is left behind for a new one."""
+    def replaceable(name: str) -> bool:
         return fits(name, new) and not fits(name, ADAPTERS)
 
-    kept = {id(p) for name, p in model.named_parameters() if fits(name, again)}
-    drawn = {name for name, x in own.items() if id(x) in kept}
-    saved = {name: size for name, size in saved.items() if name not in drawn and not fits(name, again)}
-    drawn |= {name for name in own if fits(name, new) and name not in saved}
-    drawn |= {name for name, x in own.items() if replaced(name) and name in saved and tuple(saved[name]) != tuple(x.shape)}
-    own = {name: x for name, x in own.items() if name not in drawn}
-    saved = {name: size for name, size in saved.items() if name in own or not replaced(name)}
-    source = {name: name if name in saved else aliases.get(name, name) for name in own}
-    # Of a parameter with two names (tied weights) one is enough.
-    found = {id(x) for name, x in own.items() if source[name] in saved}
-    wanted = {source[name]: x for name, x in own.items() if source[name] in saved or id(x) not in found}
-    extra = saved.keys() - (set(whole) or saved.keys() if partial else wanted.keys())
-    shapes = {name: x.shape for name, x in wanted.items()}
-    problems = misfits(saved, shapes, extra)
+    # The average is saved once for each parameter: under the second name of a tied parameter there are only the weights of the last step.
+    averaged = {id(own[name]) for name in averages if name in own}
+    outdated = {name for name, x in own.items() if id(x) in averaged or aliases.get(name) in averages} - set(averages)
+
+    # `reinit`: the model's value is kept, under either name of a tied parameter.
+    reinitialised = {id(p) for name, p in model.named_parameters() if fits(name, reinit)}
+    kept = {name for name, x in own.items() if id(x) in reinitialised}
+    readable = {name: shape for name, shape in saved.items() if name not in outdated | kept and not fits(name, reinit)}
+
+    # `new`: the model's value is kept where the checkpoint has nothing to fill it with.
+    kept |= {name for name in own if fits(name, new) and name not in readable}
+    kept |= {name for name in own.keys() & readable.keys() if replaceable(name) and readable[name] != own[name].shape}
+    readable = {name: shape for name, shape in readable.items() if not replaceable(name) or name in own.keys() - kept}
+
+    names: NameMap = {}
+    for name in own:
+        names[name] = None if name in kept else name if name in readable else aliases.get(name, name)
+    # Tied weights are one tensor with two names. Where the checkpoint lacks one of the names, the tensor is read from the other.
+    found: dict[int, str] = {}
+    for name, source in names.items():
+        if source in readable:
+            found.setdefault(id(own[name]), source)
+    for name, source in names.items():
+        if source is not None and source not in readable:
+            names[name] = found.get(id(own[name]), source)
+    return names, readable
+
+
+def refuse_mismatch(
+    checkpoint: Path,
+    own: Mapping[str, Tensor],
+    names: NameMap,
+    readable: Shapes,
+    left_over: Collection[str],
+    reinit: Sequence[str] | None,
+) -> None:
+    """Pass 2: ConfigError, before anything is read, where a tensor of the model (`own`) has no weight of its shape in the checkpoint, or where
+    weights of the checkpoint are `left_over`. The message suggests what to change."""
+    shapes: dict[str, torch.Size] = {}
+    for name, source in names.items():
+        if source is not None and shapes.get(source) in (None, readable.get(source)):  # a shape that does not fit stays listed
+            shapes[source] = own[name].shape
+    problems = misfits(readable, shapes, left_over)
     if problems:
-        unfilled = [name for name, shape in shapes.items() if saved.get(name) != shape]
-        refuse_misfits(problems, f"the weights in {checkpoint} do not fit this model", _way_out(extra, unfilled, reinit))
-    once = {id(x): name for name, x in wanted.items()}
-    read_into(checkpoint, {(AVERAGE if name in averages else PREFIX) + name: wanted[name] for name in once.values()})
+        unfilled = [name for name, shape in shapes.items() if readable.get(name) != shape]
+        refuse_misfits(problems, f"the weights in {checkpoint} do not fit this model", _way_out(left_over, unfilled, reinit))
+
+
+def read_matched(checkpoint: Path, own: Mapping[str, Tensor], names: NameMap, averages: Collection[str]) -> None:
+    """Pass 3: copies each weight, or its average, into the model's tensor. Tied weights are one tensor, which is read once."""
+    remaining = {id(own[name]): (source, own[name]) for name, source in names.items() if source is not None}
+    while remaining:
+        batch = dict(remaining.values())  # two tensors that have the same weight in the checkpoint are read one after the other
+        read_into(checkpoint, {(AVERAGE if source in averages else PREFIX) + source: x for source, x in batch.items()})
+        remaining = {key: (source, x) for key, (source, x) in remaining.items() if batch[source] is not x}
 
 
 def _way_out(extra: Collection[str], unfilled: Collection[str], reinit: Sequence[str] | None) -> str:
-    """What to do about tensors that nobody takes (`extra`) and parameters that nothing fills."""
+    """What the user can change when weights of the checkpoint are left over (`extra`) or parameters of the model stay `unfilled`."""
     if any(fnmatchcase(name, pattern) for name in (*extra, *unfilled) for pattern in ADAPTERS):
         return "Merge that run's adapters first (meshformer export format=safetensors) and start from the file, or use its stage.lora settings."
     if extra or reinit is None:
@@ -92,7 +148,7 @@ def _way_out(extra: Collection[str], unfilled: Collection[str], reinit: Sequence
 
 
 def misfits_of(model: nn.Module, saved: Mapping[str, torch.Size]) -> list[str]:
-    """What keeps tensors of the shapes `saved` from being exactly the weights of `model`, in words. Of tied weights one name is enough."""
+    """One line for each difference between the shapes `saved` and the weights of `model`. A tied weight may have only one of its names."""
     own: dict[str, Any] = model.state_dict(keep_vars=True)
     there = {id(x) for name, x in own.items() if name in saved}
     wanted = {name: x.shape for name, x in own.items() if name in saved or id(x) not in there}
@@ -100,17 +156,17 @@ def misfits_of(model: nn.Module, saved: Mapping[str, torch.Size]) -> list[str]:
 
 
 def weight_names(path: Path) -> list[str]:
-    """Names of the weights of a checkpoint or of foreign ones, without reading them."""
+    """Names of the weights in a checkpoint or in foreign weights, without reading them."""
     return [key.removeprefix(PREFIX) for key in tensor_sizes(path) if key.startswith(PREFIX)]
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Every weight by name, whole and on the CPU; its average where the run kept one."""
+    """Every weight by name, whole and on the CPU; its average where the run saved one."""
     return weights_of({**read_tensors(path, PREFIX), **read_tensors(path, AVERAGE)})
 
 
 def weights_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same from all of a checkpoint's tensors by key. Each has the type that it was trained in."""
+    """The same from all tensors of a checkpoint. An average is converted to the dtype of its weight."""
     weights = {key.removeprefix(PREFIX): x for key, x in tensors.items() if key.startswith(PREFIX)}
     averages = {key.removeprefix(AVERAGE): x for key, x in tensors.items() if key.startswith(AVERAGE)}
 
@@ -119,3 +175,59 @@ def weights_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return averages.get(name if name in averages else next(same, ""), x).to(x.dtype)
 
     return {name: averaged(name, x) for name, x in weights.items()}
+
+
+# --- adapters
+
+
+def is_adapter(name: str) -> bool:
+    return name.endswith((".lora_A", ".lora_B"))
+
+
+def settings_of(source: Path) -> dict[str, Any] | None:
+    """The setting `stage` of the run that the checkpoint `source` belongs to, if that run trained adapters; else None."""
+    run = run_of(Path(source))
+    stage = read_config(run)["stage"] if (run / "config.yaml").is_file() else {}
+    lora = stage.get("lora")
+    return stage if isinstance(lora, dict) and lora.get("rank") else None
+
+
+def merge_adapters(source: Path) -> dict[str, Tensor]:
+    """The weights of a checkpoint by name. If it has adapters, they are merged into the weights."""
+    weights = read_weights(source)
+    if not any(map(is_adapter, weights)):
+        return weights
+    stage = settings_of(source)
+    if stage is None:
+        raise ConfigError(
+            f"{source} has adapters and lies in no run, so their alpha is not known", fix="Keep it in checkpoints/ of its run."
+        )
+    return merged(weights, stage["lora"]["alpha"])
+
+
+def write_adapters(source: Path, target: Path, trained: tuple[str, ...] = ()) -> None:
+    """Writes a checkpoint's adapters alone as safetensors, and the parameters that match a pattern of `trained` (a new head). The file's metadata
+    name the settings of the adapters and the weights they belong to. ConfigError where the run trained no adapters."""
+    stage = settings_of(source)
+    if stage is None:
+        raise ConfigError("the run trained no adapters (stage.lora.rank)", "run", str(source), fix="Use format=safetensors.")
+    tensors = {f"model.{name}": x for name, x in read_weights(source).items() if is_adapter(name) or any(fnmatchcase(name, one) for one in trained)}
+    write_weights(target, tensors, {}, {"lora": stage["lora"], "init_from": stage["init_from"]})
+
+
+def load_adapters(model: nn.Module, path: Path) -> None:
+    """Adds the adapters that `write_adapters` wrote to `model`, which has none yet, and loads the other parameters of the file. In place.
+
+    ConfigError where they do not fit.
+    """
+    with safetensors.safe_open(path, "pt") as file:
+        lora = json.loads((file.metadata() or {}).get("lora", "null"))
+        if lora is None:
+            raise ConfigError(f"{path} is no file of adapters", fix="Write one with meshformer export format=adapter.")
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
+    add_adapters(model, lora["rank"], lora["alpha"], lora["targets"], seed=0)
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    wanted = {name: shape for name, shape in shapes.items() if is_adapter(name) or name in tensors}
+    problems = misfits({name: x.shape for name, x in tensors.items()}, wanted, tensors.keys() - wanted.keys())
+    refuse_misfits(problems, f"the adapters in {path} do not fit this model")
+    model.load_state_dict(tensors, strict=False)

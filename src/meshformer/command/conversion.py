@@ -6,8 +6,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from meshformer.checkpoint.find import SINGLE, WEIGHTS, candidates, damage, latest_checkpoint, step_of
-from meshformer.checkpoint.manifest import MANIFEST, PARTS
+from meshformer.checkpoint.find import MANIFEST, PARTS, SINGLE, WEIGHTS, candidates, damage, latest_checkpoint, step_of
 from meshformer.command import compose
 from meshformer.config import ConfigError, did_you_mean
 from meshformer.config.paths import run_of

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 
 import meshformer.model
-from meshformer.checkpoint.adapters import merge_adapters, settings_of
 from meshformer.checkpoint.find import is_foreign, latest_checkpoint
-from meshformer.checkpoint.folder import refuse_misfits
-from meshformer.checkpoint.weights import load_weights, misfits_of
+from meshformer.checkpoint.read import refuse_misfits
+from meshformer.checkpoint.weights import load_weights, merge_adapters, misfits_of, settings_of
 from meshformer.config.errors import ConfigError
 from meshformer.model import Transformer
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from meshformer.checkpoint.folder import read_rest, read_tensors, write_folder
+from meshformer.checkpoint.read import read_rest, read_tensors
 from meshformer.checkpoint.single_file import tied_weights, write_single, write_weights
 from meshformer.checkpoint.weights import weights_of
+from meshformer.checkpoint.write import write_folder
 from meshformer.config.errors import ConfigError
 from meshformer.config.foreign import read_config
 from meshformer.config.paths import run_of

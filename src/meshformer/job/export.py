@@ -14,9 +14,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from meshformer.checkpoint.adapters import merge_adapters, settings_of, write_adapters
 from meshformer.checkpoint.find import is_foreign
 from meshformer.checkpoint.single_file import write_weights
+from meshformer.checkpoint.weights import merge_adapters, settings_of, write_adapters
 from meshformer.config.errors import ConfigError
 from meshformer.data import load_tokenizer
 from meshformer.huggingface import derive, load_pretrained
@@ -148,7 +148,7 @@ def _usage(target: Path, form: str) -> str:
     uses = {
         "huggingface": f"transformers.AutoModel.from_pretrained({str(target)!r}), or here: stage=finetune stage.init_from={target}",
         "safetensors": f"meshformer.huggingface.load_pretrained({str(target)!r})",
-        "adapter": f"meshformer.checkpoint.adapters.load_adapters(model, {str(target)!r})",
+        "adapter": f"meshformer.checkpoint.weights.load_adapters(model, {str(target)!r})",
         "onnx": f"onnxruntime.InferenceSession({str(target)!r})",
         "torch_export": f"torch.export.load({str(target)!r}).module()",
     }

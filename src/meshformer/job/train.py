@@ -22,7 +22,7 @@ from meshformer.callbacks.ema import averaged
 from meshformer.callbacks.preemption import Preemption, StopSignals
 from meshformer.callbacks.samples import continuation
 from meshformer.checkpoint.find import checkpoints, latest_checkpoint
-from meshformer.checkpoint.folder import read_rest, refuse_misfits, tensor_sizes
+from meshformer.checkpoint.read import read_rest, refuse_misfits, tensor_sizes
 from meshformer.checkpoint.weights import PREFIX, load_weights, misfits_of
 from meshformer.config.errors import ConfigError, Stopped
 from meshformer.config.foreign import read_config

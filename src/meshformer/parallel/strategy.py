@@ -22,10 +22,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import loss_parallel
 
-from meshformer.checkpoint.folder import read_rest
 from meshformer.checkpoint.lightning_io import FolderCheckpointIO, split, without_optimizer
 from meshformer.checkpoint.optimizer import complete_groups, read_optimizer
 from meshformer.checkpoint.pieces import piece_of
+from meshformer.checkpoint.read import read_rest
 from meshformer.checkpoint.weights import load_weights
 from meshformer.compat.torch import foreach_norm
 from meshformer.config.degrees import Degrees, uses_fsdp
