@@ -12,7 +12,7 @@ import torch
 from meshformer.config.errors import ConfigError
 from meshformer.data import CsvTexts, HubTexts, Sentiment, SequenceData
 from meshformer.data.labelled import Examples
-from meshformer.data.sequences import PADDING, packed
+from meshformer.data.objectives import PADDING, packed
 from meshformer.data.windows import IGNORED, GlobalBatchSampler
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "seven", "wizards", "box"]

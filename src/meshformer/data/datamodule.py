@@ -6,10 +6,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from meshformer.config.errors import ConfigError
 from meshformer.data.base import SampledData
 from meshformer.data.corpus import Corpus
-from meshformer.data.masking import MaskedEvaluation, MaskedWindows, Masking, Numbered
+from meshformer.data.masking import MaskedEvaluation, MaskedWindows, Numbered, masking_of
 from meshformer.data.prepared import Prepared, prepare
 from meshformer.data.tokenizer import Tokenizer, Unknown
 from meshformer.data.windows import EpochOrder, EvalBatches, Order, WindowDataset
@@ -98,14 +97,3 @@ class TextData(SampledData):
         batches = EvalBatches(self.prepared.tokens(split), self.context_length, batch_size, data_rank, data_world, self.vocab_size)
         # One seed for all runs, so that they are judged by the same hidden tokens.
         return MaskedEvaluation(batches, masking_of(self.tokenizer, 0, self.context_length)) if self.masked else batches
-
-
-def masking_of(tokenizer: Tokenizer, seed: int, longest: int) -> Masking:
-    """ConfigError for a tokenizer without a mask token."""
-    if tokenizer.mask_id is None:
-        raise ConfigError(
-            "task=masked_language_modelling needs a mask token, and the tokenizer of the run to start from has none",
-            "stage.init_from",
-            fix="Start from a run of task=masked_language_modelling, or pretrain one.",
-        )
-    return Masking(tokenizer.vocab_size, tokenizer.mask_id, seed, longest, never=getattr(tokenizer, "special_ids", ()))

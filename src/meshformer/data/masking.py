@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from meshformer.config.errors import ConfigError
+from meshformer.data.tokenizer import Tokenizer
 from meshformer.data.windows import IGNORED, Batch, Order, Starts
 
 
@@ -32,6 +34,17 @@ class Masking:
         changed = torch.where(how < 0.8, torch.full_like(tokens_BT, self.mask_id), tokens_BT)
         changed = torch.where(how >= 0.9, (other * self.vocab_size).long(), changed)
         return {"tokens": torch.where(hidden_BT, changed, tokens_BT), "targets": tokens_BT.masked_fill(~hidden_BT, IGNORED)}
+
+
+def masking_of(tokenizer: Tokenizer, seed: int, longest: int) -> Masking:
+    """``Masking`` with the tokenizer's mask token, which leaves its special tokens alone. ConfigError where it has no mask token."""
+    if tokenizer.mask_id is None:
+        raise ConfigError(
+            "task=masked_language_modelling needs a mask token, and the tokenizer of the run to start from has none",
+            "stage.init_from",
+            fix="Start from a run of task=masked_language_modelling, or pretrain one.",
+        )
+    return Masking(tokenizer.vocab_size, tokenizer.mask_id, seed, longest, never=getattr(tokenizer, "special_ids", ()))
 
 
 class Numbered:
