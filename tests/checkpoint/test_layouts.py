@@ -245,3 +245,12 @@ def test_a_part_of_a_tied_model_reads_its_part(tmp_path: Path) -> None:
         load_weights(part, tmp_path / "both")
     with pytest.raises(ConfigError, match=r"head\.weight: missing in the checkpoint"):
         load_weights(part, tmp_path / "once", partial=True)
+
+
+def test_two_parameters_that_one_saved_weight_belongs_to_are_both_read(tmp_path: Path) -> None:
+    whole = Tied()
+    write_folder(tmp_path / "once", {"model.embedding.weight": whole.embedding.weight.detach()}, REST)
+    part = Tied()
+    part.head.weight = torch.nn.Parameter(torch.zeros(4, 3))
+    load_weights(part, tmp_path / "once", aliases={"head.weight": "embedding.weight"})
+    assert torch.equal(part.head.weight, whole.head.weight) and torch.equal(part.embedding.weight, whole.head.weight)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from meshformer.config.errors import ConfigError
-from meshformer.data import CsvTexts, HubTexts, Sentiment, SequenceData
+from meshformer.data import CsvTexts, HubTexts, Sentiment, SequenceData, load_tokenizer
 from meshformer.data.labelled import Examples
 from meshformer.data.objectives import PADDING, packed
 from meshformer.data.windows import IGNORED, GlobalBatchSampler
@@ -140,6 +140,29 @@ def test_each_word_has_its_tag_at_its_last_token(build):
     assert marks == {2: "D", 6: "N", 10: "V"}
     with pytest.raises(ConfigError, match=r"example 2 has 2 words and 1 tags"):
         build(Given(texts=["the cat", "a dog"], labels=["D N", "D"], splits=["train", "val"]), "tags").prepare_data()
+
+
+def test_a_text_that_is_cut_keeps_its_end_mark_and_its_tags_their_words(build, tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    vocabulary = {word: i for i, word in enumerate([*WORDS, "[CLS]", "[SEP]"])}
+    library = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[SEP]"))
+    library.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    marks = [(mark, vocabulary[mark]) for mark in ("[CLS]", "[SEP]")]
+    library.post_processor = tokenizers.processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=marks)
+    library.save(str(tmp_path / "tokenizer.json"))
+    fixed, splits = load_tokenizer(tmp_path / "tokenizer.json"), ["train"] * 2 + ["val"]
+    labelled = Given(texts=["the quick brown fox"] * 3, labels=["a", "b", "a"], splits=splits)
+    (batch,) = next(iter(build(labelled, batch_size=1, context_length=4, fixed_tokenizer=fixed).train_dataloader()))
+    assert batch["tokens"].tolist() == [[vocabulary[word] for word in ("[CLS]", "the", "quick", "[SEP]")]]
+    tagged = Given(texts=["the quick brown fox"] * 3, labels=["D A A N"] * 3, splits=splits)
+    (batch,) = next(iter(build(tagged, "tags", batch_size=1, context_length=3, fixed_tokenizer=fixed).train_dataloader()))
+    assert batch["tokens"].tolist() == [[vocabulary[word] for word in ("the", "quick", "brown")]]
+    assert batch["targets"].tolist() == [[1, 0, 0]]  # of the classes A, D, N
+
+
+def test_texts_with_labels_are_not_packed(build):
+    with pytest.raises(ConfigError, match=r"data\.packing=true: objective=label needs each text in a row of its own"):
+        build(source(), packing=True)
 
 
 def test_pairs_lie_side_by_side(build):
