@@ -70,7 +70,7 @@ def write_state(path: Path, state: Callable[[], State], group: dist.ProcessGroup
     path = Path(path)
     aside = path.with_name(path.name + ".tmp")
     ranks = Ranks(group, f"the checkpoint {path} could not be written")
-    writer, planner = SummingWriter(aside), SavePieces()
+    writer, planner = ChecksumWriter(aside), SavePieces()
 
     def begin() -> None:
         nonlocal held
@@ -164,12 +164,12 @@ def _replaced(path: Path) -> Path:
 # --- steps that succeed on all ranks or fail on all
 
 
-def _each(results: list[Any]) -> list[Any]:
-    return results
-
-
 class StepFailed(RuntimeError):
     """Raised on all ranks when a step failed on one. The message names the rank and its error."""
+
+
+def _each(results: list[Any]) -> list[Any]:
+    return results
 
 
 class Ranks:
@@ -224,14 +224,14 @@ def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
 # --- files
 
 
-class SummingWriter(dcp.FileSystemWriter):
+class ChecksumWriter(dcp.FileSystemWriter):
     """DCP's writer, one file for each process, flushed to disk. `files` has the size and CRC-32 of each file this process has written, computed
     from the bytes in memory, so that an error on the way to the disk is detected too."""
 
     def __init__(self, path: Path):
         super().__init__(path, single_file_per_rank=True, sync_files=True)
         self.files: Files = {}
-        self.fs = _Summing(self.files)
+        self.fs = _ChecksumFiles(self.files)
 
     def write_bytes(self, name: str, content: bytes) -> None:
         with self.fs.create_stream(Path(self.path) / name, "wb") as stream:
@@ -240,19 +240,19 @@ class SummingWriter(dcp.FileSystemWriter):
             os.fsync(stream.fileno())
 
 
-class _Summing(FileSystem):
+class _ChecksumFiles(FileSystem):
     def __init__(self, files: Files):
         self.files = files
 
     @contextmanager
     def create_stream(self, path: Any, mode: str) -> Iterator[Any]:
         with super().create_stream(path, mode) as stream:
-            summed = _Summed(stream)
-            yield summed
-        self.files[Path(path).name] = (summed.size, summed.crc)
+            counted = _ChecksumStream(stream)
+            yield counted
+        self.files[Path(path).name] = (counted.size, counted.crc)
 
 
-class _Summed:
+class _ChecksumStream:
     """A stream, written from start to end, that computes size and checksum of what passes through."""
 
     def __init__(self, stream: Any):

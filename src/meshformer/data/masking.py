@@ -14,18 +14,19 @@ from meshformer.data.windows import IGNORED, Batch, Order, Starts
 
 
 class Masking:
-    """Of 15 % of the real tokens 80 % become the mask token, 10 % a random one and 10 % stay; these are the targets, all others are ignored.
+    """Draws 15 % of the real tokens as targets and ignores all others. Of these, 80 % are replaced by the mask token and 10 % by a random token;
+    10 % stay as they are.
 
-    What is hidden in a sample depends on (seed, number of the sample) alone: not on the process, nor on what it is batched or padded with.
+    The draw for a sample depends on (seed, number of the sample) alone, not on the process, the other samples of the batch or the padding.
     """
 
     def __init__(self, vocab_size: int, mask_id: int, seed: int, longest: int, share: float = 0.15, never: tuple[int, ...] = ()) -> None:
         self.vocab_size, self.mask_id, self.seed, self.longest, self.share, self.never = vocab_size, mask_id, seed, longest, share, never
 
     def __call__(self, tokens_BT: Tensor, real_BT: Tensor, numbers_B: Any) -> Batch:
-        """``tokens`` with some hidden and ``targets``, (B, T) each."""
+        """``tokens`` with some of them replaced, and ``targets``, (B, T) each."""
         T = tokens_BT.shape[1]
-        # As many draws for a short sample as for a long one, so that padding does not move them.
+        # `longest` numbers are drawn for every sample, so that the draw does not depend on the width of the batch.
         drawn_B3T = np.stack([np.random.default_rng([self.seed, int(number)]).random((3, self.longest))[:, :T] for number in numbers_B])
         chosen, how, other = (torch.from_numpy(x) for x in drawn_B3T.transpose(1, 0, 2))
         hidden_BT = (chosen < self.share) & real_BT
@@ -48,7 +49,7 @@ def masking_of(tokenizer: Tokenizer, seed: int, longest: int) -> Masking:
 
 
 class Numbered:
-    """An order whose rows are (what it gives, the number of the sample over all epochs)."""
+    """Wraps an order; its rows are (the key that the order gives, the number of the sample over all epochs)."""
 
     def __init__(self, order: Order) -> None:
         self.inner, self.n_samples, self.told = order, order.n_samples, order.told
@@ -59,7 +60,7 @@ class Numbered:
 
 
 class MaskedWindows:
-    """Training windows of a text, some of whose tokens are hidden; its keys are a ``Numbered`` order's."""
+    """Training windows of a text with some tokens hidden. The keys are those of a ``Numbered`` order."""
 
     def __init__(self, windows: Any, masking: Masking) -> None:
         self.windows, self.masking = windows, masking
@@ -70,7 +71,7 @@ class MaskedWindows:
 
 
 class MaskedEvaluation:
-    """The same hidden tokens of the validation windows each time, whatever the layout."""
+    """Validation windows with some tokens hidden, the same ones in every validation and every layout."""
 
     def __init__(self, batches: Any, masking: Masking) -> None:
         self.batches, self.masking = batches, masking

@@ -23,21 +23,21 @@ def layout_for(model: Model, names: Callable[[], Iterable[str]] = tuple) -> Modu
     """
     of_class = [layout for layout in LAYOUTS if model["_target_"] == layout.CLASS]
     if not of_class:
-        lost = _homeless(model, list(names()))
-        told = f", and none has a place for {listed(lost)}" if lost else ""
-        raise ConfigError(f"no Hugging Face layout is known for {model['_target_']}{told}", "format", "huggingface", fix=KEEPS_ALL)
+        lost = _unplaced(model, list(names()))
+        more = f", and none has a place for {listed(lost)}" if lost else ""
+        raise ConfigError(f"no Hugging Face layout is known for {model['_target_']}{more}", "format", "huggingface", fix=KEEPS_ALL)
     whole = complete(model)
     misfits = {layout: layout.unfit(whole) for layout in of_class}
     layout = min(of_class, key=lambda layout: len(misfits[layout]))
     if not misfits[layout]:
         return layout
-    told = ", ".join(f"model.{key}={_plain(whole.get(key))} (there: {_either(value)})" for key, value in misfits[layout].items())
+    differing = ", ".join(f"model.{key}={_plain(whole.get(key))} (there: {_either(value)})" for key, value in misfits[layout].items())
     fix = "Use format=safetensors, onnx or torch_export."
-    message = f"the model fits no Hugging Face layout exactly; the nearest is {layout.NAME}, but for {told}"
+    message = f"the model fits no Hugging Face layout exactly; the nearest is {layout.NAME}, but for {differing}"
     raise ConfigError(message, "format", "huggingface", fix=fix)
 
 
-def _homeless(model: Model, names: list[str]) -> list[str]:
+def _unplaced(model: Model, names: list[str]) -> list[str]:
     """The tensors of a class of the user's that the nearest layout has no place for. Empty where the class has other settings than our own
     models, so that no layout can be compared with it."""
     node = {**model, "_target_": VISION if "image_size" in model else TEXT}
