@@ -31,7 +31,7 @@ class Task(MicroBatches):
     loss during the backward pass; training/step.py corrects it to the exact count.
     """
 
-    objective = "next"  # which targets the data module makes (data/sequences.py)
+    objective = "next"  # which targets the data module makes (data/objectives.py)
     writes_text = False  # whether the model's outputs are next-token logits
     learns_from: tuple[str, ...] | None = None  # accepted values of data.kind; None: tasks/check.py does not check the data
     needs_column: str | None = None  # a setting of the data source that must name a column, if the source has it
