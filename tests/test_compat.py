@@ -198,7 +198,7 @@ def test_hydra_has_what_its_commands_are_made_of() -> None:
         assert hasattr(hydra.Hydra, name), told("hydra-core", f"Hydra.{name}", "for the command line")
     done = JobReturn(status=JobStatus.FAILED)
     done.return_value = ValueError("a reason")
-    assert isinstance(hydra.returned(done), ValueError), told("hydra-core", "_return_value", "for the points of a sweep")
+    assert isinstance(hydra.job_result(done), ValueError), told("hydra-core", "_return_value", "for the points of a sweep")
     assert {action.dest for action in hydra.get_args_parser()._actions} >= {"overrides", "multirun", "cfg"}
 
 

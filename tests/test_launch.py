@@ -195,7 +195,7 @@ def test_a_slurm_job_told_to_stop_is_requeued_once_and_goes_on_in_its_folder(wor
     ends = [task.communicate(timeout=120) for task in tasks]
     assert [task.returncode for task in tasks] == [75, 75], ends
     assert (work / "scontrol.log").read_text() == "requeue 77\n"
-    assert "SLURM job 77 goes back to the queue" in ends[0][1] and "SLURM" not in ends[1][1]
+    assert "SLURM job 77 is requeued" in ends[0][1] and "SLURM" not in ends[1][1]
     (folder,) = (work / "slurm").glob("*/*")
     step = step_of(latest_checkpoint(folder))
     assert 0 < step < 40

@@ -14,7 +14,7 @@ from meshformer.command.compose import compose
 from meshformer.command.recorded import read_overrides
 from meshformer.command.sweep import results
 from meshformer.command.sweep.book import Book, Point
-from meshformer.command.sweep.local import Ended
+from meshformer.command.sweep.local import JobResult
 from meshformer.command.sweep.points import differences
 from meshformer.command.sweep.resources import Machine, Need
 from meshformer.config import ConfigError
@@ -36,17 +36,17 @@ class FakeLauncher:
         return share is not None
 
     def release(self, number: int) -> None:
-        self.machine.give_back(self.needs[number][1])
+        self.machine.release(self.needs[number][1])
 
     def start(self, number: int, order: Any) -> None:
         self.running.append(number)
         FakeLauncher.most = max(FakeLauncher.most, len(self.running))
         FakeLauncher.started.append((number, order, self.needs[number][0]))
 
-    def wait(self, seconds: float) -> list[Ended]:
+    def wait(self, seconds: float) -> list[JobResult]:
         number = self.running.pop(0)
         self.release(number)
-        return [Ended(number, self.outcomes.get(number, ("done", {"val/loss": 2.0 + number / 10})), 1.0)]
+        return [JobResult(number, self.outcomes.get(number, ("done", {"val/loss": 2.0 + number / 10})), 1.0)]
 
     def ask_to_stop(self) -> None: ...
     def kill(self) -> None: ...
@@ -114,7 +114,7 @@ def test_gpus_are_named_and_given_back():
     assert first is not None and first.gpus == ("3", "5") and machine.take(two) is None
     last = machine.take(one)
     assert last is not None and last.gpus == ("7",)
-    machine.give_back(first)
+    machine.release(first)
     again = machine.take(two)
     assert again is not None and again.gpus == ("3", "5")
     assert machine.take(Need(2, 3, gpu=False)).cores == 6 and machine.take(Need(1, 3, gpu=False)) is None  # pyright: ignore[reportOptionalMemberAccess]
@@ -189,7 +189,7 @@ def test_a_search_with_two_aims_names_the_front(launched, capsys):
     found = enumerate([(1, 5), (2, 9), (3, 7)])
     launched.outcomes = {n: ("done", {"val/loss": loss, "train/tokens_per_second": speed}) for n, (loss, speed) in found}
     assert main(["train", "-m", "sweep=pareto", "sweep.trials=3", "hydra.sweep.dir=s", CORES, "sweep.jobs=1"]) == 0
-    front = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("trials that none beats"))
+    front = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("Pareto-optimal trials"))
     assert "/s/0" in front and "/s/1" in front and "/s/2" not in front
 
 

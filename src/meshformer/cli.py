@@ -1,8 +1,8 @@
 """The command `meshformer`: train, evaluate, generate, convert, export, runs, report, doctor.
 
-Checks all before a folder is made or a process started; no torch.
+All checks run before a folder is made or a process is started, without importing torch.
 
-Exit codes: 0 done, 1 a job failed, 2 something to mend in the command or configuration, 75 preempted and saved, 130 Ctrl-C.
+Exit codes: 0 done, 1 a job failed, 2 a mistake in the command or configuration, 75 preempted and saved, 130 Ctrl-C.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from meshformer.printing import print_anything, say
+from meshformer.printing import escape_unencodable, say
 
 COMMANDS = ("train", "evaluate", "generate", "convert", "export", "runs", "report", "doctor")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    print_anything()
+    escape_unencodable()
     arguments = list(sys.argv[1:] if argv is None else argv)
     from meshformer.config.errors import ConfigError, Stopped
 
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.close()
         return 1
     except Exception as error:
-        # A job's failure is a defect or an accident, so its trace is worth reading; a worker's is its own, not that of the waiting parent.
+        # An unexpected failure needs a traceback: that of the worker if one failed, since the parent was only waiting.
         details = getattr(error, "details", None)
         say(traceback.format_exc() if details is None else details, error=True, end="")
         say(f"error: {type(error).__name__}: {error}" if details is None else f"error: {error}", error=True)
@@ -95,12 +95,12 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _command_being_completed(arguments: list[str]) -> str | None:
-    """The subcommand in the line that the shell completes, taken out of COMP_LINE, where Hydra knows only overrides.
+    """Return the subcommand of the line being completed and remove it from COMP_LINE, where Hydra expects only overrides.
 
-    None once the subcommand's own completion has been printed.
+    Returns None after printing completions for the subcommand itself.
     """
     line = os.environ.get("COMP_LINE")
-    if line is None:  # installing or removing completion: any configuration will do
+    if line is None:  # installing or removing completion works with any configuration
         return "train"
     program, _, rest = line.lstrip().partition(" ")
     word, space, tail = rest.lstrip().partition(" ")

@@ -498,7 +498,7 @@ def test_validation_is_noted_in_the_checkpoint_of_its_step(work: Path, layout: s
         (["keep_best=2"], "the first step that is saved .* is 3000, after the last"),
         (["keep_every_n_steps=5"], "no multiple of callbacks.checkpoint.every_n_steps=3.*Use 3 or 6"),
         (["keep_last=0", "keep_every_n_steps=6"], "keep_last=0 keeps every checkpoint"),
-        (["keep_best=1", "monitor=train/loss"], "is no validation metric"),
+        (["keep_best=1", "monitor=train/loss"], "is not a validation metric"),
         (["keep_best=-1"], "at least 0"),
         (["on_failure=ignore"], "one of stop, warn"),
     ],

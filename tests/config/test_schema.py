@@ -53,7 +53,7 @@ def test_types_are_described_in_words():
         ({"trainer.devices": 0}, "trainer.devices", "at least 1"),
         ({"trainer.progress": "yes"}, "trainer.progress", "true or false"),
         ({"data.tokenizer": "bpee"}, "data.tokenizer", "Did you mean bpe?"),
-        ({"seed": None}, "seed", "null is no value"),
+        ({"seed": None}, "seed", "null is not allowed"),
         ({"callbacks": "all"}, "callbacks", "named parts"),
         (
             {"callbacks.x": {"_target_": "torch.nn.Linear", "in_features": [{"_target_": "os.system"}]}},

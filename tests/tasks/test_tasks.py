@@ -125,7 +125,7 @@ def test_evaluate_gives_the_same_figures_in_batches_of_another_size(classifier, 
 def test_a_classifier_writes_no_text(classifier, folder):
     from meshformer.command.jobs import run_command
 
-    with pytest.raises(ConfigError, match="does not write text, but serves SequenceClassification"):
+    with pytest.raises(ConfigError, match=r"cannot generate text .its task is SequenceClassification"):
         run_command("generate", [f"run={folder}/class"])
 
 

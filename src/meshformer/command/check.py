@@ -1,7 +1,7 @@
-"""One configuration before anything starts: what `auto` becomes, and the checks of every room, in one order. No torch.
+"""Resolve `auto` values and run every configuration check, in one fixed order, without importing torch.
 
-A room checks what it holds (`check.py` in model/, data/, checkpoint/, parallel/ and tasks/); what belongs to none, or to a room that loads torch
-by its name alone, is here. All of it runs before a folder is made or a process started.
+Each package checks its own settings (`check.py` in model/, data/, checkpoint/, parallel/ and tasks/). This module holds the checks that belong to
+no package, or to one whose import loads torch. All checks run before a folder is made or a process is started.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from meshformer.parallel.memory import check_memory
 from meshformer.tasks.check import check_task, has_own_head
 
 Config = dict[str, Any]
-# Settings of components, whose annotations are plain `float`.
+# Ranges of component settings: their annotations are plain `int` and `float`, which cannot express a range.
 RANGES: dict[str, Range] = {
     "optimizer.eps": (0, True, 1, False),
     "optimizer.adamw_eps": (0, True, 1, False),
@@ -39,11 +39,11 @@ RANGES: dict[str, Range] = {
     "callbacks.checkpoint.keep_best": (0, True, math.inf, False),
     "callbacks.spike.window": (2, True, math.inf, False),
 }
-THREADS_A_CORE = 8
+THREADS_PER_CORE = 8
 
 
 def resolve(config: Config, env: Mapping[str, str] | None = None) -> Config:
-    """A copy of a validated configuration with every `auto` and -1 settled; trainer.compile last, for which all else is."""
+    """Return a copy of a validated configuration with every `auto` and -1 replaced; trainer.compile comes last because it depends on the others."""
     config = resolve_machine(config, env)
     if config["trainer"]["compile"] == "auto":
         config["trainer"]["compile"], _ = compiles(config)
@@ -51,7 +51,7 @@ def resolve(config: Config, env: Mapping[str, str] | None = None) -> Config:
 
 
 def check(config: Config) -> None:
-    """Raise ConfigError for the first setting of a resolved configuration that cannot be used, or not with the others, naming what to write."""
+    """Raise ConfigError for the first setting of a resolved configuration that is invalid by itself or in combination with the others."""
     for part in (
         _finite,
         _ranges,
@@ -87,7 +87,7 @@ def _ranges(config: Config) -> None:
         if not isinstance(betas, list) or len(betas) != 2 or not all(isinstance(b, int | float) and 0 <= b < 1 for b in betas):
             raise ConfigError("must be two numbers from 0 to below 1", key, betas, fix=f"[0.9,0.95] is usual: {key}=[0.9,0.95].")
     check_tokenizer(config)
-    threads, most = config["trainer"]["threads"], THREADS_A_CORE * cores()
+    threads, most = config["trainer"]["threads"], THREADS_PER_CORE * cores()
     if threads > most:
         raise ConfigError(f"this machine has {cores()} cores", "trainer.threads", threads, fix=f"Use {cores()} at most, or auto.")
 
@@ -97,7 +97,7 @@ def _length(config: Config) -> None:
     if trainer["max_steps"] is None and trainer["max_epochs"] is None:
         raise ConfigError("trainer.max_steps and trainer.max_epochs are both null: training would never end", fix="Set one of them.")
     warmup = schedule.get("warmup_steps")
-    # A warm-up longer than training is allowed: `trainer.max_steps=2` is what everybody tries first, and the ramp just ends early.
+    # A warm-up longer than the training is allowed: many users first try `trainer.max_steps=2`, and the ramp then simply ends early.
     if warmup is not None and warmup < 0:
         raise ConfigError("must not be negative", "schedule.warmup_steps", warmup)
 
@@ -126,19 +126,19 @@ def _rates(config: Config) -> None:
 
 
 def _finite(config: Config) -> None:
-    def look(node: Any, key: str) -> None:
+    def visit(node: Any, key: str) -> None:
         if isinstance(node, float) and not math.isfinite(node):
-            raise ConfigError("is no finite number", key, node)
+            raise ConfigError("is not a finite number", key, node)
         for name, child in node.items() if isinstance(node, dict) else ():
-            look(child, f"{key}.{name}" if key else name)
+            visit(child, f"{key}.{name}" if key else name)
 
-    look(config, "")
+    visit(config, "")
 
 
 def _patterns(config: Config) -> None:
     stage = config["stage"]
     if stage.get("reinit") and (stage.get("lora") or {}).get("rank"):
-        message = "adapters alone learn, so what is drawn anew would stay as drawn"
+        message = "only the adapters are trained, so reinitialised weights would stay random"
         raise ConfigError(message, "stage.reinit", stage["reinit"], fix="Leave it or stage.lora.rank out.")
     if str(config["model"]["_target_"]).startswith("meshformer.model."):
         for key in ("freeze", "reinit"):
@@ -158,12 +158,12 @@ def _commands(config: Config) -> None:
 
 
 def _saving(config: Config) -> None:
-    """Rules of which checkpoints are kept, where they could never apply."""
+    """Refuse rules for keeping checkpoints that could never take effect."""
     saving, max_steps = config["callbacks"].get("checkpoint"), config["trainer"]["max_steps"]
     if not saving or not str(saving["_target_"]).startswith("meshformer.callbacks."):
         return
     key, saving = "callbacks.checkpoint", {**defaults(saving["_target_"]), **saving}
-    if "every_n_steps" not in saving:  # another callback under that name
+    if "every_n_steps" not in saving:  # another callback uses that name
         return
     every, best, often = (saving[name] for name in ("every_n_steps", "keep_best", "keep_every_n_steps"))
     for name in ("keep_best", "keep_every_n_steps"):
@@ -177,7 +177,7 @@ def _saving(config: Config) -> None:
             fix=f"Use {often // every * every or every} or {(often // every + 1) * every}.",
         )
     if best and not str(saving["monitor"]).startswith("val/"):
-        raise ConfigError("is no validation metric", f"{key}.monitor", saving["monitor"], fix="Use val/loss.")
+        raise ConfigError("is not a validation metric", f"{key}.monitor", saving["monitor"], fix="Use val/loss.")
     if best and max_steps is not None and every <= max_steps < (both := math.lcm(every, config["trainer"]["val_check_interval"])):
         message = (
             f"the first step that is saved ({key}.every_n_steps={every}) and validated "

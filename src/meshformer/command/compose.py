@@ -1,6 +1,6 @@
-"""From a command line to one resolved plain dict: Hydra's composition, our schema and checks, and what a recorded run adds. No torch.
+"""Turn a command line into one resolved plain dict: Hydra's composition, our schema and checks, and a recorded run's settings. Without torch.
 
-Built on Hydra's own `Hydra` object rather than on `hydra.main`: it prints traces and exits 1 by itself, and composes again for each process.
+This uses the `Hydra` object rather than `hydra.main`, which prints tracebacks, exits with code 1 and composes again in each process.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ Refuse = Callable[[str, Any], ConfigError]
 WHOLE_ENV = re.compile(r"\$\{oc\.env:[^${}]*\}")
 SECRET = re.compile(r"\$\{oc\.env:\s*([^,}\s]*(?:secret|token|passw|api_?key|access_?key|private_?key|credential)[^,}\s]*)", re.IGNORECASE)
 
-# What a resumed run may change (CONTRACTS 6); everything else would make it another run.
+# Settings that a resumed run may change (CONTRACTS 6); any other change would make it a different run.
 RESUMABLE = (
     "strategy", "trainer.devices", "trainer.num_nodes", "trainer.accelerator", "trainer.threads", "trainer.max_steps", "trainer.max_epochs",
     "trainer.accumulate_grad_batches", "trainer.progress", "trainer.compile", "callbacks", "logger", "paths", "launch", "data.source.cache",
@@ -58,11 +58,11 @@ PER_MACHINE = (
     "trainer.devices",
     "trainer.num_nodes",
     "trainer.threads",
-)  # config.yaml holds them as settled on the old machine
+)  # config.yaml holds the values resolved for the machine that wrote it
 
 
 def make_hydra(config_dir: str | None = None) -> Hydra:
-    """Hydra over conf/ and, before it, the user's own folder."""
+    """Create a Hydra object that searches the user's own folder first and then conf/."""
     GlobalHydra.instance().clear()
     hydra_version.setbase("1.3")
     OmegaConf.register_new_resolver("meshformer.suffix", lambda: secrets.token_hex(2), use_cache=True, replace=True)
@@ -77,12 +77,12 @@ def make_hydra(config_dir: str | None = None) -> Hydra:
 
 def compose_config(hydra: Hydra, config_name: str, overrides: Sequence[str], multirun: bool = False) -> DictConfig:
     mode = RunMode.MULTIRUN if multirun else RunMode.RUN
-    # Last, so that a hydra.mode among the overrides cannot say otherwise than the command.
+    # hydra.mode comes last, so that the command's mode wins over one in the overrides.
     try:
         cfg = hydra.compose_config(config_name, [*overrides, f"hydra.mode={mode.name}"], mode)
     except UnicodeDecodeError as error:
         raise _not_utf8(hydra, error) from error
-    except ValueError as error:  # Hydra's own exceptions are no ValueErrors, this one has no class: `group=null`
+    except ValueError as error:  # Hydra raises a bare ValueError for `group=null`
         if "Config group override must be" not in str(error):
             raise
         nulls = [override.partition("=")[0] for override in overrides if override.endswith("=null")]
@@ -94,7 +94,7 @@ def compose_config(hydra: Hydra, config_name: str, overrides: Sequence[str], mul
 
 
 def _not_utf8(hydra: Hydra, error: UnicodeDecodeError) -> ConfigError:
-    """Hydra does not say which file it was reading."""
+    """Find the file with the bad byte, which Hydra's error does not name."""
     folders = [Path(item.path.removeprefix("file://")) for item in hydra.config_loader.get_search_path().get_path() if item.path.startswith("file://")]
     for file in (file for folder in folders for file in sorted(folder.rglob("*.yaml"))):
         contents = file.read_bytes()
@@ -108,7 +108,7 @@ def _not_utf8(hydra: Hydra, error: UnicodeDecodeError) -> ConfigError:
 
 
 def _not_an_option(overrides: Sequence[str], error: Exception) -> ConfigError:
-    """A group that was given a number, a list or true, where the name of one of its options belongs."""
+    """Return the error for a group that was given a number, a list or a boolean instead of the name of an option."""
     for name, _, value in (override.lstrip("+").partition("=") for override in overrides):
         options = sorted(file.stem for file in (conf_dir() / name).glob("*.yaml")) if name.replace("/", "").isidentifier() else []
         if options and value not in options:
@@ -117,7 +117,7 @@ def _not_an_option(overrides: Sequence[str], error: Exception) -> ConfigError:
 
 
 def _refuse_groups_as_values(config: Config) -> None:
-    """`model.position=rotary` puts a text where a group of settings stood; the group was meant."""
+    """Raise ConfigError for `model.position=rotary`, which replaces a group of settings by a text; `model/position=rotary` was meant."""
     for folder in sorted(folder for folder in conf_dir().rglob("*") if folder.is_dir()):
         path = folder.relative_to(conf_dir()).parts
         node: Any = config
@@ -131,7 +131,7 @@ def _refuse_groups_as_values(config: Config) -> None:
 
 
 def plain(cfg: DictConfig) -> Config:
-    """The job's part of a composed configuration, interpolations resolved. Needs HydraConfig to be set."""
+    """Return the job's part of a composed configuration as a plain dict with interpolations resolved. Needs HydraConfig to be set."""
     job = copy.copy(cfg)
     OmegaConf.set_struct(job, False)
     job.pop("hydra", None)
@@ -146,7 +146,7 @@ def plain(cfg: DictConfig) -> Config:
 
 
 def _decode_environment(written: Any, resolved: Any) -> None:
-    """A whole value taken from the environment (`optimizer.lr='${oc.env:LR}'`) is a text there: it is read as the command line would read it."""
+    """Parse values that come whole from an environment variable (`optimizer.lr='${oc.env:LR}'`): OmegaConf leaves them as strings."""
     for name in written if isinstance(written, dict) else range(len(written)) if isinstance(written, list) else ():
         if isinstance(resolved[name], dict | list):
             _decode_environment(written[name], resolved[name])
@@ -156,7 +156,7 @@ def _decode_environment(written: Any, resolved: Any) -> None:
 
 
 def _refuse_secrets(node: Any, key: str = "") -> None:
-    """What a configuration takes from the environment is written to config.yaml, TensorBoard and checkpoints: no place for a password."""
+    """Raise ConfigError for a value read from a secret environment variable: config.yaml, TensorBoard and checkpoints would store it."""
     if isinstance(node, str) and (found := SECRET.search(node)):
         message = f"the value of {found[1]}, which looks like a secret, would be written to the run's records"
         raise ConfigError(message, key, fix="Leave it out: libraries read such variables from the environment themselves.")
@@ -167,10 +167,10 @@ def _refuse_secrets(node: Any, key: str = "") -> None:
 def settle(config: Config, overrides: Sequence[str] = ()) -> Config:
     """Validate, resolve and check a plain train configuration. Raises ConfigError; changes nothing on disk.
 
-    `overrides`: what the user typed, which fine-tuning does not replace by what it takes from the run it starts from.
+    `overrides` are those the user typed: when fine-tuning adopts settings of the run it starts from, these keep the user's values.
     """
     if config.get("allow") and os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # a user's own module lies beside where the command is typed; last, so that it hides nothing
+        sys.path.append(os.getcwd())  # the user's own modules lie in the current folder; appended last so that they shadow nothing
     _refuse_groups_as_values(config)
     config = validate(config)
     if config["stage"]["name"] == "finetune" and config["resume"] is None:
@@ -190,10 +190,10 @@ def settle(config: Config, overrides: Sequence[str] = ()) -> Config:
 
 
 def adopt(config: Config, source: Config, overrides: Sequence[str]) -> Config:
-    """Fine-tuning takes the model's shape and the tokenizer from the run it starts from, except where the command names its own.
+    """Take the model's shape and the tokenizer from the run that fine-tuning starts from, except those that the command sets itself.
 
-    A class of the user's gives every setting but those that the weights do not decide (FREE), and an attention of the user's, which may have
-    weights, is part of the shape.
+    If that run uses the user's own model class, all settings are taken except those that the weights do not determine (FREE). The user's own
+    attention may have weights, so it counts as part of the shape.
     """
     typed = [override.lstrip("+~").partition("=")[0] for override in overrides]
     named = {name.replace("/", ".").split(".")[1] for name in typed if name.replace("/", ".").startswith("model.")}
@@ -202,7 +202,7 @@ def adopt(config: Config, source: Config, overrides: Sequence[str]) -> Config:
         theirs, own_head = source["model"], HEAD if has_own_head(config) else ()
         keys = {*SHAPES, "position", "causal"}
         if is_own(config["model"]) and config["model"]["_target_"] != theirs["_target_"]:
-            keys -= {"_target_"}  # chosen by the experiment, say: what its weights have in common with the run's is found by name
+            keys -= {"_target_"}  # a class chosen e.g. by the experiment: weights that both models have are matched by name
         elif is_own(theirs) and "_target_" not in named:
             free = theirs.keys() & {*FREE, *own_head, "vocab_size", "context_length"}
             config["model"] = {key: value for key, value in config["model"].items() if key in named | free}
@@ -220,7 +220,7 @@ def adopt(config: Config, source: Config, overrides: Sequence[str]) -> Config:
 
 
 def adopt_foreign(config: Config, source: Path, overrides: Sequence[str]) -> Config:
-    """Fine-tuning from weights of another program takes the whole model and the tokenizer from them. What the command says otherwise is refused."""
+    """Take the whole model and the tokenizer from foreign weights. Raises ConfigError for an override that contradicts them."""
     try:
         theirs = derive(source)
     except ConfigError as error:
@@ -230,14 +230,14 @@ def adopt_foreign(config: Config, source: Path, overrides: Sequence[str]) -> Con
         message = "fine-tuning takes the model from the weights it starts from"
         raise ConfigError(message, "model", value_of(overrides, "model"), fix="Leave it out.")
     own = config["model"] if config["model"]["_target_"] == theirs["_target_"] else {k: v for k, v in config["model"].items() if k in FREE}
-    if has_own_head(config):  # for other things than the weights' own
+    if has_own_head(config):  # the task has its own head, so that of the weights is dropped
         theirs = {key: value for key, value in theirs.items() if key not in HEAD}
     typed = {name.split(".")[1] for name in names if name.startswith("model.")} & config["model"].keys()
     model = {**own, **theirs, **{key: own[key] for key in FREE if key in own}, **{key: config["model"][key] for key in typed}}
     for key in sorted(typed & theirs.keys() - {*FREE, "context_length"}):
         if model[key] != theirs[key]:
-            told = theirs[key]["_target_"].rpartition(".")[2] if key == "position" else theirs[key]
-            message = f"the weights in {source} have {told}"
+            has = theirs[key]["_target_"].rpartition(".")[2] if key == "position" else theirs[key]
+            message = f"the weights in {source} have {has}"
             raise ConfigError(message, f"model.{key}", None if key == "position" else model[key], fix="Leave it out.")
     data = dict(config["data"])
     if tokenizer_of(source) is not None and "tokenizer" in data:
@@ -249,12 +249,12 @@ def adopt_foreign(config: Config, source: Path, overrides: Sequence[str]) -> Con
 
 
 def compose(overrides: Sequence[str] = (), config_name: str = "train", config_dir: str | None = None) -> Config:
-    """The settled configuration that `meshformer train OVERRIDES` would run on. For tests and notebooks."""
+    """Return the resolved configuration that `meshformer train OVERRIDES` would use. For tests and notebooks."""
     return settle(plain(compose_config(make_hydra(config_dir), config_name, overrides)), overrides)
 
 
 def locate(spec: str, runs: str, key: str) -> Path:
-    """The absolute folder of the run that `spec` means."""
+    """Return the absolute folder of the run named by `spec`."""
     try:
         run = find_run(spec, runs).absolute()
     except RunNotFound as error:
@@ -264,7 +264,7 @@ def locate(spec: str, runs: str, key: str) -> Path:
 
 
 def locate_foreign(spec: str, cache: str) -> Path | None:
-    """The absolute path of what holds foreign weights, where `spec` means such; fetches those that are only named."""
+    """Return the absolute path of the foreign weights named by `spec`, or None if it names none. Downloads known models given by name."""
     path = Path(spec).expanduser()
     if spec in pinned.MODELS and not path.exists():
         return pinned.folder(spec, Path(cache)).absolute()
@@ -272,7 +272,7 @@ def locate_foreign(spec: str, cache: str) -> Path | None:
 
 
 def locate_weights(spec: str, runs: str, key: str) -> Path:
-    """The absolute path of what `spec` means: a checkpoint RUN/checkpoints/step-… that is there, or a run folder."""
+    """Return the absolute path named by `spec`: an existing checkpoint RUN/checkpoints/step-… or a run folder."""
     path = Path(spec).expanduser().absolute()
     if run_of(path) == path:
         return locate(spec, runs, key)
@@ -284,7 +284,7 @@ def locate_weights(spec: str, runs: str, key: str) -> Path:
 
 
 def take(overrides: Sequence[str], *keys: str) -> tuple[dict[str, str], list[str]]:
-    """Split `key=value` overrides of these keys off, values as typed (surrounding quotes removed, null dropped)."""
+    """Separate the `key=value` overrides of these keys from the rest. Values stay as typed, without surrounding quotes; null is dropped."""
     taken: dict[str, str] = {}
     rest: list[str] = []
     for override in overrides:
@@ -300,21 +300,21 @@ def take(overrides: Sequence[str], *keys: str) -> tuple[dict[str, str], list[str
 
 
 def value_of(overrides: Sequence[str], key: str, default: Any = None) -> Any:
-    """The value that the last override of `key` gives it."""
+    """Return the value of the last override of `key`."""
     found = [override for override in overrides if override.lstrip("+").startswith(f"{key}=")]
     return OverridesParser.create().parse_overrides(found)[-1].value() if found else default
 
 
 def quoted(text: str) -> str:
-    """As a value that Hydra reads literally."""
+    """Quote `text` so that Hydra reads it literally."""
     return QuotedString(text, Quote.single).with_quotes()
 
 
 def combine(before: Sequence[str], overrides: Sequence[str]) -> list[str]:
-    """What a run was started with and what is typed now. Another strategy takes nothing from the settings of the one before it."""
+    """Combine a run's recorded overrides with new ones. A new `strategy=` drops all recorded strategy settings."""
     if any(override.startswith("strategy=") for override in overrides):
         before = [override for override in before if override.lstrip("+~").partition("=")[0].partition(".")[0] != "strategy"]
-    # What is added or deleted once more, in the same words, is so once: Hydra refuses the second time.
+    # Hydra refuses to add (+) or delete (~) a key twice, so a recorded override that is typed again is dropped.
     again = {override.partition("=")[0] for override in overrides if override.startswith(("+", "~"))}
     return [*(override for override in before if override.partition("=")[0] not in again), *overrides]
 
@@ -322,10 +322,10 @@ def combine(before: Sequence[str], overrides: Sequence[str]) -> list[str]:
 def recorded(
     hydra: Hydra, config_name: str, run: Path, before: Sequence[str], overrides: Sequence[str], allowed: Sequence[str], refuse: Refuse
 ) -> Config:
-    """A run's recorded configuration, changed by new overrides (neither confined nor settled yet). `before`: those that made it.
+    """Apply new overrides to a run's recorded configuration; the result is neither confined nor resolved. `before`: the run's own overrides.
 
-    The recorded config.yaml is the base, so that a later edit of a file under conf/ does not leak into an old run; the new overrides count
-    by the difference they make when composed on top of the run's own. `refuse(key, recorded value)` makes the error for any other key.
+    The base is the recorded config.yaml, so that a later edit under conf/ does not change an old run. The new overrides contribute the difference
+    between composing with and without them. `refuse(key, recorded value)` makes the error for a changed key that is not in `allowed`.
     """
     config = read_config(run)
     old = plain(compose_config(hydra, config_name, before))
@@ -338,27 +338,27 @@ def recorded(
         _set(config, target, copy.deepcopy(_get(new, target)))
     for key in PER_MACHINE:
         _set(config, key, copy.deepcopy(_get(new, key)))
-    # A run folder may come from a stranger: names it would allow itself count only when this command repeats them.
+    # A run folder is not trusted: its `allow` list counts only if this command repeats it.
     config["allow"] = value_of(overrides, "allow", [])
     return config
 
 
 def own(hydra: Hydra, config_name: str, overrides: Sequence[str]) -> Config:
-    """What the command composes to without the folder that it continues: where to write, and the parts that it names itself."""
+    """Compose the command without the folder it continues, to learn its own paths and the loggers and callbacks that it names."""
     try:
         return plain(compose_config(hydra, config_name, overrides))
-    except (HydraException, OmegaConfBaseException):  # an override that means something on top of the run's own alone
+    except (HydraException, OmegaConfBaseException):  # an override that is valid only on top of the recorded ones
         own = [o for o in overrides if o.lstrip("+").startswith(("paths.", "logger=", "callbacks=", "+logger.", "+callbacks."))]
         return plain(compose_config(hydra, config_name, own))
 
 
 def within(config: Config, mine: Config, overrides: Sequence[str]) -> Config:
-    """`config`, which a folder says, confined to where this command (`overrides`, composed to `mine`) writes."""
+    """Confine `config`, read from a folder, to the paths of this command, whose `overrides` compose to `mine`."""
     return confine(config, mine["paths"], mine, value_of(overrides, "data.source.cache"))
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """Dotted keys whose values differ."""
+    """Return the dotted keys whose values differ."""
     if not (isinstance(old, dict) and isinstance(new, dict)):
         return [] if old == new else [path]
     keys = list(dict.fromkeys([*old, *new]))

@@ -1,4 +1,4 @@
-"""Which file or folder `meshformer convert` and `export` read and which they write. No torch: what is wrong with either is found first."""
+"""Find the file or folder that `meshformer convert` and `export` read, and the one they write. Without torch, so that mistakes show at once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ EXPORTED = {"huggingface": "", "safetensors": WEIGHTS, "adapter": f"-adapter{WEI
 
 
 def source_and_target(options: dict[str, Any]) -> tuple[Path, Path]:
-    """(checkpoint to read, path to write) of the options of `meshformer convert`. ConfigError for what cannot be."""
+    """Return (checkpoint to read, path to write) for the options of `meshformer convert`. Raises ConfigError if either is unusable."""
     source = _source(options["run"], options["checkpoint"], options["paths"]["runs"])
     if source.suffix == WEIGHTS:
         raise ConfigError(
@@ -31,7 +31,10 @@ def source_and_target(options: dict[str, Any]) -> tuple[Path, Path]:
 
 
 def export_source_and_target(options: dict[str, Any]) -> tuple[Path, Path]:
-    """(run, checkpoint or foreign weights to read, path to write) of the options of `meshformer export`. ConfigError for what cannot be."""
+    """Return (run, checkpoint or foreign weights to read; path to write) for the options of `meshformer export`.
+
+    Raises ConfigError if either is unusable.
+    """
     form, spec = options["format"], options["run"]
     source = compose.locate_foreign(spec, options["paths"]["data"])
     if source is None:
@@ -45,7 +48,7 @@ def export_source_and_target(options: dict[str, Any]) -> tuple[Path, Path]:
     except ConfigError as error:
         raise ConfigError(error.message, error.key or "run", error.value, error.fix) from None
     if options["output"] is None and run_of(source) == source:
-        raise ConfigError("is needed where the weights lie in no run", "output", fix=f"Add output=NAME{EXPORTED[form]}.")
+        raise ConfigError("is needed, because these weights belong to no run folder", "output", fix=f"Add output=NAME{EXPORTED[form]}.")
     for package in ("onnx", "onnxscript") if form == "onnx" else ():
         if importlib.util.find_spec(package) is None:
             raise ConfigError(f"it takes the package {package}", "format", form, fix="Run `pip install 'meshformer[export]'`.")
@@ -54,7 +57,7 @@ def export_source_and_target(options: dict[str, Any]) -> tuple[Path, Path]:
 
 
 def _weight_names(source: Path) -> list[str]:
-    from meshformer.checkpoint.weights import weight_names  # imports torch, to name in an error what would be lost
+    from meshformer.checkpoint.weights import weight_names  # imports torch
 
     return weight_names(source)
 
@@ -101,13 +104,13 @@ def _target(source: Path, suffix: str, what: str, output: str | None) -> Path:
         target = folder / (source.name.removesuffix(SINGLE) + suffix)
     else:
         target = Path(output).expanduser().absolute()
-        suffix = Path(f"x{suffix}").suffix  # of -adapter.safetensors the last part
+        suffix = Path(f"x{suffix}").suffix  # -adapter.safetensors -> .safetensors
         if (target.suffix if target.suffix in {*SUFFIX.values(), *EXPORTED.values()} else "") != suffix:
             named = f"ends in {suffix}" if suffix else "is a folder, so it has no such ending"
             raise ConfigError(f"what {what} writes {named}", "output", output, fix=f"Use output={target.with_suffix(suffix)}.")
     if target.exists():
         raise ConfigError("it is there already", "output", str(target), fix="Name another with output=…, or remove it.")
-    around = next(parent for parent in target.parents if parent.exists())
-    if not around.is_dir():
-        raise ConfigError(f"{around} is a file", "output", str(target))
+    existing = next(parent for parent in target.parents if parent.exists())
+    if not existing.is_dir():
+        raise ConfigError(f"{existing} is a file", "output", str(target))
     return target

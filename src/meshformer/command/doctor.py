@@ -1,4 +1,4 @@
-"""`meshformer doctor`: what this machine can run, measured; and a short test that several processes train to the loss of one."""
+"""`meshformer doctor`: measure what this machine can run, and test that training on two processes gives the losses of one."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TEST = [
 
 
 def doctor() -> int:
-    """Prints one fact a line; 0 when the self-test passes, else 1."""
+    """Print one fact per line and run the self-test; return 0 if it passes, else 1."""
     for name, fact in facts():
         say(f"{name:<22}{fact}")
     begun = time.monotonic()
@@ -47,7 +47,7 @@ def doctor() -> int:
 
 
 def facts() -> list[tuple[str, str]]:
-    """(what, in words) for each line of the report; takes about a second to measure."""
+    """Return (name, text) for each line of the report; measuring takes about a second."""
     import torch
     import torch.distributed as dist
 
@@ -77,7 +77,7 @@ def facts() -> list[tuple[str, str]]:
 
 
 def self_test() -> float:
-    """The largest difference between the losses of two FSDP processes and one."""
+    """Return the largest difference between the losses of a run on two FSDP processes and one on a single process."""
     with tempfile.TemporaryDirectory() as scratch, silence():
         text = Path(scratch) / "text.txt"
         draw = random.Random(0)
@@ -96,7 +96,7 @@ def self_test() -> float:
 
 @contextlib.contextmanager
 def silence() -> Iterator[None]:
-    """Of this process and those it starts: what they print is no part of the report."""
+    """Discard what this process and its children print to stdout."""
     sys.stdout.flush()
     kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)

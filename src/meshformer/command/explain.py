@@ -1,4 +1,4 @@
-"""What Hydra, OmegaConf and YAML say, in one sentence that names the key, the value and what may have been meant."""
+"""Turn errors of Hydra, OmegaConf and YAML into one sentence with the key, the value and a suggestion."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ EXPLAINED = (HydraException, OmegaConfBaseException, yaml.YAMLError)
 
 
 def explain(error: Exception, hydra: Hydra, config_name: str, overrides: Sequence[str]) -> ConfigError:
-    """The ConfigError for an exception out of composition."""
+    """Return the ConfigError for an exception raised by composition."""
     found: ConfigError | None = None
     if isinstance(error, yaml.YAMLError):
         found = _yaml(error)
@@ -73,7 +73,7 @@ def _composition(error: Exception, hydra: Hydra, config_name: str, overrides: Se
         return ConfigError("the configuration has it already", f"+{match[1]}", fix="Leave the + out.")
     if match := re.search(r"Error merging override ([^=]+)=(.*)", text):
         return ConfigError(
-            "is no value for it", match[1], match[2].rstrip("'"), fix="`meshformer train --cfg job` shows what it looks like."
+            "is not a valid value here", match[1], match[2].rstrip("'"), fix="`meshformer train --cfg job` shows what it looks like."
         )
     if match := re.search(r"Environment variable '([^']+)' not found", text):
         return ConfigError(f"it refers to the environment variable {match[1]}, which is not set", getattr(error, "full_key", None))
@@ -96,7 +96,7 @@ def _unknown_key(key: str, hydra: Hydra, config_name: str, overrides: Sequence[s
         return ConfigError("the chosen configuration has no such setting", key, fix=f"It comes with {option}.")
     words = keys_of(hydra, config_name, overrides)
     fix = did_you_mean(key, words if "." in key else [*words, *groups])
-    if fix is not None and fix.startswith("Choose"):  # nothing is close: show what stands beside it rather than everything
+    if fix is not None and fix.startswith("Choose"):  # no close match: list the settings at that level instead of all
         parent = key
         while parent and parent not in words:
             parent = parent.rpartition(".")[0]
@@ -106,14 +106,14 @@ def _unknown_key(key: str, hydra: Hydra, config_name: str, overrides: Sequence[s
 
 
 def groups_of(hydra: Hydra) -> list[str]:
-    """The groups of conf/ and of the user's folder, by their directories: asking Hydra copies its repository once a group, a second in all."""
+    """List the groups of conf/ and of the user's folder by their directories. Hydra's own query takes a second in all."""
     roots = [Path(source.path) for source in hydra.config_loader.get_sources() if source.scheme() == "file"]
     folders = [(folder, root) for root in roots for folder in root.rglob("*") if folder.is_dir() and any(folder.glob("*.yaml"))]
     return sorted({folder.relative_to(root).as_posix() for folder, root in folders} - {"hydra"})
 
 
 def keys_of(hydra: Hydra, config_name: str, overrides: Sequence[str] = ()) -> list[str]:
-    """Every dotted key of the composed configuration, under the group choices among the overrides where these compose."""
+    """List every dotted key of the composed configuration, with the group choices of `overrides` if these can be composed."""
     groups = set(groups_of(hydra))
     for choices in ([o for o in overrides if o.partition("=")[0] in groups], []):
         try:
@@ -133,7 +133,7 @@ def _walk(node: Any, path: str) -> list[str]:
 
 
 def _option_with(key: str) -> str | None:
-    """`data=text` for `data.files`: the first option of the key's group whose file has that setting."""
+    """Return the first option of the key's group whose file has that setting, for example `data=text` for `data.files`."""
     group, _, rest = key.partition(".")
     for file in sorted((conf_dir() / group).glob("*.yaml")) if rest else ():
         node: Any = yaml.safe_load(Path(file).read_text(encoding="utf-8"))

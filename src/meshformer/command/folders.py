@@ -1,4 +1,4 @@
-"""The folder of a run that starts: new, the user's own, or one that processes started from outside agree on without talking."""
+"""Choose and create the folder of a new run. Processes started by torchrun or srun derive the same name without communicating."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STAMP = "%Y-%m-%d_%H-%M-%S"
 
 
 def claim_folder(folder: Path) -> None:
-    """Make `folder` if need be and claim it by an empty config.yaml. Raises ConfigError when anything is in it: runs do not mix."""
+    """Create `folder` if needed and claim it with an empty config.yaml. Raises ConfigError if it is not empty, so that runs do not mix."""
     if folder.is_dir() and any(folder.iterdir()):
         raise ConfigError(
             f"the folder {folder} is already used", "hydra.run.dir", fix=f"Choose another, or continue it with {argument('resume', folder)}."
@@ -29,7 +29,7 @@ def claim_folder(folder: Path) -> None:
         raise ConfigError("is a file", "hydra.run.dir", str(folder))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").open("x").close()  # of two commands that start at once, one gets it
+        (folder / "config.yaml").open("x").close()  # exclusive: of two commands started at once, only one succeeds
     except FileExistsError:
         raise ConfigError(f"the folder {folder} is already used", "hydra.run.dir", fix="Choose another.") from None
     except OSError as error:
@@ -37,16 +37,16 @@ def claim_folder(folder: Path) -> None:
 
 
 def write_settings(folder: Path, config: dict[str, Any], overrides: str) -> None:
-    """config.yaml and overrides.txt of the run in `folder`."""
-    kept = {**config, "resume": None}  # which folder it continues in is no setting of the run
+    """Write config.yaml and overrides.txt of the run in `folder`."""
+    kept = {**config, "resume": None}  # resume= belongs to one command, not to the run
     atomic_write_text(folder / "config.yaml", yaml.safe_dump(kept, sort_keys=False, allow_unicode=True))
     atomic_write_text(folder / "overrides.txt", overrides)
 
 
 def forget_folder(folder: Path, runs: Path | None = None) -> None:
-    """Takes a folder away that this command has claimed, for a job that refused its settings before the first step: `last` is no such run.
+    """Delete a folder claimed by this command whose job failed before its first step, so that `last` does not name an empty run.
 
-    `runs`: paths.runs, where the command made up the folder's name: the folders between the two go too where they are empty.
+    `runs` is paths.runs if the folder's name was generated; empty folders between the two are then deleted too.
     """
     if (folder / "checkpoints").exists() or (folder / "metrics.csv").exists():
         return
@@ -55,15 +55,15 @@ def forget_folder(folder: Path, runs: Path | None = None) -> None:
     while runs is not None and above.is_relative_to(runs):
         try:
             above.rmdir()
-        except OSError:  # it holds other runs
+        except OSError:  # not empty: other runs are in it
             return
         above = above.parent
 
 
-def shared_folder(config: dict[str, Any], around: ExternalLauncher | None) -> Path:
-    """A new run folder; under torchrun or srun, one that every rank derives alike (a clock read by each would differ)."""
+def shared_folder(config: dict[str, Any], external: ExternalLauncher | None) -> Path:
+    """Return a new run folder. Under torchrun or srun every rank derives the same name; clocks read on each rank would differ."""
     runs, experiment = Path(config["paths"]["runs"]), config["experiment"]
-    if around is None or around.world == 1:
+    if external is None or external.world == 1:
         try:
             return new_run_folder(runs, experiment).absolute()
         except ValueError as error:
@@ -73,12 +73,12 @@ def shared_folder(config: dict[str, Any], around: ExternalLauncher | None) -> Pa
     job, port = os.environ.get("TORCHELASTIC_RUN_ID", "none"), os.environ.get("MASTER_PORT", "")
     if job == "none" and "SLURM_JOB_ID" in os.environ:
         job = f"{os.environ['SLURM_JOB_ID']}.{os.environ.get('SLURM_STEP_ID', '0')}"
-        port = port if "RANK" in os.environ else ""  # of srun's ranks, a batch script may choose another whenever the job starts
+        port = port if "RANK" in os.environ else ""  # with srun alone, a batch script may pick a new port at each start
     if job != "none":
         return (runs / experiment / f"job-{_suffix(job, port, 8)}").absolute()
-    if around.nodes > 1:
-        raise ConfigError("processes on several nodes must be told their folder", "hydra.run.dir", fix="Add hydra.run.dir=FOLDER.")
-    # torchrun without an id, on one node: its own process is the parent of every rank, and it started at one moment.
+    if external.nodes > 1:
+        raise ConfigError("processes on several nodes cannot agree on a folder by themselves", "hydra.run.dir", fix="Add hydra.run.dir=FOLDER.")
+    # torchrun without --rdzv-id on one node: its agent is the parent of every rank, so the agent's start time is the same for all.
     agent = os.getppid()
     try:
         started = Path(f"/proc/{agent}").stat().st_mtime

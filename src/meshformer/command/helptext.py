@@ -1,4 +1,4 @@
-"""The text of --help, read off conf/ as plain files: answering it takes neither Hydra nor a composition."""
+"""The text of --help. It reads conf/ as plain files, so that it needs neither Hydra nor a composition."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ HYDRA_FULL_ERROR=1 shows stack traces. Keys: meshformer train --cfg job."""
 
 
 def overview(command: str | None = None) -> str:
-    """Commands, groups with their options, examples; for one command, each option with its own line."""
+    """Return the help text: commands, config groups and examples. With `command`, each option gets a line of its own."""
     parts = [COMMANDS]
     if command in (None, "train"):
         parts.append(_groups(described=command is not None))
@@ -124,7 +124,7 @@ def _groups(described: bool) -> str:
 
 
 def _purpose(option: Path) -> str:
-    """The comment on top of a file, without `Pick it`."""
+    """Return the comment at the top of a YAML file, without its leading `Pick it`."""
     comments = [line[1:].strip() for line in option.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
     text = next((line for line in comments if not line.startswith("@package")), "")
     return text.removeprefix("Pick it ")

@@ -1,4 +1,4 @@
-"""What each command does between its command line and its job: compose, check, make the run folder, hand over a plain dict."""
+"""What each command does before its job starts: compose, check, create the run folder, pass a plain dict to the job."""
 
 from __future__ import annotations
 
@@ -45,20 +45,20 @@ def run_command(command: str, argv: Sequence[str]) -> int:
     if run_of:
         return _train_from(args, run_of, overrides)
     hydra = compose.make_hydra(args.config_dir)
-    with _explained(hydra, config_name, overrides):
+    with _readable_errors(hydra, config_name, overrides):
         if any(getattr(args, name) for name in SHOWING):
             _show(hydra, args, config_name, overrides)
             return 0
         if command in ("convert", "export"):
-            return _write_elsewhere(command, hydra, config_name, overrides, args.multirun)
+            return _convert_or_export(command, hydra, config_name, overrides, args.multirun)
         if command != "train":
             return _use_run(command, hydra, config_name, overrides, args)
         if args.multirun or compose.value_of(overrides, "hydra.mode") == "MULTIRUN":
             from meshformer.command.sweep.run import run_sweep
 
             return run_sweep(args, overrides)
-        if lonely := [override for override in overrides if override.lstrip("+").startswith("sweep.")]:
-            raise ConfigError("a sweep is several runs", *lonely[0].split("=", 1), fix="Add -m.")
+        if sweep_settings := [override for override in overrides if override.lstrip("+").startswith("sweep.")]:
+            raise ConfigError("a sweep is several runs", *sweep_settings[0].split("=", 1), fix="Add -m.")
         cfg = compose.compose_config(hydra, config_name, overrides)
         if cfg.hydra.runtime.choices.get("sweep") is not None:
             raise ConfigError("a sweep is several runs", "sweep", cfg.hydra.runtime.choices["sweep"], fix="Add -m.")
@@ -73,8 +73,8 @@ def run_command(command: str, argv: Sequence[str]) -> int:
 
 
 def _train_both(argv: Sequence[str], first: FirstRun) -> int:
-    """`stage.pretrain`: the run `first`, unless it is there already, and then that of the command, from its weights."""
-    with first.alone():
+    """`stage.pretrain`: train the run `first` unless it exists already, then fine-tune from its weights."""
+    with first.exclusive():
         found = first.find()
         if found is None or not found[1]:
             code = run_command("train", first.arguments if found is None else [f"resume={found[0]}", *first.trusted])
@@ -87,9 +87,9 @@ def _train_both(argv: Sequence[str], first: FirstRun) -> int:
 
 
 def _train(args: argparse.Namespace, hydra: Hydra, cfg: DictConfig, config: Config, overrides: str, run: Path | None = None) -> int:
-    """One run in one folder: `run` where it continues there, that of a SLURM job's earlier start, else the user's or a new one."""
-    around = external_launcher()
-    _refuse_lonely_node(config)
+    """Train in one folder: `run` if given (resume), else that of an earlier start of this SLURM job, else hydra.run.dir or a new one."""
+    external = external_launcher()
+    _refuse_missing_nodes(config)
     wanted, earlier, mark = str(cfg.hydra.run.dir), None, None
     if run is None:
         mark = job_mark(wanted, f"{config['fork']}\n{overrides}")
@@ -100,23 +100,23 @@ def _train(args: argparse.Namespace, hydra: Hydra, cfg: DictConfig, config: Conf
     if earlier is not None and candidates(earlier):
         allowed = [override for override in args.overrides if override.lstrip("+").startswith("allow=")]
         return _train_from(args, {"resume": str(earlier)}, allowed)
-    _verify(config)
+    _check_start(config)
     if run is not None:
         folder = run
-    elif earlier is not None:  # it ended before its first checkpoint
+    elif earlier is not None:  # the earlier start ended before its first checkpoint
         folder = earlier
     elif wanted != "auto":
         folder = Path(wanted).absolute()
     else:
-        folder = shared_folder(config, around)
-    if around is None or around.rank == 0:
+        folder = shared_folder(config, external)
+    if external is None or external.rank == 0:
         if run is None and earlier is None:
             claim_folder(folder)
         if mark is not None:
             atomic_write_text(folder / MARK, mark)
         if run is None:
             write_settings(folder, config, overrides)
-        else:  # a resumed run's files change when its first step begins: until then its job may still refuse
+        else:  # a resumed run's files change only at its first step: until then the job may still fail
             atomic_write_text(folder / PENDING, overrides)
         if run is None and cfg.trainer.compile == "auto" and config["trainer"]["progress"]:
             chosen, reason = compiles(config)
@@ -137,31 +137,31 @@ def _train(args: argparse.Namespace, hydra: Hydra, cfg: DictConfig, config: Conf
     context = HydraContext(config_loader=hydra.config_loader, callbacks=callbacks)
     done = run_job(task_function=job, config=cfg, job_dir_key="hydra.run.dir", job_subdir_key=None, hydra_context=context)
     callbacks.on_run_end(config=cfg, config_name=cfg.hydra.job.config_name, job_return=done)
-    if run is not None and (around is None or around.rank == 0):
+    if run is not None and (external is None or external.rank == 0):
         (folder / PENDING).unlink(missing_ok=True)
     if raised:
-        if isinstance(raised[0], ConfigError) and run is None and earlier is None and (around is None or around.rank == 0):
+        if isinstance(raised[0], ConfigError) and run is None and earlier is None and (external is None or external.rank == 0):
             forget_folder(folder, Path(config["paths"]["runs"]).absolute() if wanted == "auto" else None)
         raise raised[0]
     return 0
 
 
-def _verify(config: Config) -> None:
-    """ConfigError when nothing that the job would start from is whole. Processes that this one starts need not read it all again."""
+def _check_start(config: Config) -> None:
+    """Raise ConfigError if the job has no intact checkpoint to start from. The result is cached for the processes started from here."""
     sources = {"resume": config["resume"], "fork": config["fork"], "stage.init_from": config["stage"]["init_from"]}
     key, source = next(((key, source) for key, source in sources.items() if source is not None), ("", None))
     if source is not None:
         latest_checkpoint(Path(source), key)
 
 
-def _refuse_lonely_node(config: Config) -> None:
+def _refuse_missing_nodes(config: Config) -> None:
     if external_launcher() is None and config["trainer"]["num_nodes"] > 1:
-        message = "one command starts the processes of one node alone, and would wait for the others in vain"
+        message = "one command starts only the processes of its own node, and would wait forever for the other nodes"
         raise ConfigError(message, "trainer.num_nodes", config["trainer"]["num_nodes"], fix="Start it with torchrun or srun on every node.")
 
 
 def _train_from(args: argparse.Namespace, run_of: dict[str, str], overrides: list[str]) -> int:
-    """`resume=RUN`: RUN goes on in its own folder. `fork=RUN`: a new folder starts from RUN's state, with any changes."""
+    """`resume=RUN` continues RUN in its own folder; `fork=RUN` starts a new folder from RUN's state and may change any setting."""
     if len(run_of) > 1:
         raise ConfigError("resume= and fork= exclude each other", fix="Use one of them.")
     (key, spec), *_ = run_of.items()
@@ -176,7 +176,7 @@ def _train_from(args: argparse.Namespace, run_of: dict[str, str], overrides: lis
     name = args.config_name or config_name or "train"
     both = compose.combine(before, overrides)
     hydra = compose.make_hydra(args.config_dir)
-    with _explained(hydra, name, both):
+    with _readable_errors(hydra, name, both):
         if any(getattr(args, show) for show in SHOWING):
             _show(hydra, args, name, both)
             return 0
@@ -184,7 +184,7 @@ def _train_from(args: argparse.Namespace, run_of: dict[str, str], overrides: lis
         mine = compose.own(hydra, name, overrides)
         hydra = compose.make_hydra(args.config_dir)
         cfg = compose.compose_config(hydra, name, both)
-        # As in `recorded`: what a run folder allows itself does not count.
+        # As in `recorded`: an `allow` stored in the run folder is not trusted.
         config = config or {**compose.plain(cfg), "allow": compose.value_of(overrides, "allow", [])}
         config = compose.within(config, mine, overrides)
         config = compose.settle({**config, "resume": None, "fork": None, key: str(run)}, both)
@@ -199,7 +199,7 @@ def _refuse_resume(key: str, recorded: Any) -> ConfigError:
 
 
 def _use_run(command: str, hydra: Hydra, config_name: str, overrides: list[str], args: argparse.Namespace) -> int:
-    """`evaluate` and `generate`: options from their own small configuration, everything else from the run's config.yaml."""
+    """`evaluate` and `generate`: their options come from their own small configuration, everything else from the run's config.yaml."""
     if args.multirun:
         raise ConfigError(f"meshformer {command} reads one run", "--multirun", fix="Leave -m out.")
     changes: list[str] = []
@@ -207,7 +207,7 @@ def _use_run(command: str, hydra: Hydra, config_name: str, overrides: list[str],
     if command == "evaluate":
         changes = [o for o in overrides if o.lstrip("+~").partition("=")[0].partition(".")[0] in ("trainer", "data", "strategy")]
         overrides = [o for o in overrides if o not in changes]
-    else:  # a prompt is free text: commas, brackets and quotes in it are not Hydra's to read
+    else:  # a prompt is free text: Hydra must not parse its commas, brackets and quotes
         text, overrides = compose.take(overrides, "prompt")
     options = compose.plain(compose.compose_config(hydra, config_name, overrides))
     options = validate({**options, **text}, Evaluate if command == "evaluate" else Generate)
@@ -216,12 +216,12 @@ def _use_run(command: str, hydra: Hydra, config_name: str, overrides: list[str],
     if not candidates(run):
         raise ConfigError("there is no checkpoint in that run to read", "run", options["run"])
     options["run"] = str(source)
-    config = _changed(run, changes, args.config_dir) if changes else read_config(run)
+    config = _evaluated_config(run, changes, args.config_dir) if changes else read_config(run)
     config["allow"] = options["allow"]
-    # Neither command makes loggers or callbacks.
+    # Neither command builds loggers or callbacks.
     paths = {"data": default_cache(), **options["paths"]}
     config = confine({**config, "callbacks": {}, "logger": {}}, paths, cache=compose.value_of(changes, "data.source.cache"))
-    # One process reads a run, whatever layout wrote it.
+    # The run is read by one process, whatever layout it was trained in.
     config["strategy"] = {"name": "single", "replicate": 1}
     config["trainer"] |= {
         "devices": 1,
@@ -231,12 +231,12 @@ def _use_run(command: str, hydra: Hydra, config_name: str, overrides: list[str],
         "compile": False,
     }
     config["trainer"]["limit_val_batches"] = compose.value_of(changes, "trainer.limit_val_batches")
-    if command == "generate":  # it needs the run folder alone: the texts may be gone
+    if command == "generate":  # it needs only the run folder: the training texts may have been deleted
         if not writes_text(config):
             task = str(config["task"].get("_target_", "")).rpartition(".")[2]
-            raise ConfigError(f"its model does not write text, but serves {task}", "run", options["run"], fix="Use `meshformer evaluate`.")
+            raise ConfigError(f"its model cannot generate text (its task is {task})", "run", options["run"], fix="Use `meshformer evaluate`.")
         config["data"] = {**config["data"], "files": None, "file": None, "validation_file": None}
-    # Resume lifts the checks of where finetuning started from: that run is not needed any more.
+    # Any value of `resume` skips the checks of stage.init_from: the run that fine-tuning started from is no longer needed.
     config = compose.settle({**config, "resume": str(run)})
     if command == "evaluate":
         from meshformer.job.evaluate import evaluate as use
@@ -246,13 +246,13 @@ def _use_run(command: str, hydra: Hydra, config_name: str, overrides: list[str],
     return 0
 
 
-def _write_elsewhere(command: str, hydra: Hydra, config_name: str, overrides: list[str], multirun: bool) -> int:
-    """`convert` and `export`: what a run has learned, in another form at another place."""
+def _convert_or_export(command: str, hydra: Hydra, config_name: str, overrides: list[str], multirun: bool) -> int:
+    """`convert` and `export`: write a checkpoint or model in another format."""
     if multirun:
         raise ConfigError(
             f"meshformer {command} reads one {'checkpoint' if command == 'convert' else 'model'}", "--multirun", fix="Leave -m out."
         )
-    text, overrides = compose.take(overrides, "output")  # a path: not Hydra's to read
+    text, overrides = compose.take(overrides, "output")  # a path, which Hydra must not parse
     options = compose.plain(compose.compose_config(hydra, config_name, overrides))
     options = validate({**options, **text}, Convert if command == "convert" else Export)
     if command == "convert":
@@ -268,15 +268,15 @@ def _write_elsewhere(command: str, hydra: Hydra, config_name: str, overrides: li
     return 0
 
 
-def _changed(run: Path, changes: list[str], config_dir: str | None) -> Config:
-    """The run's configuration as `evaluate` may change it."""
+def _evaluated_config(run: Path, changes: list[str], config_dir: str | None) -> Config:
+    """Return the run's configuration with the changes that `evaluate` permits."""
     before, _, config_name = read_overrides(run, config_dir, "run")
     hydra, name = compose.make_hydra(config_dir), config_name or "train"
 
     def refuse(key: str, value: Any) -> ConfigError:
         return ConfigError(f"evaluate cannot change it; the run has {value}", key, fix="Leave it out.")
 
-    with _explained(hydra, name, [*before, *changes]):
+    with _readable_errors(hydra, name, [*before, *changes]):
         return compose.recorded(hydra, name, run, before, changes, compose.EVALUABLE, refuse)
 
 
@@ -318,8 +318,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-class _explained:
-    """Turn what composition raises into a ConfigError; anything else passes."""
+class _readable_errors:
+    """Context manager that turns an exception of Hydra's composition into a ConfigError and lets every other one through."""
 
     def __init__(self, hydra: Hydra, config_name: str, overrides: Sequence[str]) -> None:
         self.arguments = hydra, config_name, overrides

@@ -1,7 +1,7 @@
-"""One job, one call: in this process, or as ranks of torch's elastic agent.
+"""Run one training job, in this process or as the ranks of torch's elastic agent.
 
-Lightning's own launcher would replay the command line in every rank (a multirun would then run whole sweeps inside a rank); the agent hands
-each worker the resolved plain dict instead, so workers never compose a configuration and never see Hydra's command line.
+Lightning's own launcher would rerun the command line in every rank, so that a multirun would start a whole sweep inside each rank. The agent
+passes the resolved plain dict to each worker instead: workers never compose a configuration.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from meshformer.record.run_json import RunRecord
 if TYPE_CHECKING:
     from meshformer.callbacks.preemption import StopSignals
 
-TIMED_OUT = ("Timed out waiting", "Watchdog caught collective operation timeout", "Timed out after")  # gloo's words, and NCCL's
-STOP, LEAVE = "stop", "leave"  # files beside the ranks' notes: stop after this step, saved; leave at once
+TIMED_OUT = ("Timed out waiting", "Watchdog caught collective operation timeout", "Timed out after")  # in messages of gloo and NCCL
+STOP, LEAVE = "stop", "leave"  # marker files in .ranks: STOP asks to save and stop after this step, LEAVE to exit at once
 PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
 
 class JobFailed(Exception):
-    """A rank failed; the message says which and why, `details` is its traceback."""
+    """A rank failed. The message says which rank and why; `details` is its traceback."""
 
     def __init__(self, message: str, details: str = ""):
         super().__init__(message)
@@ -44,19 +44,19 @@ class JobFailed(Exception):
 
 
 def launch(config: dict[str, Any], folder: Path, own_process: bool = False, start_method: str = "forkserver") -> dict[str, float]:
-    """Trains `config` in `folder` and returns rank 0's final metrics. `own_process`: start a worker even for one device (grids).
+    """Train `config` in `folder` and return rank 0's final metrics. `own_process` starts a worker even for one device (used by grids).
 
-    `start_method="fork"`: only from a process that has imported all and computed nothing, as command/sweep and
-    bench/faults.py have; it saves each job seconds.
+    `start_method="fork"` saves seconds per job, but is safe only from a process that has imported everything and computed nothing with torch,
+    as in command/sweep and bench/faults.py.
     """
-    processes, around = config["trainer"]["devices"], external_launcher()
-    os.environ["OMP_NUM_THREADS"] = str(config["trainer"]["threads"])  # read once, when torch is imported
+    processes, external = config["trainer"]["devices"], external_launcher()
+    os.environ["OMP_NUM_THREADS"] = str(config["trainer"]["threads"])  # torch reads it once, at import
     try:
-        if around is not None or (processes == 1 and not own_process):
-            return _train(config, folder)  # torchrun and srun made the ranks already
+        if external is not None or (processes == 1 and not own_process):
+            return _train(config, folder)  # torchrun or srun has started the ranks already
         return _launch_agent(config, folder, processes, start_method)
     except Stopped as stopped:
-        if config["launch"]["requeue"] and stopped.reason == "preempted" and stopped.saved and (around is None or around.rank == 0):
+        if config["launch"]["requeue"] and stopped.reason == "preempted" and stopped.saved and (external is None or external.rank == 0):
             requeue()
         raise
 
@@ -66,7 +66,7 @@ def _train(config: dict[str, Any], folder: Path, signals: StopSignals | None = N
 
     try:
         final = train(config, folder, signals)
-    except Stopped:  # as all ranks were
+    except Stopped:  # raised on all ranks at the same step
         leave_together()
         raise
     leave_together()
@@ -81,7 +81,7 @@ def _launch_agent(config: dict[str, Any], folder: Path, processes: int, start_me
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
     from torch.numa.binding import AffinityMode, NumaOptions
 
-    multiprocessing.set_forkserver_preload(["meshformer.job.train"])  # imported once, before the ranks are forked
+    multiprocessing.set_forkserver_preload(["meshformer.job.train"])  # the ranks are forked with it already imported
     if start_method == "forkserver":
         _start_fork_server()
     for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
@@ -96,17 +96,17 @@ def _launch_agent(config: dict[str, Any], folder: Path, processes: int, start_me
         max_restarts=config["launch"]["max_restarts"],
         monitor_interval=0.1,
         start_method=start_method,
-        signals_to_handle="SIGHUP,SIGQUIT",  # the others are ours: see _PassingOn
-        numa_options=NumaOptions(AffinityMode.NODE),  # without any torch asks how many GPUs there are, which starts CUDA: no fork survives that
+        signals_to_handle="SIGHUP,SIGQUIT",  # the other signals are handled by _SignalForwarder
+        numa_options=NumaOptions(AffinityMode.NODE),  # avoids torch's default, which counts GPUs and so initialises CUDA before the fork
     )
     agent.numa_options = None
     if config["launch"]["max_restarts"]:
-        # torch 2.13 keeps one store over all restarts, so new ranks find the addresses of the dead. Without sharing, each start has its own.
+        # torch 2.13 shares one store between all restarts, where new ranks find the addresses of dead ones. This gives each start its own store.
         os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     notes = folder / ".ranks"
     _remove(notes)
     notes.mkdir()
-    with _PassingOn(notes) as passing:
+    with _SignalForwarder(notes) as forwarder:
         try:
             results = elastic_launch(agent, _worker)(config, str(folder), str(notes), os.getpid(), VERIFIED)
         except (ChildFailedError, SignalException, KeyboardInterrupt) as failure:
@@ -116,8 +116,8 @@ def _launch_agent(config: dict[str, Any], folder: Path, processes: int, start_me
                 else JobFailed("stopped at once by a signal")
             )
             record = RunRecord(folder)
-            refused = isinstance(cause, ConfigError) or (config["resume"] and (folder / PENDING).exists())  # before the first step
-            if record.fields.get("state") in ("running", "failed") and not refused:  # rank 0 may be gone, or know only what another's end did to it
+            refused = isinstance(cause, ConfigError) or (config["resume"] and (folder / PENDING).exists())  # failed before its first step
+            if record.fields.get("state") in ("running", "failed") and not refused:  # rank 0 may be dead, or have recorded only the loss of its peer
                 record.finish("failed", error=str(cause))
             raise cause from None
         finally:
@@ -125,17 +125,20 @@ def _launch_agent(config: dict[str, Any], folder: Path, processes: int, start_me
     first = results[0]
     if "stopped" in first:
         reason, *rest = first["stopped"]
-        raise Stopped(passing.asked or reason, *rest)
+        raise Stopped(forwarder.asked or reason, *rest)
     return first
 
 
 def _start_fork_server() -> None:
-    """Deaf to the signals that SLURM sends to every process of a job step: without it the agent takes all ranks for dead."""
+    """Start the fork server with SIGUSR1 and SIGTERM ignored.
+
+    SLURM sends them to every process of a job step; if the server died, the agent would report all ranks as dead.
+    """
     from multiprocessing import forkserver
 
     if threading.current_thread() is not threading.main_thread():
         return
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGUSR1, signal.SIGTERM)}  # which a new program inherits
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGUSR1, signal.SIGTERM)}  # exec keeps ignored signals ignored
     try:
         forkserver.ensure_running()
     finally:
@@ -143,30 +146,30 @@ def _start_fork_server() -> None:
             signal.signal(number, handler)
 
 
-class _PassingOn:
-    """The first SIGTERM, SIGUSR1 or Ctrl-C asks the ranks to stop after their step, saved; the next ends everything at once."""
+class _SignalForwarder:
+    """Forward the first SIGTERM, SIGUSR1 or Ctrl-C to the ranks, which then save and stop after their step; the next one kills them at once."""
 
     def __init__(self, notes: Path):
         self.notes, self.asked = notes, None
         self._before: dict[signal.Signals, Any] = {}
 
-    def __enter__(self) -> _PassingOn:
+    def __enter__(self) -> _SignalForwarder:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._pass_on)
+                self._before[number] = signal.signal(number, self._forward)
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _pass_on(self, number: int, frame: Any) -> None:
+    def _forward(self, number: int, frame: Any) -> None:
         if self.asked:
             _touch(self.notes / LEAVE)
             raise KeyboardInterrupt  # the agent kills its ranks on the way out
         self.asked = "interrupted" if number == signal.SIGINT else "preempted"
-        _touch(self.notes / STOP)  # for ranks that are not there yet
-        say("stopping after this step; once more to stop at once", error=True)
+        _touch(self.notes / STOP)  # for ranks that have not started yet
+        say("stopping after this step; repeat the signal to stop at once", error=True)
         for file in self.notes.glob("*.pid"):
             try:
                 os.kill(int(file.read_text()), signal.SIGUSR1)
@@ -175,21 +178,21 @@ class _PassingOn:
 
 
 def _worker(config: dict[str, Any], folder: str, notes: str, launcher: int, verified: dict[str, Any]) -> dict[str, Any]:
-    """One rank. Its error, if any, is left in a file: the parent shows the earliest, which is the cause of the others.
+    """Run one rank. An error is written to a file, of which the parent reports the earliest: it usually caused the others.
 
-    What restarting cannot mend (a stop that was asked for, a mistake in the configuration) is returned instead. `verified`: the checkpoints that
-    the parent has read already.
+    A requested stop is returned rather than raised, because the agent would restart the ranks after an exception. `verified` holds the checkpoints
+    that the parent has verified already.
     """
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the fork server ignores it
-    threading.Thread(target=_leave_with, args=(launcher,), daemon=True).start()
+    threading.Thread(target=_exit_with_launcher, args=(launcher,), daemon=True).start()
     rank, start = os.environ["RANK"], os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    for old in Path(notes).glob(f"[0-9]*.{rank}.*"):  # of the start before this one; not what another rank is writing, .0.1.pid…
+    for old in Path(notes).glob(f"[0-9]*.{rank}.*"):  # this rank's files from earlier starts; another rank may be writing its own right now
         old.unlink(missing_ok=True)
     VERIFIED.update(verified)
     try:
         from meshformer.callbacks.preemption import StopSignals
 
-        with StopSignals(by_agent=True, leaving=partial(_someone_left, Path(notes), start)) as signals:
+        with StopSignals(by_agent=True, leaving=partial(_shutdown_in_progress, Path(notes), start)) as signals:
             atomic_write_text(Path(notes) / f"{start}.{rank}.pid", str(os.getpid()))
             if (Path(notes) / STOP).exists():
                 signals.requested = "preempted"
@@ -212,26 +215,26 @@ def _worker(config: dict[str, Any], folder: str, notes: str, launcher: int, veri
 
 
 def _touch(file: Path) -> None:
-    with suppress(OSError):  # a full disk, or ranks that have all ended
+    with suppress(OSError):  # the disk is full, or all ranks have ended and their folder is deleted
         file.touch()
 
 
-def _someone_left(notes: Path, start: str) -> bool:
-    """Whether a rank of this start has failed, is gone or not there yet, or all are to leave at once. Else SIGTERM comes from outside."""
+def _shutdown_in_progress(notes: Path, start: str) -> bool:
+    """Whether a rank of this start has failed, died or not yet started, or all must exit at once. If not, a SIGTERM came from outside the agent."""
     processes = [file.read_text() for file in notes.glob(f"{start}.*.pid")]
-    gone = len(processes) < int(os.environ["WORLD_SIZE"]) or not all(map(_runs, processes))
+    gone = len(processes) < int(os.environ["WORLD_SIZE"]) or not all(map(_is_running, processes))
     return gone or (notes / LEAVE).exists() or any(notes.glob(f"{start}.*.json"))
 
 
-def _runs(process: str) -> bool:
+def _is_running(process: str) -> bool:
     try:
         return "\nState:\tZ" not in (Path("/proc") / process / "status").read_text()
     except OSError:
         return not Path("/proc/self").exists() and _exists(int(process))
 
 
-def _leave_with(launcher: int) -> None:
-    """A killed parent cannot stop its workers: they watch it and leave."""
+def _exit_with_launcher(launcher: int) -> None:
+    """Exit when the launcher process is gone: a killed parent cannot stop its workers."""
     while True:
         time.sleep(1)
         if not _exists(launcher):
@@ -248,10 +251,10 @@ def _exists(process: int) -> bool:
 
 def _first_cause(folder: Path, failure: Exception, processes: int) -> Exception:
     notes = [json.loads(p.read_text()) for p in folder.glob("*.json")]
-    # A failing rank may close its connections before its own error is noted: that its peers lost it is never the cause.
+    # A failing rank may close its connections before it has written its error, so errors about a lost peer are sorted last.
     notes.sort(key=lambda note: (any(words in note["message"] for words in PEER_LOST), note["time"]))
     if notes and all(any(words in note["message"] for words in PEER_LOST) for note in notes):
-        silent = set(range(processes)) - {note["rank"] for note in notes}  # the dead, and those the agent stopped before they noticed
+        silent = set(range(processes)) - {note["rank"] for note in notes}  # dead ranks, and ranks that the agent stopped before they noticed
         who = f"rank {silent.pop()}" if len(silent) == 1 else "a rank"
         return JobFailed(f"{who} died without a word (killed, or out of memory); rank {notes[0]['rank']} lost its connection to it")
     if not notes:
@@ -261,7 +264,7 @@ def _first_cause(folder: Path, failure: Exception, processes: int) -> Exception:
         return ConfigError(*first["config"])
     if any(words in first["message"] for words in TIMED_OUT):
         waited = {note["rank"] for note in notes if any(words in note["message"] for words in TIMED_OUT)}
-        others = set(range(processes)) - waited  # all that did not wait, but for those that the agent stopped before they gave up
+        others = set(range(processes)) - waited  # includes ranks that the agent stopped before their own timeout
         of = f"rank {others.pop()}" if len(others) == 1 else "another rank"
         return JobFailed(
             f"rank {first['rank']} waited for {of}, longer than strategy.timeout allows: hung, or slower than that", first["traceback"]

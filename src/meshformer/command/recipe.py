@@ -1,4 +1,4 @@
-"""Recipes of two runs: `stage.pretrain` lists the overrides of a run whose weights fine-tuning starts from, and which is trained first."""
+"""Recipes of two runs: `stage.pretrain` lists the overrides of a pretraining run, which is trained first and whose weights are then fine-tuned."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ from meshformer.record import RunRecord
 from meshformer.tasks.check import has_own_head
 
 Config = dict[str, Any]
-# What the command says for both runs: where and how they run, and what the weights of one must share with the other.
+# Overrides of these keys apply to both runs: they say where and how to run, or must agree for the weights to fit.
 SHARED = (
     "strategy", "model", "seed", "paths", "allow", "logger", "launch", "trainer.devices", "trainer.num_nodes", "trainer.accelerator",
     "trainer.threads", "trainer.precision", "trainer.progress", "trainer.compile", "trainer.deterministic", "data.tokenizer", "data.vocab_size",
 )  # fmt: skip
-FOUND_OUT = ("model.vocab_size", "model.classes", "model.outputs", "data.classes", "resume", "fork")  # what a job fills in
+FOUND_OUT = ("model.vocab_size", "model.classes", "model.outputs", "data.classes", "resume", "fork")  # set by the job itself
 
 
 @dataclass
 class FirstRun:
-    """The run to be trained first: what is typed for it, and its settled configuration."""
+    """The pretraining run: the command-line arguments that start it and its resolved configuration."""
 
     arguments: list[str]
     config: Config
 
     @property
     def trusted(self) -> list[str]:
-        """Of the arguments those that a folder's own record does not stand for."""
+        """The arguments that must be repeated on resume, because a run folder's own record of them is not trusted."""
         return [argument for argument in self.arguments if argument.lstrip("+").startswith(("--config-dir=", "allow=", "paths."))]
 
     @property
@@ -48,7 +48,7 @@ class FirstRun:
         return Path(self.config["paths"]["runs"]).expanduser() / self.config["experiment"]
 
     def find(self) -> tuple[Path, bool] | None:
-        """(folder, whether it is finished) of the newest run with this configuration that can be used or continued."""
+        """Return (folder, whether it is finished) of the newest run with this configuration that can be used or resumed; None if there is none."""
         made = sorted((file.parent for file in self.runs.glob("*/config.yaml")), key=lambda run: run.stat().st_mtime, reverse=True)
         usable = [run for run in made if candidates(run) and self._is_of(_config_of(run))]
         finished = [run for run in usable if RunRecord(run).fields.get("state") == "finished"]
@@ -62,8 +62,8 @@ class FirstRun:
         return not other and recorded["trainer"].get("max_steps") == self.config["trainer"]["max_steps"]
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Waits until no other command trains it."""
+    def exclusive(self) -> Iterator[None]:
+        """Hold a lock on this run, waiting while another command trains it."""
         name = hashlib.sha256(repr(sorted(self.arguments)).encode()).hexdigest()[:16]
         self.runs.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.runs / f".pretraining-{name}.lock")
@@ -79,9 +79,9 @@ class FirstRun:
 
 
 def pretraining(config: Config, overrides: Sequence[str], flags: Sequence[str], config_dir: str | None) -> FirstRun | None:
-    """What to train first; None where `config`, composed and not settled, asks for nothing. `flags`: those of the command, for both runs.
+    """Return the run to train first, or None if `config` (composed, not yet resolved) has no `stage.pretrain`. `flags` are passed to both runs.
 
-    Raises ConfigError for what is wrong with either run, before the first is started.
+    Raises ConfigError for a mistake in either run before the first one starts.
     """
     stage = config.get("stage") or {}
     listed = stage.get("pretrain")
@@ -100,18 +100,18 @@ def pretraining(config: Config, overrides: Sequence[str], flags: Sequence[str], 
         raise ConfigError(message, "stage.pretrain", listed, fix="Train the first by a command of its own, and add stage.init_from=RUN.")
     own = [o for o in config["stage"]["pretrain"] if _key(o).startswith(("hydra", "paths"))]
     if own:
-        raise ConfigError("both runs lie in one place", "stage.pretrain", own[0], fix="Say it for both, outside of stage.pretrain.")
+        raise ConfigError("both runs use the same folders", "stage.pretrain", own[0], fix="Set it for both, outside of stage.pretrain.")
     shared = [o for o in overrides if any(_key(o) == key or _key(o).startswith((f"{key}.", f"{key}/")) for key in SHARED)]
     first = [*config["stage"]["pretrain"], *shared]
     source = compose.compose(first, config_dir=config_dir)
     later = resolve(validate(compose.adopt(config, source, overrides)))
-    check({**later, "resume": "later"})  # which lifts the checks of what is not there yet
+    check({**later, "resume": "later"})  # any value of `resume` skips the checks of files that do not exist yet
     check_fits(later["model"], source["model"], "the run of stage.pretrain", has_own_head(later))
     return FirstRun([*flags, *first], source)
 
 
 def _config_of(run: Path) -> Config:
-    """The run's configuration; {} where it cannot be read: the folder holds whatever has been put there."""
+    """Return the run's configuration, or {} if it cannot be read: any folder may lie below paths.runs."""
     try:
         return read_config(run)
     except ConfigError:

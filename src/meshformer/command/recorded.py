@@ -1,7 +1,7 @@
-"""overrides.txt of a run, and the overrides in a sweep's sweep.json: written, and read as what a stranger may have written.
+"""Write and read the overrides of a run (overrides.txt) and of a sweep (sweep.json). Recorded overrides are untrusted input.
 
-Values of our own keys are read from them, and nothing else: no setting of Hydra's, which builds what it is told to, and no place where it looks
-for files. Each line is parsed by Hydra's own parser before it is judged, so that no way of writing it hides what it means.
+Only values of our own keys are accepted: Hydra's settings could instantiate any class or add search paths. Hydra's own parser parses each line
+before it is checked, so that unusual syntax cannot hide a key.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from hydra.errors import HydraException
 from meshformer.config import ConfigError, Root
 
 COMMAND_KEYS = ("hydra", "sweep.")  # settings of one command rather than of a run
-# What a run was continued from is for the command to say: it would be read from there.
+# Only the command may name a run to continue or fork: a recorded path would be read without the user asking for it.
 OWN = {spec.name for spec in dataclasses.fields(Root)} - {"run", "resume", "fork"} | {"sweep"}
-OPTION = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)*")  # a file of a group: neither absolute nor with a way up
-# The settings of our own launcher, numbers that hurt nobody.
+OPTION = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)*")  # an option of a group: no absolute path, no `..`
+# Settings of our own launcher: plain numbers, safe to take from a recorded sweep.
 LAUNCHER = {"hydra.launcher.cores", "hydra.launcher.gpus", "hydra.launcher.warm"}
 
 
 def write_overrides(overrides: Sequence[str], config_dir: str | None, config_name: str | None) -> str:
-    """The text of overrides.txt: a line each, flags first. Hydra's own settings and a sweep's are left out: they concern one command, not the run."""
+    """Return the text of overrides.txt: flags first, then one override per line. Settings of Hydra and of a sweep are left out."""
     flags = [f"--config-dir={Path(config_dir).absolute()}"] if config_dir else []
     flags += [f"--config-name={config_name}"] if config_name not in (None, "train") else []
     lines = [line if "\n" not in line else json.dumps(line) for line in overrides if not line.lstrip("+~").startswith(COMMAND_KEYS)]
@@ -36,9 +36,10 @@ def write_overrides(overrides: Sequence[str], config_dir: str | None, config_nam
 
 
 def read_overrides(run: Path, config_dir: str | None = None, key: str | None = None) -> tuple[list[str], str | None, str | None]:
-    """The overrides, --config-dir (as the folder claims) and --config-name that made a run.
+    """Return the overrides, --config-dir and --config-name recorded for a run.
 
-    `config_dir`: the command's own. With `key`, the setting that names the run, ConfigError where the run had one and the command has none.
+    `config_dir` is the command's own, `key` the setting that names the run. With `key`, a run that was made with --config-dir raises ConfigError
+    unless the command also has one.
     """
     file = run / "overrides.txt"
     try:
@@ -58,7 +59,7 @@ def read_overrides(run: Path, config_dir: str | None = None, key: str | None = N
     if unknown := sorted(flags.keys() - {"--config-dir", "--config-name"}):
         raise ConfigError(f"{file} holds a flag that no run is made with", unknown[0], fix="Remove the line.")
     if key is not None:
-        confirmed(flags.get("--config-dir"), config_dir, key, run)
+        confirmed_config_dir(flags.get("--config-dir"), config_dir, key, run)
     return own_settings(overrides, str(file), config_dir), flags.get("--config-dir"), option_name(flags.get("--config-name"), str(file))
 
 
@@ -73,9 +74,9 @@ def _unquoted(line: str, file: Path) -> str:
 
 
 def own_settings(overrides: Sequence[Any], place: str, config_dir: str | None = None) -> list[str]:
-    """`overrides`, which `place` holds, when each gives a value to one of our own keys. ConfigError on the first that does not.
+    """Return `overrides`, recorded in the file `place`. Raises ConfigError for the first one that does not set one of our own keys.
 
-    The groups in the folder of settings that the command names, `config_dir`, are its user's own.
+    Groups in `config_dir`, the command's own configuration folder, are accepted too.
     """
     known = OWN | ({entry.name for entry in Path(config_dir).glob("*/")} - {"hydra"} if config_dir else set())
     for line in overrides:
@@ -92,7 +93,7 @@ def own_settings(overrides: Sequence[Any], place: str, config_dir: str | None = 
 
 
 def split_command(overrides: Sequence[Any], typed: Sequence[str], place: str, config_dir: str | None = None) -> list[str]:
-    """Of a sweep's recorded overrides those of its runs. Those of Hydra count only where the command repeats them, by key: ConfigError otherwise."""
+    """Return the recorded overrides that belong to a sweep's runs. Raises ConfigError for one of Hydra's that the command does not repeat."""
     repeated = {_key(_parsed(line, "the command")) for line in typed}
     kept = []
     for line in overrides:
@@ -109,8 +110,8 @@ def split_command(overrides: Sequence[Any], typed: Sequence[str], place: str, co
     return kept
 
 
-def confirmed(recorded: str | None, typed: str | None, key: str, folder: Path) -> str | None:
-    """The --config-dir of a command that continues what `folder` holds: the command's. A folder of settings is not taken on that folder's word."""
+def confirmed_config_dir(recorded: str | None, typed: str | None, key: str, folder: Path) -> str | None:
+    """Return the command's --config-dir. Raises ConfigError if `folder` recorded one and the command has none: a recorded one is not trusted."""
     if recorded is not None and typed is None:
         message = "it was made with a configuration folder of its own, which is read only where the command names it"
         raise ConfigError(message, key, str(folder), fix=f"If you trust what is in there, add --config-dir={recorded} to the command.")
@@ -118,7 +119,7 @@ def confirmed(recorded: str | None, typed: str | None, key: str, folder: Path) -
 
 
 def option_name(value: Any, place: str, key: str = "--config-name") -> Any:
-    """`value`, None or the name of a file in a group of conf/, which does not lead out of it."""
+    """Return `value` if it is None or a valid option name, which cannot lead out of its group; else raise ConfigError."""
     if value is not None and not (isinstance(value, str) and OPTION.fullmatch(value)):
         raise ConfigError(f"{place} gives it a value that names no option", key, value, fix="Remove it there if you trust the rest.")
     return value
@@ -142,7 +143,7 @@ def _first(key: str) -> str:
 
 
 def _values(override: Override) -> list[Any]:
-    if isinstance(override.value(), Glob):  # takes names that are there
+    if isinstance(override.value(), Glob):  # matches only existing options
         return []
     value = list(override.sweep_iterator()) if override.is_discrete_sweep() else override.value()
     return [item.text if isinstance(item, QuotedString) else item for item in (value if isinstance(value, list) else [value])]

@@ -1,4 +1,4 @@
-"""`meshformer runs` and `meshformer report`: the runs of a folder as a table, one of them, two of them side by side; their figures as a page."""
+"""`meshformer runs` lists the runs of a folder, shows one or compares two; `meshformer report` writes their figures to an HTML page."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from meshformer.runs.table import (
 
 DEFAULT = ("run", "state", "started", "duration_s", "layout")
 AFTER = ("step", "tokens_per_second", "val/loss", "best/val/loss")
-NOT_IN_SETTINGS = ("strategy", "experiment")  # `layout` and the run's own folder say so already
+NOT_IN_SETTINGS = ("strategy", "experiment")  # shown already by the columns `layout` and `run`
 
 
 def run_records(command: str, argv: Sequence[str]) -> int:
@@ -85,7 +85,7 @@ def _list(argv: Sequence[str]) -> int:
         descending, key = options.sort.startswith("-"), find_key(options.sort.lstrip("-"), known)
         chosen = ordered(chosen, key, descending)
     if options.limit is not None:
-        # In order of start the latest are wanted, by a figure the first.
+        # Unsorted rows are in order of start, so --limit keeps the latest; sorted rows keep the first.
         chosen = chosen[: options.limit] if options.sort else chosen[-options.limit :]
     if options.columns:
         columns = [find_key(column.strip(), known) for column in options.columns.split(",")]
@@ -118,7 +118,7 @@ def _scan(folder: Path) -> list[Run]:
 
 
 def _columns(runs: Sequence[Run], rows: Sequence[Row]) -> list[str]:
-    """For people: what tells the runs apart, and the figures that any of them has."""
+    """Columns of the table on the terminal: the settings that distinguish the runs, and the metrics that any run has."""
     own = [{key: value for key, value in settings(run).items() if key not in NOT_IN_SETTINGS} for run in runs]
     figures = [key for key in AFTER if any(row.get(key) is not None for row in rows)]
     if figures[-2:] == ["val/loss", "best/val/loss"] and all(row.get("val/loss") == row.get("best/val/loss") for row in rows):
@@ -127,7 +127,7 @@ def _columns(runs: Sequence[Run], rows: Sequence[Row]) -> list[str]:
 
 
 def _all_columns(runs: Sequence[Run], known: Sequence[str]) -> list[str]:
-    """For programs: everything but the settings that are the same in all."""
+    """Columns of --csv: everything except settings that are the same in all runs."""
     differing = set(varying([settings(run) for run in runs]))
     return [key for key in known if not is_setting(key) or key in differing]
 
@@ -157,13 +157,13 @@ def _show(argv: Sequence[str]) -> int:
     if figures:
         say("\n" + text_table(figures, ["metric", "final", "best"]))
     for title, file in (("overrides", "overrides.txt"), ("config.yaml", "config.yaml")):
-        if text := _told(folder / file):
+        if text := _read_text(folder / file):
             say(f"\n{title}\n" + "\n".join(f"  {line}" for line in text.splitlines()))
     return 0
 
 
 def _about(row: Row, folder: Path) -> dict[str, str]:
-    """What is known of the run beside its settings and figures."""
+    """Facts about the run other than its settings and metrics."""
     try:
         fields = read_run(folder) if (folder / "run.json").is_file() else {}
         device, versions, segments = fields.get("device") or {}, fields.get("versions") or {}, fields.get("segments") or []
@@ -176,7 +176,7 @@ def _about(row: Row, folder: Path) -> dict[str, str]:
     return {**own, "device": on, "versions": used, "earlier starts": earlier}
 
 
-def _told(file: Path) -> str:
+def _read_text(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8", errors="replace").strip()
     except OSError:

@@ -1,6 +1,7 @@
-"""A SLURM job that is put back in the queue starts again under its old number: its command then finds the run folder that it made, and goes on.
+"""Requeue a SLURM job, and let the restarted job find and resume its run folder.
 
-A run folder remembers, in a file of its own, the job and the command that made it: names, ports and step numbers may differ between starts.
+A requeued job keeps its job id. Each run folder stores the id and a hash of the command that made it in `.slurm_job`, since generated names,
+ports and step numbers may differ between starts.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ MARK = ".slurm_job"
 
 
 def job_mark(folder: str, overrides: str) -> str | None:
-    """What tells this command (`hydra.run.dir` and the text of overrides.txt) of this job from others; None outside of SLURM."""
+    """Return a line that identifies this command within its SLURM job, from hydra.run.dir and the text of overrides.txt; None outside of SLURM."""
     job = os.environ.get("SLURM_JOB_ID")
     return job and f"{job} {hashlib.sha256(f'{folder} {overrides}'.encode()).hexdigest()[:16]}\n"
 
 
 def earlier_start(config: dict[str, Any], folder: str, mark: str | None) -> Path | None:
-    """The run folder of an earlier start of this job; None at its first. The same on every rank. `folder`: hydra.run.dir as it was given."""
+    """Return the run folder of an earlier start of this job, or None at its first start. The same on every rank. `folder`: hydra.run.dir as typed."""
     if mark is None or os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
         return None
     runs = Path(config["paths"]["runs"]) / config["experiment"]
@@ -32,7 +33,7 @@ def earlier_start(config: dict[str, Any], folder: str, mark: str | None) -> Path
 
 
 def requeue() -> None:
-    """`scontrol requeue` of the job around this process. SLURM then ends what is left of it. A failure is a warning: the run is saved."""
+    """Requeue the current job with `scontrol requeue`; SLURM then ends its processes. A failure only prints a warning, since the run is saved."""
     job = os.environ.get("SLURM_JOB_ID")
     if job is None:
         problem = "this is no SLURM job"
@@ -44,7 +45,7 @@ def requeue() -> None:
         except (OSError, subprocess.TimeoutExpired) as error:
             problem = str(error)
     if problem is None:
-        say(f"SLURM job {job} goes back to the queue, and on by itself", error=True)
+        say(f"SLURM job {job} is requeued and will resume by itself", error=True)
     else:
         say(f"warning: launch.requeue=true: the job could not be put back in the queue ({problem})", error=True)
 

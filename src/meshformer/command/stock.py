@@ -1,4 +1,4 @@
-"""Which of Lightning's own callbacks and loggers fit this program. What does not is refused before a folder is made, with what to use instead."""
+"""Refuse Lightning's own callbacks and loggers that do not work here, before a folder is made, and name the alternative."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SAVES = ("callbacks.checkpoint saves, in a form that every layout reads", "Use c
 SHOWS = ("the program shows its own progress", "Use trainer.progress=true.")
 AVERAGES = ("it would not be saved with a checkpoint of this program", "Use callbacks.ema.decay=0.999.")
 FREEZES = ("it looks for an attribute `backbone`", "Use stage.freeze and stage.unfreeze_every.")
-# The last part of _target_ -> (why not, what instead).
+# Class name -> (why it is refused, what to use instead).
 REFUSED: dict[str, tuple[str, str]] = {
     "GradientAccumulationScheduler": (
         "data.batch_size is the samples of one optimizer step, and it would change them during training",
@@ -34,7 +34,7 @@ PACKAGES = {
 
 
 def check_stock(config: Config) -> None:
-    """ConfigError for one of Lightning's parts that cannot work here, or whose package is not installed."""
+    """Raise ConfigError for a Lightning callback or logger that cannot work here or whose package is not installed."""
     loggers = [node for node in (config.get("logger") or {}).values() if node]
     for key, node in (config["callbacks"] or {}).items():
         name = _of_lightning(node)
@@ -42,7 +42,7 @@ def check_stock(config: Config) -> None:
             why, instead = REFUSED[name]
             raise ConfigError(why, f"callbacks.{key}._target_", node["_target_"], fix=instead)
         if name in NEED_LOGGER and not loggers:
-            message = "writes to a logger, and metrics.csv, which is always written, is none"
+            message = "writes to a logger, and none is configured (metrics.csv does not count)"
             raise ConfigError(message, f"callbacks.{key}._target_", node["_target_"], fix="Add logger=tensorboard.")
     for key, node in (config.get("logger") or {}).items():
         package = PACKAGES.get(_of_lightning(node) or "")
@@ -52,6 +52,6 @@ def check_stock(config: Config) -> None:
 
 
 def _of_lightning(node: Any) -> str | None:
-    """The class's name, where `node` names one of Lightning's."""
+    """Return the class name if `node` names a class of Lightning, else None."""
     target = str(node.get("_target_", "")) if isinstance(node, dict) else ""
     return target.rpartition(".")[2] if target.startswith(("lightning.", "pytorch_lightning.")) else None

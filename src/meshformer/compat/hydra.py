@@ -13,9 +13,9 @@ from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path, get_args_parser
 from hydra.core.utils import JobReturn
 
-__all__ = ["Callbacks", "Hydra", "create_config_search_path", "get_args_parser", "returned"]
+__all__ = ["Callbacks", "Hydra", "create_config_search_path", "get_args_parser", "job_result"]
 
 
-def returned(job: JobReturn) -> Any:
-    """The return value of a job, or the exception that ended it: the public `return_value` would print and raise it."""
+def job_result(job: JobReturn) -> Any:
+    """Return the value of a job, or the exception that ended it, which the public `return_value` would print and raise."""
     return job._return_value

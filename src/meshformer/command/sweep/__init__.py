@@ -1,1 +1,1 @@
-"""`meshformer train -m`: grids and searches. Points, a record of the sweep, launchers, tables."""
+"""`meshformer train -m`: grids and searches, with their points, launchers, sweep record and result tables."""

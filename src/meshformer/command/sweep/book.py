@@ -1,4 +1,4 @@
-"""`sweep.json`: what a sweep is and how far it got, so that it can be resumed. Every write leaves a complete file."""
+"""`sweep.json`: the points of a sweep and their states, so that the sweep can be resumed. Writes are atomic."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from meshformer.config.foreign import refuse_links
 from meshformer.printing import argument
 from meshformer.record import atomic_write_text
 
-# queued, running; done, pruned (a search gave it up) and failed are final; interrupted was told to stop and goes on when resumed.
+# done, pruned (ended early by a search's pruner) and failed are final; interrupted runs were stopped by a signal and continue when resumed.
 STATES = ("queued", "running", "done", "pruned", "failed", "interrupted")
 FILE = "sweep.json"
 
 
 @dataclass
 class Point:
-    """One run of a sweep. `folder` is relative to the sweep's; `final` holds the run's last metrics; `seconds` of all its starts together."""
+    """One run of a sweep. `folder` is relative to the sweep's folder, `final` holds the last metrics, `seconds` is the total over all starts."""
 
     number: int
     overrides: list[str]
@@ -40,7 +40,7 @@ class Point:
 
 
 class Book:
-    """The record of one sweep, in its folder. Fields of the file: state, started, ended, overrides, flags, points."""
+    """The record of one sweep, kept in its folder as sweep.json with the fields state, started, ended, overrides, flags and points."""
 
     def __init__(self, folder: Path, overrides: list[str], flags: dict[str, str | None], points: list[Point]):
         self.folder, self.overrides, self.flags, self.points = Path(folder), overrides, flags, points
@@ -49,7 +49,7 @@ class Book:
 
     @classmethod
     def read(cls, folder: Path) -> Book:
-        """The record in `folder`. ConfigError when there is none."""
+        """Read the record in `folder`. Raises ConfigError if there is none or it is damaged."""
         refuse_links(folder, "sweep.resume", str(folder))
         try:
             fields = json.loads((folder / FILE).read_text(encoding="utf-8"))
@@ -63,8 +63,7 @@ class Book:
         return book
 
     def check(self) -> None:
-        """ConfigError unless the record is one that `write` could have written: it may come from a stranger. What the overrides say is judged
-        by recorded.py."""
+        """Raise ConfigError unless `write` could have written this record, which is untrusted. recorded.py checks the overrides."""
         sound = isinstance(self.flags, dict) and isinstance(self.overrides, list)
         if sound:
             texts = [*self.flags, *(value for value in self.flags.values() if value is not None), *self.overrides]
@@ -76,7 +75,7 @@ class Book:
             sound = sound and all(isinstance(n, str) and isinstance(x, (int, float)) for n, x in point.final.items())
             if not sound:
                 raise ConfigError(f"point {number} of its sweep.json is damaged", "sweep.resume", str(self.folder))
-            # The folder of a point that is started anew is removed before.
+            # A point that is restarted has its folder deleted first, so that folder must lie inside the sweep's.
             place, top = (self.folder / point.folder).resolve(), self.folder.resolve()
             if point.folder and (place == top or not place.is_relative_to(top)):
                 message = f"point {number} of its sweep.json names a folder outside of it ({point.folder})"
@@ -85,23 +84,23 @@ class Book:
             raise ConfigError("its sweep.json is damaged", "sweep.resume", str(self.folder))
 
     def claim(self) -> None:
-        """Make the sweep's folder. ConfigError when anything is in it: sweeps do not mix."""
+        """Create the sweep's folder. Raises ConfigError if it is not empty, so that sweeps do not mix."""
         fix = f"Choose another, or continue it with {argument('sweep.resume', self.folder)}."
         used = ConfigError(f"the folder {self.folder} is already used", "hydra.sweep.dir", fix=fix)
         if self.folder.is_dir() and any(self.folder.iterdir()):
             raise used
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / FILE).open("x").close()  # of two commands that start at once, one gets it
+            (self.folder / FILE).open("x").close()  # exclusive: of two commands started at once, only one succeeds
         except FileExistsError:
             raise used from None
         except OSError as error:
             raise ConfigError(f"the folder cannot be made ({error.strerror})", "hydra.sweep.dir", str(self.folder)) from None
 
     def lock(self, patience: float = 5.0) -> int:
-        """Hold the sweep for this process and those it starts; the file descriptor to hand on to them. Freed when the last one is gone."""
+        """Lock the sweep for this process and its children, and return the file descriptor they inherit. The last one to exit releases it."""
         handle = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
-        end = time.monotonic() + patience  # the jobs of a sweep that was killed a moment ago leave within a second
+        end = time.monotonic() + patience  # jobs of a sweep that was just killed exit within a second
         while True:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

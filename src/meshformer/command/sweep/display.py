@@ -1,4 +1,4 @@
-"""How far a sweep is: a live table on a terminal, a line for each change elsewhere."""
+"""Show the progress of a sweep: a live table on a terminal, otherwise one line per change."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from .book import STATES, Point
 from .results import settings_of, varying
 
 COLOURS = {"queued": "dim", "running": "bold", "done": "green", "pruned": "cyan", "failed": "red", "interrupted": "yellow"}
-SHOWN_FIRST = ("running", "failed", "interrupted", "done", "pruned", "queued")
+DISPLAY_ORDER = ("running", "failed", "interrupted", "done", "pruned", "queued")
 REFRESH_SECONDS = 0.5
 
 
 class Display:
-    """`points` is the sweep's own list, which grows in a search."""
+    """Progress of a sweep on stderr. `points` is the sweep's own list, which grows during a search."""
 
     def __init__(self, points: Sequence[Point], folder: Path, metric: str, total: int):
         self.points, self.folder, self.metric, self.total = points, folder, metric, total
@@ -63,13 +63,13 @@ class Display:
     def refresh(self, now: bool = False) -> None:
         if self.live and (now or time.monotonic() >= self._next):
             self._next = time.monotonic() + REFRESH_SECONDS
-            self.live.update(self._drawn(), refresh=True)
+            self.live.update(self._render(), refresh=True)
 
-    def _drawn(self) -> Group:
+    def _render(self) -> Group:
         counts = {state: sum(p.state == state for p in self.points) for state in STATES}
         counts["queued"] += self.total - len(self.points)
         head = Text("  ").join(Text(f"{n} {state}", style=COLOURS[state]) for state, n in counts.items() if n)
-        drawn = Table(box=None, pad_edge=False)
+        table = Table(box=None, pad_edge=False)
         for name, justify in (
             ("#", "right"),
             ("point", "left"),
@@ -78,8 +78,8 @@ class Display:
             (self.metric, "right"),
             ("s", "right"),
         ):
-            drawn.add_column(Text(visible(name)), justify=justify)  # pyright: ignore[reportArgumentType]
-        order = sorted(self.points, key=lambda p: (SHOWN_FIRST.index(p.state), -p.number if p.state in ("done", "pruned") else p.number))
+            table.add_column(Text(visible(name)), justify=justify)  # pyright: ignore[reportArgumentType]
+        order = sorted(self.points, key=lambda p: (DISPLAY_ORDER.index(p.state), -p.number if p.state in ("done", "pruned") else p.number))
         room = max(3, self.console.height - 4)
         for point in order[:room]:
             step, value, seconds = "", point.final.get(self.metric), point.seconds
@@ -89,8 +89,8 @@ class Display:
                 value = float(row[self.metric]) if row.get(self.metric) else None
             spent = f"{seconds:.0f}" if seconds else ""
             cells = [str(point.number), self._name(point), point.state, step, "" if value is None else f"{value:.4f}", spent]
-            drawn.add_row(*(Text(visible(cell, lines=False)) for cell in cells), style=COLOURS[point.state])
-        return Group(head, drawn)
+            table.add_row(*(Text(visible(cell, lines=False)) for cell in cells), style=COLOURS[point.state])
+        return Group(head, table)
 
     def _name(self, point: Point) -> str:
         settings, keys = settings_of(point), varying(self.points)
@@ -98,7 +98,7 @@ class Display:
 
 
 def last_row(path: Path) -> dict[str, str]:
-    """The newest row of a metrics.csv that is being written; {} before there is one. Reads the ends of the file alone."""
+    """Return the newest complete row of a metrics.csv that is being written, or {} if there is none. Reads only the two ends of the file."""
     try:
         with path.open("rb") as file:
             header = file.readline()

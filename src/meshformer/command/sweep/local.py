@@ -1,4 +1,4 @@
-"""`hydra/launcher=local`: the jobs of a sweep on this machine, each in processes of its own, forked from a server that has torch loaded."""
+"""`hydra/launcher=local`: run the jobs of a sweep on this machine, each in its own processes forked from a server that has torch loaded."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from multiprocessing.connection import wait
 from typing import Any
 
 from .resources import Machine, Need, Share
-from .server import Order
+from .server import JobSpec
 
 
 @dataclass
-class Ended:
-    """`outcome`: (done, final metrics), (interrupted, words) or (failed, message); None when it died without a word. `seconds`: if known."""
+class JobResult:
+    """How a job ended. `outcome`: (done, final metrics), (interrupted, message) or (failed, message); None if it died without reporting one."""
 
     number: int
     outcome: tuple[str, Any] | None
@@ -26,7 +26,7 @@ class Ended:
 
 
 class Server:
-    """This side of server.py. `inherit`: a file descriptor that it and its jobs keep open."""
+    """Client of a server.py process. `inherit` is a file descriptor that the server and its jobs keep open."""
 
     def __init__(self, preload: list[str], inherit: int):
         ours, theirs = Pipe()
@@ -35,7 +35,7 @@ class Server:
             [sys.executable, "-c", start],
             stdin=subprocess.DEVNULL,
             pass_fds=(theirs.fileno(), inherit),
-            env={**os.environ, "OMP_NUM_THREADS": "1"},  # it computes nothing: a job sets its own number
+            env={**os.environ, "OMP_NUM_THREADS": "1"},  # the server computes nothing, and each job sets its own number
         )
         theirs.close()
         self.connection: Any = ours
@@ -47,7 +47,7 @@ class Server:
 
 
 class LocalLauncher:
-    """Starts jobs while the machine has room for them. `warm=False`: a new interpreter for each, which imports everything again."""
+    """Start jobs while the machine has free cores and GPUs. With `warm=False` each job gets a new interpreter, which imports everything again."""
 
     def __init__(self, machine: Machine, inherit: int, preload: list[str], warm: bool = True):
         self.machine, self.inherit, self.preload, self.warm = machine, inherit, preload, warm
@@ -55,29 +55,29 @@ class LocalLauncher:
         self.shares: dict[int, Share] = {}
 
     def reserve(self, number: int, need: Need) -> bool:
-        """False while the job does not fit beside the running ones."""
+        """Reserve the job's cores and GPUs; return False if too few are free."""
         share = self.machine.take(need)
         if share is not None:
             self.shares[number] = share
         return share is not None
 
     def release(self, number: int) -> None:
-        self.machine.give_back(self.shares.pop(number))
+        self.machine.release(self.shares.pop(number))
 
-    def start(self, number: int, order: Order) -> None:
-        """Start a job for which room is reserved."""
+    def start(self, number: int, spec: JobSpec) -> None:
+        """Start a job whose cores and GPUs are reserved."""
         if gpus := self.shares[number].gpus:
-            order.environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+            spec.environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
         if not self.warm or not self.servers:
             self.servers.append(Server(self.preload, self.inherit))
         server = self.servers[-1]
         server.jobs.add(number)
-        with contextlib.suppress(OSError):  # a dead server: `wait` tells
-            server.connection.send(("start", number, order))
+        with contextlib.suppress(OSError):  # if the server has died, `wait` reports it
+            server.connection.send(("start", number, spec))
 
-    def wait(self, seconds: float) -> list[Ended]:
-        """Jobs that ended, as soon as one did."""
-        ended: list[Ended] = []
+    def wait(self, seconds: float) -> list[JobResult]:
+        """Return the jobs that ended, waiting at most `seconds` for the first."""
+        ended: list[JobResult] = []
         for ready in wait([server.connection for server in self.servers], seconds):
             server = next(server for server in self.servers if server.connection is ready)
             try:
@@ -85,11 +85,11 @@ class LocalLauncher:
             except (EOFError, OSError):
                 self.servers.remove(server)
                 server.close()
-                ended += [Ended(number, None, None) for number in sorted(server.jobs)]
+                ended += [JobResult(number, None, None) for number in sorted(server.jobs)]
                 continue
             if message[0] == "ended":
                 _, number, outcome, seconds = message
-                ended.append(Ended(number, outcome, seconds))
+                ended.append(JobResult(number, outcome, seconds))
                 server.jobs.discard(number)
                 if not self.warm:
                     self.servers.remove(server)
@@ -99,7 +99,7 @@ class LocalLauncher:
         return ended
 
     def ask_to_stop(self) -> None:
-        """Every job saves after its step and leaves."""
+        """Ask every job to save after its step and exit."""
         self._signal(signal.SIGUSR1, group=False)
 
     def kill(self) -> None:

@@ -1,4 +1,4 @@
-"""Any other Hydra launcher (basic, joblib, submitit): it is given a batch of points and composes each where it runs."""
+"""Run a sweep with another Hydra launcher (basic, joblib, submitit), which gets a batch of points and composes each where it runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from meshformer.checkpoint.find import candidates
 from meshformer.command import compose
 from meshformer.command.recorded import write_overrides
-from meshformer.compat.hydra import Callbacks, Hydra, returned
+from meshformer.compat.hydra import Callbacks, Hydra, job_result
 from meshformer.config import ConfigError
 from meshformer.config.errors import Stopped
 from meshformer.config.foreign import confine, read_config
@@ -24,13 +24,14 @@ from meshformer.config.foreign import confine, read_config
 from .book import Point
 from .points import open_folder
 
-Outcome = tuple[str, Any]  # as in local.Ended
+Outcome = tuple[str, Any]  # as in local.JobResult
 
 
 class PointTask:
-    """What such a launcher calls for each point. Submitit pickles it and may call it again in the same folder, after a preemption.
+    """The function that the launcher calls for each point. Submitit pickles it and may call it again in the same folder after a preemption.
 
-    `own_process`: the launcher calls it in one process for several points, which must not leave anything to each other.
+    `own_process` trains each point in a new process, because the launcher may call this for several points in one process, where global state
+    of one run would reach the next.
     """
 
     def __init__(self, flags: dict[str, str | None], own_process: bool):
@@ -39,10 +40,10 @@ class PointTask:
     def __call__(self, cfg: DictConfig) -> Outcome:
         overrides, folder = list(HydraConfig.get().overrides.task), Path(HydraConfig.get().runtime.output_dir)
         try:
-            told = compose.plain(cfg)
-            config = continued(folder, told["allow"], told) if candidates(folder) else None
+            composed = compose.plain(cfg)
+            config = resumed_config(folder, composed["allow"], composed) if candidates(folder) else None
             if config is None:
-                config = compose.settle(told, overrides)
+                config = compose.settle(composed, overrides)
                 shutil.rmtree(folder, ignore_errors=True)
                 open_folder(folder, config, write_overrides(overrides, self.flags["config_dir"], self.flags["config_name"]))
             from meshformer.command.launch import launch
@@ -61,12 +62,14 @@ class PointTask:
             return "failed", f"{type(error).__name__}: {error}" if details is None else str(error)
 
 
-def continued(folder: Path, allow: list[str], mine: dict[str, Any]) -> dict[str, Any]:
-    """The configuration with which the run in `folder` goes on. `allow` and `mine` (see `confine`) are the command's."""
+def resumed_config(folder: Path, allow: list[str], mine: dict[str, Any]) -> dict[str, Any]:
+    """Return the configuration that resumes the run in `folder`. `allow` and `mine` (see `confine`) come from the command, not the folder."""
     return compose.settle(confine({**read_config(folder), "resume": str(folder), "allow": allow}, mine["paths"], mine))
 
 
 class PluginLauncher:
+    """Runs batches of points through the Hydra launcher that `cfg` chooses."""
+
     def __init__(self, hydra: Hydra, cfg: DictConfig, flags: dict[str, str | None]):
         context = HydraContext(config_loader=hydra.config_loader, callbacks=Callbacks(cfg))
         HydraConfig.instance().set_config(cfg)
@@ -75,11 +78,11 @@ class PluginLauncher:
         self.launcher = Plugins.instance().instantiate_launcher(hydra_context=context, task_function=task, config=cfg)
 
     def batch(self, waiting: int) -> int:
-        """How many points to hand over at once: to Hydra's basic launcher, which runs one after another, one."""
+        """How many points to pass at once: one for Hydra's basic launcher, which runs them one after another, else all that wait."""
         return 1 if type(self.launcher).__name__ == "BasicLauncher" else waiting
 
     def run(self, points: Sequence[Point], allow: Sequence[str]) -> list[Outcome]:
         HydraConfig.instance().set_config(self.cfg)
         given = [[*point.overrides, *allow, f"hydra.sweep.subdir={compose.quoted(point.folder)}"] for point in points]
         returns = self.launcher.launch(given, initial_job_idx=points[0].number)
-        return [value if (value := returned(done)) and isinstance(value, tuple) else ("failed", str(value)) for done in returns]
+        return [value if (value := job_result(done)) and isinstance(value, tuple) else ("failed", str(value)) for done in returns]

@@ -1,4 +1,4 @@
-"""From a command's overrides to the points of a sweep, and from a point to the configuration of its run."""
+"""Expand a command's overrides into the points of a sweep, and compose the configuration of each point."""
 
 from __future__ import annotations
 
@@ -29,26 +29,26 @@ Config = dict[str, Any]
 
 @dataclass
 class Job:
-    """A run that could start: its settled configuration, the name of its folder in the sweep's, and what it finds in its environment."""
+    """A run that can start: its resolved configuration, its folder relative to the sweep's, and its extra environment variables."""
 
     config: Config
     folder: str
     environment: dict[str, str]
-    chooses_threads: bool = False  # trainer.threads was auto: the launcher says how many
+    auto_threads: bool = False  # trainer.threads was auto, so the launcher chooses the number
 
 
 class Confined:
-    """For a sweep that is continued, whose points its folder tells: where their runs write is for the command to say (`typed`)."""
+    """Restricts a resumed sweep: its points come from its folder, which is not trusted, so the command (`typed`) decides where runs write."""
 
     def __init__(self, flags: dict[str, str | None], typed: Sequence[str]):
-        told = [override for override in typed if not override.lstrip("+~").startswith(("hydra", "sweep"))]
+        run_overrides = [override for override in typed if not override.lstrip("+~").startswith(("hydra", "sweep"))]
         hydra = compose.make_hydra(flags["config_dir"])
         try:
-            parsed = OverridesParser.create().parse_overrides(told)
-            single = [text for text, override in zip(told, parsed, strict=True) if not override.is_sweep_override()]
+            parsed = OverridesParser.create().parse_overrides(run_overrides)
+            single = [text for text, override in zip(run_overrides, parsed, strict=True) if not override.is_sweep_override()]
             self.mine = compose.own(hydra, flags["config_name"] or "train", single)
         except EXPLAINED as error:
-            raise explain(error, hydra, flags["config_name"] or "train", told) from error
+            raise explain(error, hydra, flags["config_name"] or "train", run_overrides) from error
         self.typed = single
         self.overrides = [f"paths.{key}={compose.quoted(value)}" for key, value in self.mine["paths"].items()]
 
@@ -57,7 +57,7 @@ class Confined:
 
 
 class Composer:
-    """Composes points. `flags`: the command's --config-dir and --config-name; `hydra_overrides`: those of the command itself."""
+    """Composes points. `flags` are the command's --config-dir and --config-name, `hydra_overrides` its overrides of Hydra's own settings."""
 
     def __init__(self, flags: dict[str, str | None], hydra_overrides: Sequence[str], confine: Confined | None = None):
         self.flags, self.hydra_overrides, self.confine = flags, list(hydra_overrides), confine
@@ -65,7 +65,7 @@ class Composer:
         self.name = flags["config_name"] or "train"
 
     def command(self, overrides: Sequence[str]) -> DictConfig:
-        """The composition that belongs to no point: where the sweep goes, its launcher and options."""
+        """Compose the settings of the sweep itself: its folder, launcher and options."""
         try:
             return compose.compose_config(self.hydra, self.name, [*self.hydra_overrides, *overrides], multirun=True)
         except EXPLAINED as error:
@@ -75,7 +75,7 @@ class Composer:
             raise explain(error, self.hydra, self.name, overrides) from error
 
     def parse(self, cfg: DictConfig, overrides: Sequence[str]) -> list[Override]:
-        """The overrides of hydra.sweeper.params (a file of the sweep group) and of the command, which come last and win."""
+        """Parse the overrides of hydra.sweeper.params (set by a file of the sweep group) and of the command; the latter win."""
         params = OmegaConf.to_container(cfg.hydra.sweeper, resolve=True)
         assert isinstance(params, dict)
         given = [f"{key}={value}" for key, value in (params.get("params") or {}).items()]
@@ -86,7 +86,7 @@ class Composer:
         return list({override.get_key_element(): override for override in parsed}.values())
 
     def job(self, number: int, overrides: Sequence[str]) -> Job:
-        """ConfigError when the point cannot be trained."""
+        """Compose and check the run of a point. Raises ConfigError if it cannot be trained."""
         try:
             cfg = compose.compose_config(self.hydra, self.name, [*self.hydra_overrides, *overrides])
             with read_write(cfg.hydra.job):
@@ -109,21 +109,21 @@ class Composer:
         return Job(config, folder, environment, automatic)
 
     def own(self, cfg: DictConfig) -> Config:
-        """What the command itself says of its runs: where they write, and parts that it names."""
+        """The part of the configuration that comes from the command alone: paths, and the loggers and callbacks that it names."""
         return self.confine.mine if self.confine else compose.plain(cfg)
 
     def settings(self, overrides: Sequence[str]) -> str:
-        """The text of the run's overrides.txt."""
+        """Return the text of the run's overrides.txt."""
         return write_overrides(overrides, self.flags["config_dir"], self.flags["config_name"])
 
 
 def grid(parsed: Sequence[Override]) -> list[list[str]]:
-    """Every combination, each as complete overrides; the last key varies fastest."""
+    """Return every combination as a list of overrides; the last key varies fastest."""
     for override in parsed:
         if override.is_sweep_override() and not override.is_discrete_sweep():
             text = (override.input_line or "").partition("=")[2]
-            raise ConfigError("an interval has no end of points", override.get_key_element(), text, fix="Add sweep.search=tpe or random.")
-    values: dict[str, list[str]] = {}  # of a key that is given twice, the last
+            raise ConfigError("an interval has infinitely many points", override.get_key_element(), text, fix="Add sweep.search=tpe or random.")
+    values: dict[str, list[str]] = {}  # the last override of a key wins
     for override in parsed:
         key, swept = override.get_key_element(), override.is_sweep_override()
         given = override.sweep_string_iterator() if swept else [override.get_value_element_as_str()]
@@ -132,7 +132,7 @@ def grid(parsed: Sequence[Override]) -> list[list[str]]:
 
 
 def differences(recorded: Sequence[Sequence[str]], typed: Sequence[Sequence[str]]) -> list[str]:
-    """What the two grids disagree about, in words, key by key."""
+    """Describe how the two grids differ, one text per key."""
     found = []
     sides = [_values(recorded), _values(typed)]
     for key in dict.fromkeys([*sides[0], *sides[1]]):
@@ -158,11 +158,11 @@ def _shown(key: str, values: list[str] | None) -> str:
 
 
 def open_folder(folder: Path, config: Config, settings: str) -> None:
-    """Claim a new run's folder and write what the run is."""
+    """Claim a new run's folder and write its config.yaml and overrides.txt."""
     claim_folder(folder)
     write_settings(folder, config, settings)
 
 
-def path_of_modules() -> list[str]:
-    """sys.path for a job, where `allow` may name modules beside where the command was typed."""
+def module_path() -> list[str]:
+    """sys.path for a job, with the current folder written out: `allow` may name modules that lie there."""
     return [os.getcwd() if entry == "" else entry for entry in sys.path]

@@ -1,4 +1,4 @@
-"""What a sweep found: one row for points that differ in their seed alone, best first; on the terminal, as results.csv and results.json."""
+"""Results of a sweep, best first, with one row for points that differ only in their seed: a table, results.csv and results.json."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SPEED = "train/tokens_per_second"
 
 @dataclass
 class Row:
-    """`settings`: the keys that vary, without seed; `metrics`: name -> (mean, sample standard deviation or None for one run)."""
+    """Points that differ only in their seed. `metrics`: name -> (mean, sample standard deviation, which is None for a single run)."""
 
     settings: dict[str, str]
     points: list[Point]
@@ -47,7 +47,7 @@ def varying(points: Sequence[Point]) -> list[str]:
 
 
 def rows(points: Sequence[Point], metrics: Sequence[str], largest_first: bool = False) -> list[Row]:
-    """Grouped over seeds and sorted by the mean of the first metric; groups without it come last."""
+    """Group points over seeds and sort the groups by the mean of the first metric; groups without it come last."""
     keys = [key for key in varying(points) if key != "seed"]
     groups: dict[tuple[str | None, ...], list[Point]] = {}
     for point in points:
@@ -70,7 +70,7 @@ def _spread(values: list[float]) -> tuple[float, float | None] | None:
 
 
 def table(points: Sequence[Point], metrics: Sequence[str], largest_first: bool = False, limit: int = 40) -> Table:
-    """The first `limit` rows, as a Rich table."""
+    """Return the first `limit` rows as a Rich table."""
     made = Table()
     listed = rows(points, list(dict.fromkeys([*metrics, SPEED])), largest_first)
     keys = list(dict.fromkeys(key for row in listed for key in row.settings))
@@ -107,7 +107,7 @@ def _counts(row: Row) -> str:
 
 
 def write(folder: Path, points: Sequence[Point], metrics: Sequence[str], largest_first: bool = False) -> None:
-    """results.csv (a line for each point) and results.json (the table's rows, best first, and the points)."""
+    """Write results.csv (one line per point) and results.json (the table's rows, best first, and the points)."""
     keys = varying(points)
     names = list(dict.fromkeys(name for point in points for name in point.final))
     text = io.StringIO()

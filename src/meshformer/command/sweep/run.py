@@ -1,4 +1,4 @@
-"""One sweep from its command line to its table: check every point, run what is left, keep the record, say how it went."""
+"""Run one sweep: check every point, run those that are left, update sweep.json, print the results."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rich.console import Console
 from meshformer.checkpoint.find import candidates
 from meshformer.command import compose
 from meshformer.command.explain import EXPLAINED
-from meshformer.command.recorded import confirmed, option_name, own_settings, split_command
+from meshformer.command.recorded import confirmed_config_dir, option_name, own_settings, split_command
 from meshformer.compat.hydra import Callbacks
 from meshformer.config import ConfigError, validate
 from meshformer.config.resolve import cores, external_launcher, visible_gpus
@@ -31,20 +31,20 @@ from . import results
 from .book import FILE as BOOK
 from .book import Book, Point
 from .display import Display
-from .local import Ended, LocalLauncher
-from .plugin import PluginLauncher, continued
-from .points import Composer, Confined, Job, differences, grid, open_folder, path_of_modules
+from .local import JobResult, LocalLauncher
+from .plugin import PluginLauncher, resumed_config
+from .points import Composer, Confined, Job, differences, grid, module_path, open_folder
 from .resources import Machine, Need
 from .search import FILE as STUDY
 from .search import Search
-from .server import Order
+from .server import JobSpec
 
-OF_THE_COMMAND = ("hydra", "sweep.", "allow=", "paths.")  # what may differ between a sweep and its resumption
+COMMAND_PREFIXES = ("hydra", "sweep.", "allow=", "paths.")  # overrides that may change when a sweep is resumed
 WAIT_SECONDS = 0.2
 
 
 def run_sweep(args: argparse.Namespace, overrides: list[str]) -> int:
-    """`meshformer train -m`; returns the exit code: 0 all done, 1 a run failed, 75 or 130 told to stop, with runs left."""
+    """`meshformer train -m`; returns the exit code: 0 all done, 1 a run failed, 75 (preempted) or 130 (Ctrl-C) with runs left."""
     if external_launcher() is not None:
         raise ConfigError("a sweep starts its own processes", "--multirun", fix="Start it without torchrun or srun.")
     taken, overrides = compose.take(overrides, "sweep.resume")
@@ -53,17 +53,17 @@ def run_sweep(args: argparse.Namespace, overrides: list[str]) -> int:
     if "sweep.resume" in taken:
         book = Book.read(Path(taken["sweep.resume"]).expanduser().absolute())
         place = str(book.folder / BOOK)
-        flags["config_dir"] = confirmed(book.flags.get("config_dir"), flags["config_dir"], "sweep.resume", book.folder)
+        flags["config_dir"] = confirmed_config_dir(book.flags.get("config_dir"), flags["config_dir"], "sweep.resume", book.folder)
         flags["config_name"] = flags["config_name"] or option_name(book.flags.get("config_name"), place)
         of_the_runs = split_command(book.overrides, typed, place, flags["config_dir"])
         for point in book.points:
             point.overrides = own_settings(point.overrides, place, flags["config_dir"])
         confine = Confined(flags, typed)
-        if not _of_the_points(overrides):
-            # A sweep's folder may come from a stranger: names it would allow itself count only when this command repeats them.
+        if not _point_overrides(overrides):
+            # A sweep's folder is not trusted: its `allow` list counts only if this command repeats it.
             allowed = [override for override in book.overrides if override.lstrip("+").startswith("allow=")]
             if allowed and not any(override.lstrip("+").startswith("allow=") for override in overrides):
-                message = "the sweep there builds things that are not on the list of what a configuration may build"
+                message = "its runs build classes or functions that are not on the list of what a configuration may build"
                 raise ConfigError(message, "sweep.resume", str(book.folder), fix=f"If you trust it, add {allowed[-1]} to the command.")
             overrides = [o for o in of_the_runs if not o.lstrip("+").startswith("allow=")] + overrides
         overrides = [o for o in overrides if not o.startswith("hydra.sweep.dir=")] + [f"hydra.sweep.dir={compose.quoted(str(book.folder))}"]
@@ -77,12 +77,12 @@ def run_sweep(args: argparse.Namespace, overrides: list[str]) -> int:
     search = Search(folder, parsed, options, cfg.get("seed") or 0) if options["search"] else None
     points = [] if search else [Point(number, point) for number, point in enumerate(grid(parsed))]
     if book:
-        _refuse_other_grid(book, overrides, points, search)
+        _refuse_other_points(book, overrides, points, search)
     jobs = {} if book else _check_points(composer, points, options["fail_fast"])
     if book is None:
         book = Book(folder, typed, flags, points)
         book.claim()
-    with _Held(book) as lock:
+    with _Locked(book) as lock:
         callbacks = Callbacks(cfg)
         callbacks.on_multirun_start(config=cfg, config_name=composer.name)
         try:
@@ -91,7 +91,9 @@ def run_sweep(args: argparse.Namespace, overrides: list[str]) -> int:
             callbacks.on_multirun_end(config=cfg, config_name=composer.name)
 
 
-class _Held:
+class _Locked:
+    """Context manager that holds the sweep's lock and returns its file descriptor."""
+
     def __init__(self, book: Book):
         self.book = book
 
@@ -107,38 +109,38 @@ def _check_options(cfg: DictConfig, options: dict[str, Any], book: Book | None) 
         chosen = cfg.hydra.runtime.choices.get("hydra/sweeper")
         raise ConfigError("grids and searches have their own sweeper here", "hydra/sweeper", chosen, fix="Use sweep.search=tpe or random.")
     if not options["minimize"] + options["maximize"]:
-        raise ConfigError("names no metric, and neither does sweep.maximize", "sweep.minimize", fix="Use sweep.minimize=[val/loss].")
+        raise ConfigError("no metric is named here or in sweep.maximize", "sweep.minimize", fix="Use sweep.minimize=[val/loss].")
     if options["retry_failed"] and book is None:
         raise ConfigError("a new sweep has nothing to retry", "sweep.retry_failed", True, fix="Add sweep.resume=DIR.")
     if options["pruner"] and not options["search"]:
         raise ConfigError("a grid runs every point", "sweep.pruner", options["pruner"], fix="Add sweep.search=tpe or random.")
 
 
-def _refuse_other_grid(book: Book, typed: Sequence[str], points: list[Point], search: Search | None) -> None:
-    """`typed`: the overrides that this command stands for, its own or the recorded ones."""
+def _refuse_other_points(book: Book, typed: Sequence[str], points: list[Point], search: Search | None) -> None:
+    """Raise ConfigError if a resumed sweep has other points than the recorded one. `typed`: this command's overrides, or the recorded ones."""
     leave_out = f"Leave the overrides out: meshformer train -m {argument('sweep.resume', book.folder)} takes them from there."
     if (book.folder / STUDY).exists() != (search is not None):
         there = "a search" if search is None else "a grid"
         raise ConfigError(f"that is {there}", "sweep.resume", str(book.folder), fix=leave_out)
-    if search:  # its points are no function of the overrides, so these are compared themselves
-        found = differences([_of_the_points(book.overrides)], [_of_the_points(typed)])
+    if search:  # its points depend on results, so the overrides are compared instead
+        found = differences([_point_overrides(book.overrides)], [_point_overrides(typed)])
     else:
-        found = differences([_of_the_points(p.overrides) for p in book.points], [_of_the_points(p.overrides) for p in points])
+        found = differences([_point_overrides(p.overrides) for p in book.points], [_point_overrides(p.overrides) for p in points])
     if found:
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
         kind = "search" if search else "grid"
-        raise ConfigError(f"the {kind} there is another ({'; '.join(found[:3])}{more})", "sweep.resume", str(book.folder), fix=leave_out)
+        raise ConfigError(f"that folder holds a different {kind} ({'; '.join(found[:3])}{more})", "sweep.resume", str(book.folder), fix=leave_out)
 
 
-def _of_the_points(overrides: Sequence[str]) -> list[str]:
-    return [override for override in overrides if not override.lstrip("+~").startswith(OF_THE_COMMAND)]
+def _point_overrides(overrides: Sequence[str]) -> list[str]:
+    return [override for override in overrides if not override.lstrip("+~").startswith(COMMAND_PREFIXES)]
 
 
 def _check_points(composer: Composer, points: list[Point], fail_fast: bool) -> dict[int, Job]:
-    """The job of every point of a grid that can be trained, before the first is: a typo in the last must not show after hours.
+    """Compose and check every point of a grid before the first one runs, so that a mistake in the last does not show after hours.
 
-    The others are failed points. ConfigError when there is none that can, on the first other with `fail_fast`, and always on what Hydra cannot
-    compose: a misspelt name in a list is no layout that happens not to fit.
+    Returns the jobs that can be trained; the other points become failed. Raises ConfigError if no point can be trained, for the first bad point
+    with `fail_fast`, and for an override that Hydra cannot compose, which is a typing mistake rather than a combination that does not fit.
     """
     jobs: dict[int, Job] = {}
     first: ConfigError | None = None
@@ -170,18 +172,18 @@ class _Sweep:
         self.book, self.jobs, self.search = book, jobs, search
         self.metrics = [*options["minimize"], *options["maximize"]]
         self.largest_first = not options["minimize"]
-        # Of a sweep that is continued, these are the command's and not in its points.
+        # A resumed sweep takes these from the command, not from its recorded points.
         self.allow = [f"allow=[{','.join(cfg.allow)}]"] if cfg.get("allow") else []
         self.allow += composer.confine.overrides if composer.confine else []
         self.waiting: list[Point] = []
-        self.begun: dict[int, float] = {}  # of the running ones
+        self.started_at: dict[int, float] = {}  # point number -> time.monotonic() of its start, running points only
         self.signals: list[int] = []
-        self.asked = False  # the runs were asked to stop
-        self.stopping: str | None = None  # the state that the sweep will have then
+        self.stop_sent = False
+        self.stopping: str | None = None  # once stopping: the final state of the sweep
         self.display = Display(book.points, book.folder, self.metrics[0], options["trials"] if search else len(book.points))
 
     def run(self) -> int:
-        self._take_stock()
+        self._collect_waiting()
         self.book.write("running")
         before = {}
         if threading.current_thread() is threading.main_thread():
@@ -200,40 +202,40 @@ class _Sweep:
                 signal.signal(number, handler)
         return self._finish()
 
-    def _take_stock(self) -> None:
-        """What a resumed sweep has to do: nothing twice, and nothing left out."""
+    def _collect_waiting(self) -> None:
+        """Collect the points that still have to run, after correcting the states that a killed command left behind."""
         retried = ("failed",) if self.options["retry_failed"] and not self.search else ()
         for point in self.book.points:
-            if point.state == "running":  # the command was killed, maybe after the run had ended
+            if point.state == "running":  # the command was killed, perhaps after the run had finished
                 record = RunRecord(self.book.folder / point.folder).fields if point.folder else {}
                 point.state, point.final = ("done", dict(record["final"])) if record.get("state") == "finished" else ("interrupted", {})
         if self.search:
             self.book.points += self.search.open(self.book.points)
             for point in self.book.points:
                 if point.state not in ("queued", "interrupted"):
-                    self.search.told(point)
+                    self.search.report(point)
         for point in self.book.in_state("queued", "interrupted", *retried):
             point.state, point.error = "queued", None
             self.waiting.append(point)
 
-    # --- what every launcher needs
+    # --- shared by all launchers
 
     def _job(self, point: Point) -> Job:
-        """Composed once; that of a run which has a checkpoint is its own config.yaml."""
+        """The point's job, composed on first use. A run that has a checkpoint continues with its own config.yaml."""
         if point.number not in self.jobs:
             folder = self.book.folder / point.folder
             if point.folder and candidates(folder):
-                job = Job(continued(folder, list(self.cfg.get("allow") or []), self.composer.own(self.cfg)), point.folder, {})
+                job = Job(resumed_config(folder, list(self.cfg.get("allow") or []), self.composer.own(self.cfg)), point.folder, {})
             else:
                 job = self.composer.job(point.number, [*point.overrides, *self.allow])
             if self.search:
-                job.config = self.search.watched(point, job.config)
+                job.config = self.search.with_pruning(point, job.config)
             self.jobs[point.number] = job
         point.folder = self.jobs[point.number].folder
         return self.jobs[point.number]
 
     def _next(self) -> list[Point]:
-        """Points that may start now, in order. A search thinks of one when none is waiting."""
+        """Points that may start now, in order. A search proposes a new one if none is waiting."""
         if not self.waiting and self.search and self.search.more(self.book.points):
             point = self.search.propose()
             self.book.points.append(point)
@@ -244,14 +246,14 @@ class _Sweep:
     def _set(self, point: Point, state: str, error: str | None = None, seconds: float | None = None) -> None:
         point.state, point.error = state, error
         if state == "running":
-            self.begun[point.number] = time.monotonic()
-        elif point.number in self.begun:
-            since = self.begun.pop(point.number)
+            self.started_at[point.number] = time.monotonic()
+        elif point.number in self.started_at:
+            since = self.started_at.pop(point.number)
             point.seconds += time.monotonic() - since if seconds is None else seconds
         if state != "running":
             self.jobs.pop(point.number, None)
             if self.search:
-                self.search.told(point)
+                self.search.report(point)
         self.book.write()
         self.display.changed(point)
         if point.state == "failed" and self.options["fail_fast"] and self.stopping is None:
@@ -270,7 +272,7 @@ class _Sweep:
         else:
             self._set(point, outcome[0], str(outcome[1]).strip().partition("\n")[0] if outcome[0] == "failed" else None, seconds)
 
-    # --- on this machine
+    # --- the local launcher
 
     def _run_local(self) -> None:
         chosen, jobs = self.cfg.hydra.launcher, self.options["jobs"]
@@ -283,11 +285,11 @@ class _Sweep:
             while True:
                 if self.stopping is None:
                     self._start(launcher, jobs)
-                if not self.begun:
+                if not self.started_at:
                     break
                 for end in launcher.wait(WAIT_SECONDS):
                     self._end(end)
-                self._obey(launcher)
+                self._handle_signals(launcher)
                 self.display.refresh()
         finally:
             launcher.kill()
@@ -297,8 +299,8 @@ class _Sweep:
         limit = len(launcher.machine.gpus) + launcher.machine.cores if most == "auto" else int(most)
         total = self.options["trials"] if self.search else len(self.book.points)
         refused: list[Point] = []
-        while len(self.begun) < limit and (waiting := [point for point in self._next() if point not in refused]):
-            point = waiting[0]  # one that does not fit waits, and those after it may go first
+        while len(self.started_at) < limit and (waiting := [point for point in self._next() if point not in refused]):
+            point = waiting[0]  # a point that does not fit yet waits, and later ones may overtake it
             try:
                 job = self._job(point)
             except ConfigError as error:
@@ -309,7 +311,7 @@ class _Sweep:
                 continue
             trainer = job.config["trainer"]
             gpu = trainer["accelerator"] == "gpu"
-            if job.chooses_threads:
+            if job.auto_threads:
                 trainer["threads"] = launcher.machine.threads(trainer["devices"], gpu, total if most == "auto" else min(total, int(most)))
             if not launcher.reserve(point.number, Need(trainer["devices"], trainer["threads"], gpu)):
                 refused.append(point)
@@ -318,31 +320,31 @@ class _Sweep:
             folder = self.book.folder / point.folder
             try:
                 if not job.config["resume"]:
-                    shutil.rmtree(folder, ignore_errors=True)  # of an earlier start that came to no checkpoint
+                    shutil.rmtree(folder, ignore_errors=True)  # left by an earlier start that saved no checkpoint
                     open_folder(folder, job.config, self.composer.settings([*point.overrides, *self.allow]))
             except ConfigError as error:
                 launcher.release(point.number)
                 self._set(point, "failed", str(error))
                 continue
-            launcher.start(point.number, Order(job.config, str(folder), str(folder / "job.log"), job.environment, path_of_modules()))
+            launcher.start(point.number, JobSpec(job.config, str(folder), str(folder / "job.log"), job.environment, module_path()))
             self._set(point, "running")
 
-    def _end(self, end: Ended) -> None:
+    def _end(self, end: JobResult) -> None:
         self._ended(next(point for point in self.book.points if point.number == end.number), end.outcome, end.seconds)
 
-    def _obey(self, launcher: LocalLauncher) -> None:
-        """The first signal, or the first failure with fail_fast, asks the runs to stop saved; a second signal kills them."""
+    def _handle_signals(self, launcher: LocalLauncher) -> None:
+        """On the first signal, or the first failure with fail_fast, ask the runs to save and stop; on a second signal, kill them."""
         if self.signals and self.stopping is None:
             self.stopping = "interrupted" if self.signals[0] == signal.SIGINT else "preempted"
-        if self.stopping and not self.asked:
-            self.asked = True
-            if self.begun:
-                self.display.say(f"stopping: {len(self.begun)} runs save after their step; once more to kill them")
+        if self.stopping and not self.stop_sent:
+            self.stop_sent = True
+            if self.started_at:
+                self.display.say(f"stopping: {len(self.started_at)} runs save after their step; repeat the signal to kill them")
             launcher.ask_to_stop()
         if len(self.signals) > 1:
             launcher.kill()
 
-    # --- anywhere else
+    # --- other launchers
 
     def _run_plugin(self) -> None:
         launcher = PluginLauncher(self.composer.hydra, self.cfg, self.composer.flags)
@@ -383,7 +385,7 @@ class _Sweep:
         console = Console(width=None if sys.stdout.isatty() else 160)
         console.print(results.table(book.points, self.metrics, self.largest_first))
         if self.search and (best := self.search.best()):
-            kind = "best trial" if len(self.metrics) == 1 else "trials that none beats in every aim"
+            kind = "best trial" if len(self.metrics) == 1 else "Pareto-optimal trials"
             say(f"{kind}: " + ", ".join(str(book.folder / next(p.folder for p in book.points if p.number == number)) for number in best))
         for point in failed:
             log = book.folder / point.folder / "job.log" if point.folder else None
@@ -397,7 +399,7 @@ class _Sweep:
 
 
 def _resources(chosen: DictConfig) -> tuple[int, list[str]]:
-    """Cores and the names of GPUs to hand out."""
+    """Return the number of cores and the names of the GPUs that jobs may use."""
     count = visible_gpus()
     shown = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = [str(index) for index in range(count)] if shown is None else [entry.strip() for entry in shown.split(",")][:count]

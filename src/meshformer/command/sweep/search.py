@@ -1,4 +1,4 @@
-"""A sweep whose points Optuna chooses one after another. The study is a SQLite file in the sweep's folder, so it outlives the command."""
+"""A sweep whose points Optuna proposes one by one. The study is a SQLite file in the sweep's folder, so that a search can be resumed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FILE, NAME = "study.db", "sweep"
 
 
 class Search:
-    """`options`: the `sweep` node. Trial n of the study is point n of the sweep."""
+    """An Optuna study for a sweep. `options` is the `sweep` node; trial n of the study is point n of the sweep."""
 
     def __init__(self, folder: Path, parsed: Sequence[Override], options: dict[str, Any], seed: int):
         self.optuna = import_optuna()
@@ -37,16 +37,16 @@ class Search:
         self.metrics = [*options["minimize"], *options["maximize"]]
         if len(self.metrics) > 1 and options["pruner"]:
             raise ConfigError(
-                "a run cannot be given up for one of several aims", "sweep.pruner", options["pruner"], fix="Use sweep.pruner=null."
+                "pruning works with one metric only", "sweep.pruner", options["pruner"], fix="Use sweep.pruner=null."
             )
         self.seed = seed
         self.study: Any = None
 
     def open(self, points: Sequence[Point]) -> list[Point]:
-        """Make the study, or go on with the one that is there; points of trials that a killed command had no time to write down."""
+        """Create or reopen the study. Returns points for trials that a killed command had started but not yet written to sweep.json."""
         optuna = self.optuna
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        sampling = self.seed + 1000 * len(points)  # a continued search must not draw the same numbers again
+        sampling = self.seed + 1000 * len(points)  # a resumed search must not draw the same samples again
         sampler = (
             optuna.samplers.RandomSampler(seed=sampling)
             if self.options["search"] == "random"
@@ -59,7 +59,7 @@ class Search:
         return [Point(t.number, own_settings(self._overrides(t.params), str(self.folder / FILE))) for t in begun]
 
     def more(self, points: Sequence[Point]) -> bool:
-        """Whether trials are left. Those that failed and are to be retried count as never made."""
+        """Whether trials are left. With retry_failed, failed trials do not count."""
         counted = [p for p in points if not (self.options["retry_failed"] and p.state == "failed")]
         return len(counted) < self.options["trials"]
 
@@ -67,8 +67,8 @@ class Search:
         trial = self.study.ask(self.space)
         return Point(trial.number, self._overrides(trial.params))
 
-    def watched(self, point: Point, config: dict[str, Any]) -> dict[str, Any]:
-        """The run's configuration, with the callback that reports to the study and ends hopeless runs."""
+    def with_pruning(self, point: Point, config: dict[str, Any]) -> dict[str, Any]:
+        """Add the pruning callback, which reports to the study and ends unpromising runs, to the run's configuration."""
         if not self.options["pruner"]:
             return config
         callback = {
@@ -81,8 +81,8 @@ class Search:
         }
         return {**config, "callbacks": {**config["callbacks"], "pruning": callback}}
 
-    def told(self, point: Point) -> None:
-        """Tell the study how the point's run ended; `pruned` becomes the state of one that the callback ended."""
+    def report(self, point: Point) -> None:
+        """Report the outcome of the point's run to the study. A run ended by the pruning callback gets the state `pruned`."""
         trial, states = self.study.trials[point.number], self.optuna.trial.TrialState
         if trial.state.is_finished():
             return
@@ -102,7 +102,7 @@ class Search:
                 self.study.tell(point.number, values)
 
     def best(self) -> list[int]:
-        """The best point, or with several aims those that none beats in all (the Pareto front)."""
+        """Numbers of the best points: one for a single metric, the Pareto front for several."""
         complete = [t for t in self.study.trials if t.state.name == "COMPLETE"]
         return [trial.number for trial in self.study.best_trials] if complete else []
 
@@ -124,7 +124,7 @@ class Search:
             raise ConfigError(message, key, (override.input_line or "").partition("=")[2], fix="Start at a small number, such as 1e-6.")
 
     def _distribution(self, override: Override) -> Any:
-        """Hydra's sweep syntax as Optuna's: a,b or choice(); range(); interval(), which `int()` makes whole and tag(log, …) logarithmic."""
+        """Translate Hydra's sweep syntax: a,b or choice(); range(); interval(), integer with `int()` and logarithmic with tag(log, …)."""
         from hydra.core.override_parser.types import Transformer
 
         distributions, value = self.optuna.distributions, override.value()

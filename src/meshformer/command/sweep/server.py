@@ -1,8 +1,8 @@
-"""A process that has imported torch and all that a job needs, and forks one process for each job: the imports are paid once a sweep.
+"""A process that has imported torch and forks one process per job, so that a sweep pays for the imports only once.
 
-It has never trained, holds no random state that was used and one thread, so a job starts from the same state as in a new interpreter.
-The sweep sends ("start", number, order) and ("signal", number, signal, to the whole group); it gets ("ready",) and
-("ended", number, outcome, seconds). A lost connection means that the sweep is gone: its jobs are killed.
+The server never trains, never draws random numbers and has one thread, so a job starts from the same state as in a new interpreter.
+The sweep sends ("start", number, spec) and ("signal", number, signal, to the whole group); the server answers ("ready",) and
+("ended", number, outcome, seconds). If the connection is lost, the sweep has died, and the server kills its jobs.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ POLL_SECONDS = 0.05
 
 
 @dataclass
-class Order:
-    """What a job needs to know. `log`: the file for whatever it prints."""
+class JobSpec:
+    """Everything that a job is started with. `log` is the file that receives its stdout and stderr; `path` its sys.path."""
 
     config: dict[str, Any]
     folder: str
@@ -38,18 +38,18 @@ class Order:
 
 
 def main(handle: int, preload: list[str]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group of the terminal; the sweep passes it on
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of the terminal; the sweep forwards it to the jobs
     connection = Connection(handle)
     for name in ("meshformer.command.launch", "meshformer.job.train", "torch.distributed.launcher.api", *preload):
         importlib.import_module(name)
     connection.send(("ready",))
-    order, results = _serve(connection)
-    sys.exit(_work(order, results))
+    spec, results = _serve(connection)
+    sys.exit(_work(spec, results))
 
 
-def _serve(connection: Connection) -> tuple[Order, int]:
-    """Returns in the forked jobs alone."""
-    jobs: dict[int, tuple[int, int, float]] = {}  # number -> (process, pipe of its outcome, when it was forked)
+def _serve(connection: Connection) -> tuple[JobSpec, int]:
+    """Serve until the sweep is gone. Returns only in forked jobs: (what to run, pipe for the outcome)."""
+    jobs: dict[int, tuple[int, int, float]] = {}  # number -> (pid, pipe of its outcome, time of the fork)
     while True:
         try:
             if connection.poll(POLL_SECONDS):
@@ -58,7 +58,7 @@ def _serve(connection: Connection) -> tuple[Order, int]:
                     read, write = os.pipe()
                     process = os.fork()
                     if not process:
-                        # A group of its own: Ctrl-C in the terminal must reach the sweep alone, and killing it must reach all its ranks.
+                        # Each job has its own process group: Ctrl-C then reaches only the sweep, and killing the group reaches all ranks.
                         os.setpgid(0, 0)
                         connection.close()
                         for unused in (read, *(pipe for _, pipe, _ in jobs.values())):
@@ -74,7 +74,7 @@ def _serve(connection: Connection) -> tuple[Order, int]:
                 ended, _ = os.waitpid(process, os.WNOHANG)
                 if ended:
                     del jobs[number]
-                    _signal(process, signal.SIGKILL, True)  # what a killed job left behind
+                    _signal(process, signal.SIGKILL, True)  # remaining processes of a killed job
                     connection.send(("ended", number, _outcome(pipe), time.monotonic() - begun))
         except (EOFError, OSError):
             for process, _, _ in jobs.values():
@@ -93,19 +93,19 @@ def _outcome(pipe: int) -> Any:
     return pickle.loads(data) if data else None
 
 
-def _work(order: Order, results: int) -> int:
-    """One job, start to end. Its outcome: (state, final metrics or message)."""
+def _work(spec: JobSpec, results: int) -> int:
+    """Run one job and write its outcome, (state, final metrics or message), to the pipe `results`. Returns the exit code."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    _print_to(order.log)
-    os.environ.update(order.environment)
-    sys.path[:] = order.path
-    threading.Thread(target=_leave_with, args=(os.getppid(),), daemon=True).start()
+    _print_to(spec.log)
+    os.environ.update(spec.environment)
+    sys.path[:] = spec.path
+    threading.Thread(target=_exit_with_server, args=(os.getppid(),), daemon=True).start()
     from meshformer.command.launch import launch
     from meshformer.config.errors import ConfigError, Stopped
 
     code, outcome = 1, None
     try:
-        code, outcome = 0, ("done", launch(order.config, Path(order.folder), start_method="fork"))
+        code, outcome = 0, ("done", launch(spec.config, Path(spec.folder), start_method="fork"))
     except Stopped as stopped:
         say(stopped, error=True)
         code, outcome = stopped.exit_code, ("interrupted", str(stopped))
@@ -131,8 +131,8 @@ def _print_to(log: str) -> None:
     os.close(nothing)
 
 
-def _leave_with(server: int) -> None:
-    """A killed server cannot stop its jobs: they watch it and leave."""
+def _exit_with_server(server: int) -> None:
+    """Kill this job's process group when the server is gone: a killed server cannot stop its jobs."""
     while os.getppid() == server:
         time.sleep(1)
     os.killpg(0, signal.SIGKILL)
