@@ -1,4 +1,4 @@
-"""What a configuration may say: the typed schema, the allow-list, what `auto` stands for. Knows neither torch nor Hydra, nor any other room."""
+"""The typed schema of a configuration, the allow-list and the values of `auto`. Imports neither torch nor Hydra nor its sibling packages."""
 
 from meshformer.config.allow import check_object, check_target
 from meshformer.config.errors import ConfigError

@@ -1,6 +1,7 @@
-"""What `_target_` in a configuration may name. A configuration can come from a stranger's run folder: only known kinds of things are built.
+"""The allow-list of `_target_`: a configuration may come from an untrusted run folder, so only known kinds of classes and functions are built.
 
-Two checks: of the name before anything is imported, and (in job/build.py) of the object, since a module also holds what it imported.
+`check_target` checks the name before anything is imported; `check_object` (called by job/build.py) checks the imported object, because a module
+also exposes the names that it imported itself.
 """
 
 from __future__ import annotations
@@ -24,16 +25,16 @@ CLASSES = (
     "meshformer.tasks",
     "meshformer.callbacks",
 )
-# Functions only where they are components: a function such as `torch.hub.load` or one that writes files must not be callable from YAML.
+# Functions are allowed only where they are components: YAML must not be able to call `torch.hub.load` or a function that writes files.
 FUNCTIONS = ("meshformer.model", "meshformer.optim")
 
 
 def check_target(target: Any, allow: Iterable[str] = (), key: str = "_target_", module: str | None = None) -> None:
-    """Raise ConfigError unless `target` is an allowed dotted name. `module`: where it is really defined, when that is known."""
+    """Raise ConfigError unless `target` is an allowed dotted name. `module`: the module that defines it, if known."""
     if not isinstance(target, str) or not all(part.isidentifier() for part in target.split(".")):
         raise ConfigError("must be the dotted name of a class or function", key, target)
     added = tuple(allow)
-    # The definition may sit in a private module (torch.optim._muon), the name in the configuration may not.
+    # The defining module may be private (torch.optim._muon); the name in the configuration may not.
     for name, private in ((target, False), (f"{module}.{target.rpartition('.')[2]}" if module else target, True)):
         if not _allowed(name, added, private):
             raise ConfigError(
@@ -45,7 +46,7 @@ def check_target(target: Any, allow: Iterable[str] = (), key: str = "_target_", 
 
 
 def check_object(found: Any, target: str, allow: Iterable[str] = (), key: str = "_target_") -> None:
-    """After import: refuse an object that only passes through the named module (`torch.nn.modules.module.Any`)."""
+    """After the import, raise ConfigError for an object that the named module merely imported (`torch.nn.modules.module.Any`)."""
     module = getattr(found, "__module__", None)
     check_target(target, allow, key, module=module if isinstance(module, str) else "builtins")
 

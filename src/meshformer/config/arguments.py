@@ -1,10 +1,10 @@
-"""Which parameter of a model's `forward` takes what a task gives it. Without torch: the same for a class whose source is read and one that runs."""
+"""Match what a task passes to a model with the parameters of its `forward`. Without torch, so that it also works on a class that is only parsed."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-# What a task calls it -> names under which models take the same.
+# Name used by our tasks -> names that other models use for the same input.
 USUAL_NAMES = {
     "positions_BT": ("positions", "position_ids", "pos", "input_pos"),
     "documents_BT": ("documents", "document_ids", "doc_ids"),
@@ -13,12 +13,12 @@ USUAL_NAMES = {
 
 
 def places(parameters: Mapping[str, bool], open_ended: bool, held: Sequence[str], empty: Sequence[str] = ()) -> dict[str, str]:
-    """What the task gives -> the parameter that takes it.
+    """Return a mapping from each input that the task passes to the parameter that takes it.
 
-    `parameters`: name -> whether it is required, in order, of a forward that also takes **kwargs where it is `open_ended`. `held`: what there is
-    in this batch, the model's input first; `empty`: what a batch may hold and this one does not. An own name goes before a usual one, and the
-    input goes to the first parameter, whatever its name. ValueError, in words that follow "the model: ", for a forward that cannot be called so:
-    leaving out what a batch holds would compute something else.
+    `parameters` maps the names of forward's parameters, in order, to whether they are required; `open_ended`: forward also takes **kwargs. `held`
+    lists the inputs in this batch, the model's main input first; `empty` those that other batches may have. An exact name wins over one of
+    USUAL_NAMES, and the main input goes to the first free parameter, whatever its name. Raises ValueError (its text follows "the model: ") if an
+    input finds no parameter, since leaving it out would change the result, or a required parameter no input.
     """
     first, *_ = held
     found = {name: name for name in (*held, *empty) if name in parameters}

@@ -1,4 +1,4 @@
-"""Numbers outside of the range in which a setting means something, refused before anything is allocated. Which ranges, the rooms say."""
+"""Refuse numbers outside the valid range of a setting before anything is allocated. Each package defines its own ranges."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 from meshformer.config.errors import ConfigError
 
 Config = dict[str, Any]
-Range = tuple[float, bool, float, bool]  # lowest, may it be the lowest, highest, may it be the highest
+Range = tuple[float, bool, float, bool]  # lower bound, whether it is included, upper bound, whether it is included
 
 
 def check_ranges(config: Config, ranges: Mapping[str, Range]) -> None:
-    """ConfigError for the first number outside of its range. Settings that are absent, null or of another type are passed over."""
+    """Raise ConfigError for the first number outside its range. Settings that are absent, null or not numbers are skipped."""
     for key, (low, low_counts, high, high_counts) in ranges.items():
         value = setting(config, key)
         if not isinstance(value, int | float) or isinstance(value, bool):
@@ -23,7 +23,7 @@ def check_ranges(config: Config, ranges: Mapping[str, Range]) -> None:
 
 
 def setting(config: Config, key: str) -> Any:
-    """The value of a dotted key; None where there is none."""
+    """Return the value of a dotted key, or None if it is absent."""
     node: Any = config
     for part in key.split("."):
         node = node.get(part) if isinstance(node, dict) else None

@@ -1,4 +1,4 @@
-"""Along which axes the work is split, and into how many parts. Shared by the configuration, the device mesh and the strategy; without torch."""
+"""The parallel degrees of a layout. Used by the configuration, the device mesh and the strategy, so it does not import torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from meshformer.config.errors import ConfigError
 
 @dataclass(frozen=True)
 class Degrees:
-    """The degree of every axis; their product is the number of processes. One of them may be -1: what the others leave (see `resolved`)."""
+    """The degree of every mesh axis; their product is the number of processes. One may be -1, to be inferred from the others by `resolved`."""
 
     replicate: int = 1
     shard: int = 1
@@ -33,27 +33,27 @@ class Degrees:
 
     @property
     def data(self) -> int:
-        """Into how many slices a batch is cut."""
+        """The number of slices that a batch is split into."""
         return self.replicate * self.shard
 
     @property
     def fixed(self) -> int:
-        """The product without the -1."""
+        """The product of all degrees other than -1."""
         return prod(getattr(self, axis) for axis in AXES if getattr(self, axis) != -1)
 
     @property
     def open_axis(self) -> str | None:
-        """The axis with -1. Raises ConfigError where there are two."""
+        """The axis with degree -1, or None. Raises ConfigError if there are two."""
         names = [axis for axis in AXES if getattr(self, axis) == -1]
         if len(names) > 1:
             both = " and ".join(f"strategy.{name}" for name in names)
             raise ConfigError(
-                f"only one degree can be what the others leave, and {both} are -1", f"strategy.{names[1]}", -1, "Give it a number."
+                f"only one degree can be inferred from the others, and {both} are -1", f"strategy.{names[1]}", -1, "Give it a number."
             )
         return names[0] if names else None
 
     def resolved(self, processes: int, num_nodes: int = 1) -> Degrees:
-        """With a number in place of the -1. Raises ConfigError where the product cannot be, or is not, the number of processes."""
+        """Replace the -1 by a number. Raises ConfigError if the product then differs from the number of processes."""
         axis = self.open_axis
         if axis is not None and processes % self.fixed == 0:
             return replace(self, **{axis: processes // self.fixed})
@@ -62,12 +62,12 @@ class Degrees:
         there = f"there {'is 1 process' if processes == 1 else f'are {processes} processes'}"
         product = f"{self} {'=' if axis is None else 'is a multiple of'} {self.fixed}"
         message = f"{product}, but {there} (trainer.devices={processes // num_nodes} × trainer.num_nodes={num_nodes})"
-        at, fix = self._ways_out(processes, num_nodes)
+        at, fix = self._suggestions(processes, num_nodes)
         raise ConfigError(message, f"strategy.{at}", getattr(self, at), fix)
 
-    def _ways_out(self, processes: int, num_nodes: int) -> tuple[str, str]:
-        """The axis to name in a message, and the settings of which each would make the product right."""
-        fixed, least = self.fixed, self.fixed // gcd(self.fixed, num_nodes)  # least: processes a node, or a multiple of it beside a -1
+    def _suggestions(self, processes: int, num_nodes: int) -> tuple[str, str]:
+        """Return the axis to name in the error and a sentence with settings, each of which would make the product right."""
+        fixed, least = self.fixed, self.fixed // gcd(self.fixed, num_nodes)  # least: processes per node without a -1 axis; with one, their divisor
         below = processes // num_nodes // least * least
         devices = [n for n in (below, below + least) if n] if self.open_axis else [least] if least * num_nodes == fixed else []
         ways = ["trainer.devices=" + " or ".join(str(n) for n in devices)] if devices else []
@@ -85,8 +85,8 @@ AXES = tuple(field.name for field in fields(Degrees))
 
 
 def uses_fsdp(strategy: dict[str, Any]) -> bool:
-    """Whether FSDP holds the parameters: an axis cuts or copies them over the data, or a setting asks for what only FSDP does (`auto` asks for
-    nothing). Of a `strategy` config node whose degrees are settled."""
+    """Whether FSDP manages the parameters, for a `strategy` node with resolved degrees: either an axis shards or replicates them, or a setting
+    other than `auto` needs a feature of FSDP."""
     if strategy["name"] in ("single", "ddp"):
         return False
     asked = strategy["cpu_offload"] or any(strategy[key] not in ("auto", None) for key in ("param_dtype", "reduce_dtype"))

@@ -1,4 +1,4 @@
-"""The exceptions with a meaning for the command: what the user can mend (exit code 2), and a run that was told to stop."""
+"""The exceptions that decide the exit code: ConfigError for a mistake the user can fix (2), Stopped for a run ended by a signal (75 or 130)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 
 class ConfigError(Exception):
-    """A mistake in the configuration or in what the command was given.
+    """A mistake in the configuration or in the command's arguments.
 
     Args:
         message: what is wrong, in words; it may already name the key and the value.
@@ -36,12 +36,12 @@ class ConfigError(Exception):
 
 
 class Stopped(Exception):
-    """Training was told to stop and did, at a step boundary. `reason` is preempted or interrupted (Ctrl-C).
+    """Training stopped at a step boundary after a signal. `reason` is preempted or interrupted (Ctrl-C).
 
-    `saved`: at this very step. If not, `why` says why not.
+    `saved`: whether a checkpoint of this step exists; if not, `why` gives the reason.
     """
 
-    CODES: ClassVar[dict[str, int]] = {"preempted": 75, "interrupted": 130}  # 75 is the EX_TEMPFAIL of sysexits.h: try again later
+    CODES: ClassVar[dict[str, int]] = {"preempted": 75, "interrupted": 130}  # 75 is EX_TEMPFAIL in sysexits.h: try again later
 
     def __init__(self, reason: str, step: int, saved: bool, why: str = "callbacks.checkpoint is off") -> None:
         super().__init__(reason, step, saved, why)

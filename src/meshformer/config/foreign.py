@@ -1,7 +1,8 @@
-"""What is taken of a configuration that lies in a run folder. A folder may come from a stranger: its values are data, and reach nothing outside.
+"""Read configurations from run folders, which are untrusted: their values must not make a command write, send or read outside its own paths.
 
-Four rules, for every command that reads a config.yaml: no text in it is evaluated, paths to write to are the command's own, a component
-that writes or sends where its settings say (a logger of another kind, say) is built only where the command names it, and no link leads out.
+Four rules hold for every command that reads a config.yaml. No text in it is evaluated. Paths to write to come from the command. A component
+that writes or sends to where its settings say, such as most loggers, is built only if the command itself names it. No symbolic link may lead
+out of the folder.
 """
 
 from __future__ import annotations
@@ -17,19 +18,19 @@ from meshformer.config.errors import ConfigError
 from meshformer.config.paths import link_out_of
 
 Config = dict[str, Any]
-# Callbacks that act on the training alone: they take no path, and write nothing.
+# Callbacks of Lightning that only act on the training: they take no path and write no file.
 ACTS_ON_TRAINING = frozenset(
     f"lightning.pytorch.callbacks.{name}"
     for name in ("DeviceStatsMonitor", "EarlyStopping", "LearningRateMonitor", "StochasticWeightAveraging", "Timer")
 )
-TENSORBOARD = "lightning.pytorch.loggers.TensorBoardLogger"  # job/build.py says where it writes
+TENSORBOARD = "lightning.pytorch.loggers.TensorBoardLogger"  # job/build.py sets the folder it writes to
 PRUNING = "meshformer.callbacks.Pruning"  # writes to the study of the sweep that started the run
-# What has no place outside of callbacks, logger and data.source: it may write, fetch or read where its settings say.
-REACHING = ("lightning.", "torchmetrics.", "meshformer.callbacks.", "meshformer.data.")
+# Classes allowed only in callbacks, logger and data.source: they may write, download or read where their settings say.
+RESTRICTED = ("lightning.", "torchmetrics.", "meshformer.callbacks.", "meshformer.data.")
 
 
 def read_config(run: Path) -> Config:
-    """The run's config.yaml. ConfigError where there is none, it is damaged, or a text in it would be evaluated later."""
+    """Read the run's config.yaml. Raises ConfigError if it is missing or damaged, or holds an interpolation that would be evaluated later."""
     file = Path(run) / "config.yaml"
     try:
         config = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -37,7 +38,7 @@ def read_config(run: Path) -> Config:
         raise ConfigError(f"{run} holds no config.yaml, so it is not a run that can be read") from None
     except OSError as error:
         raise ConfigError(f"{file} cannot be read ({error.strerror})") from None
-    # A ValueError is text that is no UTF-8, or a date that does not exist.
+    # yaml raises ValueError for text that is not UTF-8 and for dates that do not exist.
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         raise ConfigError(f"{file} is damaged ({' '.join(str(error).split())})", fix="Restore it from a copy.") from None
     if not isinstance(config, dict):
@@ -50,14 +51,14 @@ def read_config(run: Path) -> Config:
 
 
 def refuse_links(run: Path, key: str, value: Any) -> None:
-    """ConfigError where a link in the run's folder leads out of it: through one, a file of the user's would be read, shown or written over."""
+    """Raise ConfigError if a symbolic link leads out of the run's folder: the command would read or overwrite another file of the user."""
     if (link := link_out_of(Path(run))) is not None:
         message = f"{link} is a link to {link.resolve()}, outside of the run's folder"
         raise ConfigError(message, key, value, fix="If the run is yours, put in the link's place what it points to.")
 
 
 def refuse_interpolations(node: Any, place: str, key: str = "") -> None:
-    """A configuration is resolved before it is recorded. A `${…}` left in it would be resolved by `instantiate`, after the targets are checked."""
+    """Raise ConfigError for a `${…}`: recorded configurations are resolved, and `instantiate` would resolve it after the targets are checked."""
     for path, text in _texts(node, key):
         if "${" in text:
             message = f"{place} holds an interpolation, and a resolved configuration has none"
@@ -65,10 +66,10 @@ def refuse_interpolations(node: Any, place: str, key: str = "") -> None:
 
 
 def confine(config: Config, paths: Mapping[str, str], mine: Config | None = None, cache: str | None = None) -> Config:
-    """`config`, which a folder says, with nothing in it that writes where the folder says.
+    """Return `config`, read from a folder, restricted so that it writes only where the command says. Raises ConfigError for other components.
 
-    `paths`: the command's own, which take the place of the recorded ones. `mine`: what the command composes to without the folder. `cache`: the
-    data source's, where it has one (default: paths.data). `config["allow"]` is the command's already.
+    `paths` of the command replace the recorded ones. `mine` is the command's own configuration, composed without the folder. `cache` replaces
+    the data source's cache (default: paths.data). `config["allow"]` must already be the command's.
     """
     mine, allow = mine or {}, config.get("allow") or ()
     config = {**config, "paths": dict(paths)}
@@ -79,7 +80,7 @@ def confine(config: Config, paths: Mapping[str, str], mine: Config | None = None
         nodes, own = config.get(group) or {}, mine.get(group) or {}
         if not isinstance(nodes, dict):
             raise ConfigError("must be a group of named parts, or {}", group, nodes)
-        kept = {name: node for name, node in nodes.items() if not _of_a_search(node) or own.get(name) == node}
+        kept = {name: node for name, node in nodes.items() if not _is_pruning(node) or own.get(name) == node}
         for name, node in kept.items():
             if node is not None and own.get(name) != node and not _stays_inside(group, name, node, allow):
                 _refuse(f"{group}.{name}", node)
@@ -87,7 +88,7 @@ def confine(config: Config, paths: Mapping[str, str], mine: Config | None = None
     for key, node in config.items():
         for path, part in _parts(node, str(key)) if key not in ("callbacks", "logger") else ():
             target = part["_target_"]
-            if path != "data.source" and str(target).startswith(REACHING) and not _named(target, allow) and _at(mine, path) != part:
+            if path != "data.source" and str(target).startswith(RESTRICTED) and not _is_allowed(target, allow) and _at(mine, path) != part:
                 _refuse(path, part)
     return config
 
@@ -100,10 +101,10 @@ def _refuse(key: str, node: Any) -> None:
 
 
 def _stays_inside(group: str, name: Any, node: Any, allow: Sequence[str]) -> bool:
-    if not isinstance(node, dict) or not str(name).isidentifier():  # the name becomes that of a folder
+    if not isinstance(node, dict) or not str(name).isidentifier():  # the name becomes a folder name
         return False
     target, arguments = node.get("_target_"), {key: value for key, value in node.items() if key != "_target_"}
-    if _named(target, allow) or not _buildable(target):  # what is not on the list is refused with all others that are not
+    if _is_allowed(target, allow) or not _buildable(target):  # a target that is not on the allow-list is refused later, by check_target
         return True
     if any(_parts(arguments, "")):
         return False
@@ -120,16 +121,16 @@ def _buildable(target: Any) -> bool:
     return True
 
 
-def _of_a_search(node: Any) -> bool:
+def _is_pruning(node: Any) -> bool:
     return isinstance(node, dict) and node.get("_target_") == PRUNING
 
 
-def _named(target: Any, allow: Sequence[str]) -> bool:
+def _is_allowed(target: Any, allow: Sequence[str]) -> bool:
     return any(str(target) == name or str(target).startswith(f"{name}.") for name in allow)
 
 
 def _parts(node: Any, path: str) -> Iterator[tuple[str, Config]]:
-    """Every node with `_target_` at or below `node`, with its dotted key."""
+    """Yield (dotted key, node) for every node with `_target_` at or below `node`."""
     if isinstance(node, dict) and "_target_" in node:
         yield path, node
     for name, child in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
@@ -137,7 +138,7 @@ def _parts(node: Any, path: str) -> Iterator[tuple[str, Config]]:
 
 
 def _texts(node: Any, path: str) -> Iterator[tuple[str, str]]:
-    """Every text at or below `node`, names of settings among them, with its dotted key."""
+    """Yield (dotted key, text) for every string at or below `node`, including the names of settings."""
     if isinstance(node, str):
         yield path, node
     for name, child in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():

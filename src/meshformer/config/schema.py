@@ -1,7 +1,7 @@
-"""The typed schema of a resolved configuration: which keys there are and what they hold. `validate` checks a plain dict against it.
+"""The typed schema of a configuration. `validate` checks a plain dict against it.
 
-The fixed part is the dataclasses below. A node with `_target_` takes its keys and types from that class or function instead, so that a
-new component is one Python file and one YAML file. Types are written as in types.py; they are read as text, never evaluated.
+The dataclasses below are the fixed part. A node with `_target_` gets its keys and types from the signature of that class or function, so that
+a new component needs only a Python file and a YAML file. types.py interprets the annotations as text; they are never evaluated.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     Targets = dict[str, Any]  # name -> a node with _target_, or null
 
 MISSING = "???"
-FROM_THE_MODEL = ("named_parameters", "all_names", "blocks")  # arguments of an optimizer that tasks/base.py gives it
+FROM_THE_MODEL = ("named_parameters", "all_names", "blocks")  # arguments of an optimizer that tasks/base.py passes
 PLAN = "meshformer.model.layout.Plan"
-# Nodes whose objects receive further arguments from job/build.py: there an argument may be absent. The others must be complete.
+# job/build.py passes further arguments to the objects of these nodes, so their required arguments may be absent here.
 FILLED_BY_BUILD = ("model", "task", "callbacks", "logger")
-# Names that torch and its papers use for pipeline schedules whose first and last stage are on one rank.
+# Names in torch and in papers for pipeline schedules that keep the first and the last stage on one rank.
 V_SHAPED = re.compile(r"zbv|dual_?pipe|^v_|bubble_?v", re.IGNORECASE)
 HYDRA_KEYS = {"_target_", "_partial_", "_recursive_", "_convert_"}
 
@@ -58,7 +58,7 @@ class Trainer:
     accumulate_grad_batches: PositiveInt = 1
     progress: bool = True
     deterministic: bool = False
-    compile: Literal["auto"] | bool = False  # where a recorded run is older than the setting
+    compile: Literal["auto"] | bool = False  # the default for recorded runs that are older than this setting
     float8: bool = False
 
 
@@ -89,7 +89,7 @@ class Data:
 
 @dataclass
 class Lora:
-    """Adapters of low rank; a rank of null means none."""
+    """Low-rank adapters (LoRA); rank=null disables them."""
 
     rank: PositiveInt | None = None
     alpha: PositiveFloat = 16.0
@@ -112,7 +112,7 @@ class Stage:
 
 @dataclass
 class Strategy:
-    """`single` and `ddp` are Lightning's own; every other name is the mesh strategy, of which only the degrees differ."""
+    """`single` and `ddp` use Lightning's strategies; every other name is our mesh strategy with different degrees."""
 
     name: LayoutName
     replicate: Literal[-1] | PositiveInt = 1
@@ -145,7 +145,7 @@ class Launch:
 
 @dataclass
 class Root:
-    """What `meshformer train` runs on; also config.yaml."""
+    """The configuration of `meshformer train`, also stored as config.yaml."""
 
     seed: Count
     experiment: str
@@ -222,7 +222,7 @@ class Export:
 
 @dataclass
 class Sweep:
-    """What `-m` does with its runs; no part of the runs' own configuration."""
+    """Options of `-m`, which are not part of the runs' own configuration."""
 
     jobs: Literal["auto"] | PositiveInt = "auto"
     fail_fast: bool = False
@@ -241,7 +241,7 @@ class SweepOptions:
 
 
 def layouts() -> list[str]:
-    """The names of conf/strategy/."""
+    """Return the option names of conf/strategy/."""
     return sorted(file.stem for file in (conf_dir() / "strategy").glob("*.yaml"))
 
 
@@ -249,9 +249,9 @@ SECTIONS: dict[str, type] = {c.__name__: c for c in (Paths, Trainer, Data, Lora,
 
 
 def validate(config: dict[str, Any], schema: type = Root) -> dict[str, Any]:
-    """Check keys and types; return the same settings with the schema's defaults filled in.
+    """Check keys and types, and return the same settings with the schema's defaults filled in.
 
-    Raises ConfigError naming the key, the value, what is expected and what may have been meant. Reads sources, imports nothing.
+    Raises ConfigError with the key, the value, what is expected and a suggestion. Components are not imported: their sources are parsed.
     """
     allow = config.get("allow")
     return _section(config, schema, "", tuple(allow) if isinstance(allow, list) else ())
@@ -295,7 +295,7 @@ def _value(value: Any, kind: str, key: str, allow: tuple[str, ...]) -> Any:
 
 
 def _target(node: Any, key: str, allow: tuple[str, ...]) -> None:
-    """A node with `_target_`: allowed, existing, and with arguments that fit its signature; so are the nodes inside it."""
+    """Check a node with `_target_` and those inside it: the target is allowed and exists, and the arguments fit its signature."""
     if not isinstance(node, dict) or "_target_" not in node:
         raise ConfigError("needs a _target_: the dotted name of a class or function", key, None if isinstance(node, dict) else node)
     target = node["_target_"]
@@ -316,7 +316,7 @@ def _arguments(node: dict[str, Any], found: Signature, key: str, allow: tuple[st
         if argument in HYDRA_KEYS:
             fits = isinstance(value, bool) if argument in ("_partial_", "_recursive_") else isinstance(value, str)
             if not fits:
-                raise ConfigError("is no value for it", at, value, fix="Leave it out.")
+                raise ConfigError("is not a valid value here", at, value, fix="Leave it out.")
             continue
         if key == "optimizer" and argument in FROM_THE_MODEL:
             raise ConfigError("comes from the model", at, fix="Leave it out.")
@@ -342,7 +342,7 @@ def _arguments(node: dict[str, Any], found: Signature, key: str, allow: tuple[st
 
 
 def _plan(value: Any, allow: tuple[str, ...]) -> None:
-    """How the model may be cut, for a class that does not say so itself: the settings of a Plan, or the dotted name of one."""
+    """Check model.plan, which says how to parallelise a class without a plan of its own: settings of a Plan, or the dotted name of one."""
     if isinstance(value, str) and value != MISSING:
         check_target(value, allow, "model.plan")
         return
@@ -356,7 +356,7 @@ def _plan(value: Any, allow: tuple[str, ...]) -> None:
 
 
 def _as_text(value: Any) -> Any:
-    """Numbers and words such as true as the texts that somebody may have meant by them."""
+    """Convert numbers and booleans to the text that the user may have meant."""
     if isinstance(value, list):
         return [_as_text(item) for item in value]
     return str(value).lower() if isinstance(value, bool) else str(value) if isinstance(value, int | float) else value
@@ -366,7 +366,7 @@ def _typed(value: Any, annotation: Any, key: str) -> None:
     if value == MISSING:
         raise ConfigError("needs a value", key, fix=f"Add {key}=… to the command.")
     if key == "model.vocab_size" and value is None:
-        return  # filled from the tokenizer, which exists only once the text has been read
+        return  # taken from the tokenizer, which exists only after the text is read
     if types.fits(value, annotation):
         return
     if key == "strategy.schedule" and V_SHAPED.search(str(value)):
@@ -380,7 +380,7 @@ def _typed(value: Any, annotation: Any, key: str) -> None:
     choices = types.literals(annotation)
     fix = did_you_mean(value, choices) if choices and isinstance(value, str) else None
     expected = f"expected {types.describe(annotation)}"
-    raise ConfigError(expected if value is not None else f"null is no value for it; {expected}", key, value, fix=fix)
+    raise ConfigError(expected if value is not None else f"null is not allowed here; {expected}", key, value, fix=fix)
 
 
 def _join(path: str, key: Any) -> str:

@@ -1,4 +1,4 @@
-"""The parameters of a class or function, read from its source file by `ast`: importing it would import torch (1 to 5 seconds).
+"""Read the parameters of a class or function from its source with `ast`: importing it would import torch, which takes 1 to 5 seconds.
 
 Follows `from x import y`, aliases, star imports, base classes, dataclasses, and lazy packages (PEP 562: a name -> module table in `__init__.py`).
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-DEEPEST = 12  # of re-exports and base classes: more is a circle
+MAX_DEPTH = 12  # limit on re-exports and base classes, to end import cycles
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Signature:
-    """`module` is where the target is defined; `open_ended`: it takes **kwargs, or its bases could not be read, so unknown names may be right."""
+    """`module` defines the target. `open_ended`: it takes **kwargs, or its bases could not be read, so unknown arguments may be valid."""
 
     module: str
     is_class: bool
@@ -36,7 +36,7 @@ class Signature:
 
 
 class TargetNotFound(LookupError):
-    """No such module, or no such name in it; `known` are the names that could have been meant."""
+    """There is no such module, or no such name in it; `known` lists the names for a suggestion."""
 
     def __init__(self, message: str, known: list[str]) -> None:
         super().__init__(message)
@@ -44,7 +44,7 @@ class TargetNotFound(LookupError):
 
 
 def signature(target: str) -> Signature:
-    """What `target` (dotted path) accepts. Raises TargetNotFound."""
+    """Return the signature of `target`, a dotted path. Raises TargetNotFound."""
     module, _, name = target.rpartition(".")
     if not module or module_file(module) is None:
         raise TargetNotFound(f"there is no module {module or target}", [])
@@ -60,7 +60,7 @@ def signature(target: str) -> Signature:
 
 
 def defaults(target: str) -> dict[str, Any]:
-    """The plain values that arguments of `target` have where nobody gives others. Empty where there is no such class or function."""
+    """Return the defaults of `target`'s arguments that are literals; empty if there is no such class or function."""
     with suppress(TargetNotFound):
         return _plain_values(signature(target))
     return {}
@@ -75,10 +75,10 @@ def _plain_values(found: Signature) -> dict[str, Any]:
 
 
 def method(target: str, name: str) -> Signature | None:
-    """What the method `name` of the class `target` accepts, its own or the nearest inherited one that can be read; None where there is none."""
+    """Return the signature of the method `name` of the class `target`, own or inherited; None if none is found in readable source."""
     module, _, called = target.rpartition(".")
     found = _find(module, called)
-    for _ in range(DEEPEST):
+    for _ in range(MAX_DEPTH):
         if found is None or not isinstance(found[1], ast.ClassDef):
             return None
         where, node = found
@@ -91,8 +91,10 @@ def method(target: str, name: str) -> Signature | None:
 
 
 def declares(target: str, name: str) -> bool:
-    """Whether the class `target`, or the nearest base class that can be read and says anything about it, has `name`: assigned in its body, to
-    `self` in a method, or a method or property of that name. `name = None` says that it has none."""
+    """Whether the class `target` has `name`: assigned in the class body, assigned to `self` in a method, or defined as a method or property.
+
+    The nearest class with a readable source that mentions it decides; `name = None` counts as not having it.
+    """
     for _, node in _lineage(target):
         said = _declared(node, name)
         if said is not None:
@@ -101,8 +103,10 @@ def declares(target: str, name: str) -> bool:
 
 
 def attribute(target: str, name: str, default: Any = None) -> Any:
-    """The plain value that the class `target`, or the nearest base class that can be read and assigns one, gives its attribute `name` in its body.
-    `default` where none does, or the value is no plain one."""
+    """Return the literal that the class `target`, or its nearest readable base class, assigns to `name` in its body.
+
+    Returns `default` if none does or the value is not a literal.
+    """
     for _, node in _lineage(target):
         for value in reversed(_assigned(node, name)):
             try:
@@ -113,7 +117,7 @@ def attribute(target: str, name: str, default: Any = None) -> Any:
 
 
 def _lineage(target: str) -> Iterator[tuple[str, ast.ClassDef]]:
-    """The class and those that it inherits from, each once, with their modules: itself, then each base and its bases, from the left."""
+    """Yield (module, class) for the class and its bases, each once, depth first from the left."""
     module, _, called = target.rpartition(".")
     seen: set[tuple[str, str]] = set()
     stack = [_find(module, called)]
@@ -127,7 +131,7 @@ def _lineage(target: str) -> Iterator[tuple[str, ast.ClassDef]]:
 
 
 def _assigned(node: ast.ClassDef, name: str) -> list[ast.expr]:
-    """What the body of a class assigns to `name`, in order."""
+    """Return the expressions that the class body assigns to `name`, in order."""
     return [
         statement.value
         for statement in node.body
@@ -138,7 +142,7 @@ def _assigned(node: ast.ClassDef, name: str) -> list[ast.expr]:
 
 
 def _declared(node: ast.ClassDef, name: str) -> bool | None:
-    """What the body of a class says of `name`; None where it says nothing."""
+    """Whether the class body defines `name`; None if the body does not mention it."""
     if any(isinstance(one, ast.FunctionDef) and (one.name == name or _sets(one, name)) for one in node.body):
         return True
     values = _assigned(node, name)
@@ -154,7 +158,7 @@ def _sets(method: ast.FunctionDef, name: str) -> bool:
 
 
 def module_file(module: str) -> Path | None:
-    """The source file of a module. Only the top package is looked up by the import system, which executes nothing for a top-level name."""
+    """Return the source file of a module. Only the top-level package goes through the import system, where a lookup executes no code."""
     first, *rest = module.split(".")
     try:
         spec = importlib.util.find_spec(first)
@@ -174,7 +178,7 @@ def module_file(module: str) -> Path | None:
 
 
 def public_names(module: str) -> list[str]:
-    """Names a user could mean in this module: what it defines, imports by name, or serves lazily."""
+    """Return the names a user could mean in this module: those it defines, imports by name, or serves lazily."""
     names: set[str] = set()
     for statement in _statements(module):
         if isinstance(statement, Definition):
@@ -192,7 +196,7 @@ def _tree(module: str) -> ast.Module | None:
 
 @cache
 def _parsed(file: Path, changed: int) -> ast.Module | None:
-    """`changed` keeps a long-lived process, a notebook for one, from reading what a file once said."""
+    """Parse a file. `changed`, its modification time, is part of the cache key, so that a notebook sees edits."""
     try:
         return ast.parse(file.read_text(encoding="utf-8"))
     except (SyntaxError, UnicodeDecodeError):
@@ -212,8 +216,8 @@ def _statements(module: str) -> Iterator[ast.stmt]:
 
 
 def _find(module: str, name: str, depth: int = 0) -> tuple[str, Definition] | None:
-    """The defining module and the definition of `module.name`."""
-    if depth > DEEPEST:
+    """Return the defining module and the definition of `module.name`."""
+    if depth > MAX_DEPTH:
         return None
     found: tuple[str, Definition] | None = None
     for statement in _statements(module):
@@ -239,7 +243,8 @@ def _find_lazily(module: str, name: str, depth: int) -> tuple[str, Definition] |
 
 
 def _lazy_tables(module: str) -> list[dict[str, str]]:
-    """Module-level dicts name -> module (`"corpus"`, `".corpus"`, `"package.corpus"`, or a tuple that starts with one), or module -> names."""
+    """Return the module-level dicts of lazy imports. They map name -> module (`"corpus"`, `".corpus"`, `"package.corpus"`, or a tuple that starts
+    with one) or module -> names."""
     tables: list[dict[str, str]] = []
     for statement in _statements(module):
         value = statement.value if isinstance(statement, ast.Assign | ast.AnnAssign) else None
@@ -291,7 +296,7 @@ def _class_parameters(module: str, node: ast.ClassDef, depth: int = 0) -> tuple[
         if not open_ended:
             return parameters, False
         inherited, _ = _base_parameters(module, node, depth)
-        return {**inherited, **parameters}, True  # **kwargs usually go to the base class, whose types still hold
+        return {**inherited, **parameters}, True  # **kwargs are usually passed to the base class, so its types apply
     inherited, open_ended = _base_parameters(module, node, depth)
     if any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list):
         fields = {
@@ -304,12 +309,12 @@ def _class_parameters(module: str, node: ast.ClassDef, depth: int = 0) -> tuple[
 
 
 def _base_parameters(module: str, node: ast.ClassDef, depth: int) -> tuple[dict[str, Parameter], bool]:
-    """Of the first base class that says something; a base that cannot be read leaves the signature open."""
+    """Return the parameters of the first base class that has any; a base that cannot be read makes the signature open-ended."""
     for base in node.bases:
         dotted = ast.unparse(base.value if isinstance(base, ast.Subscript) else base)
         if dotted.rpartition(".")[2] in {"object", "Generic", "Protocol", "ABC"}:
             continue
-        where, definition = (_find_dotted(module, dotted) if depth < DEEPEST else None) or ("", None)
+        where, definition = (_find_dotted(module, dotted) if depth < MAX_DEPTH else None) or ("", None)
         if not isinstance(definition, ast.ClassDef):
             return {}, True
         parameters, open_ended = _class_parameters(where, definition, depth + 1)
@@ -319,7 +324,7 @@ def _base_parameters(module: str, node: ast.ClassDef, depth: int) -> tuple[dict[
 
 
 def _find_dotted(module: str, dotted: str) -> tuple[str, Definition] | None:
-    """`nn.Module` as written inside `module`."""
+    """Find a dotted name, such as `nn.Module`, as written inside `module`."""
     first, _, rest = dotted.partition(".")
     if not rest:
         return _find(module, first)

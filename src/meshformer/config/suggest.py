@@ -1,4 +1,4 @@
-"""Did you mean …? One place, so that every message suggests in the same way."""
+"""Suggestions for misspelt words, phrased the same way in every message."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ LISTED = 12
 
 
 def did_you_mean(word: Any, known: Iterable[Any]) -> str | None:
-    """`Did you mean X?` for the closest known word, else `Choose from a, b, c.`; None where nothing is known.
+    """Return `Did you mean X?` for the closest known word, else `Choose from a, b, c.`; None if `known` is empty.
 
-    Dotted words are compared whole and by their last part, so that `optimizr.lr` finds `optimizer.lr` and `trainer.lr` finds it too.
+    Dotted words are compared whole and by their last part, so that both `optimizr.lr` and `trainer.lr` find `optimizer.lr`.
     """
     words = sorted({str(item) for item in known})
     if not words:

@@ -1,7 +1,7 @@
-"""Does a plain value fit a type annotation? The annotation is source code (`ast`), so that nothing has to be imported to check it.
+"""Check plain values against type annotations. An annotation is an `ast` node, so nothing has to be imported.
 
-Understood: int float bool str None Any, X | Y, Optional, Union, Literal, list/Sequence/Iterable/tuple/dict/Mapping, paths, and the ranged names
-of RANGES. A name that is not understood accepts everything: a check that guesses would refuse good configurations.
+Supported: int float bool str None Any, X | Y, Optional, Union, Literal, list/Sequence/Iterable/tuple/dict/Mapping, paths, and the ranged names
+of RANGES. Any other name accepts every value, so that no valid configuration is refused.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import ast
 from collections.abc import Callable
 from typing import Any
 
-LARGEST = 2**63  # torch, numpy and Python's random generators take no larger whole numbers
-# name -> (may it be fractional, is the value inside, in words)
+LARGEST = 2**63  # random seeds and tensor sizes must fit int64
+# name -> (whether fractions are allowed, range check, description)
 RANGES: dict[str, tuple[bool, Callable[[float], bool], str]] = {
     "int": (False, lambda x: abs(x) < LARGEST, "a whole number"),
     "float": (True, lambda x: True, "a number"),
@@ -31,7 +31,7 @@ def parse(annotation: str | None) -> ast.expr | None:
 
 
 def fits(value: Any, annotation: ast.expr | None) -> bool:
-    """Whether the plain value (None, bool, number, text, list, dict) may stand where the annotation is written."""
+    """Whether the plain value (None, bool, number, text, list, dict) fits the annotation."""
     if annotation is None:
         return True
     options = _options(annotation)
@@ -59,7 +59,7 @@ def fits(value: Any, annotation: ast.expr | None) -> bool:
 
 
 def describe(annotation: ast.expr | None) -> str:
-    """The annotation in words, for a message: `a whole number of at least 1, or null`."""
+    """Describe the annotation for a message: `a whole number of at least 1 or null`."""
     if annotation is None:
         return "anything"
     options = _options(annotation)
@@ -80,7 +80,7 @@ def describe(annotation: ast.expr | None) -> str:
 
 
 def literals(annotation: ast.expr | None) -> list[Any]:
-    """Every value that a `Literal` anywhere in the annotation lists."""
+    """Return every value listed by a `Literal` anywhere in the annotation."""
     if annotation is None:
         return []
     found: list[Any] = []
@@ -95,8 +95,8 @@ def literals(annotation: ast.expr | None) -> list[Any]:
 
 def _constant(node: ast.expr) -> Any:
     try:
-        return ast.literal_eval(node)  # also -1, which is an operation on a constant
-    except ValueError:  # a name, such as a member of an enumeration: no plain value equals it
+        return ast.literal_eval(node)  # handles -1 too, which is not an ast.Constant
+    except ValueError:  # a name, such as an enum member, which no plain value equals
         return ast.unparse(node)
 
 
@@ -109,7 +109,7 @@ def _fits_tuple(value: list[Any], arguments: list[ast.expr]) -> bool:
 
 
 def _options(annotation: ast.expr) -> list[ast.expr] | None:
-    """The members of a union, or of a quoted annotation; None where it is one plain type."""
+    """Return the members of a union or the content of a quoted annotation; None for a single type."""
     if isinstance(annotation, ast.BinOp) and isinstance(annotation.op, ast.BitOr):
         return [annotation.left, annotation.right]
     if isinstance(annotation, ast.Constant) and isinstance(annotation.value, str):
