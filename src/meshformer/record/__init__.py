@@ -1,4 +1,4 @@
-"""What a run leaves behind: its folder, `run.json` and `metrics.csv`. Standard library only, so that analysis needs no torch."""
+"""The record of a run: its folder, `run.json` and `metrics.csv`. Uses only the standard library, so that analysis needs no torch."""
 
 from meshformer.record.metrics_csv import MetricsCsv, read_metrics
 from meshformer.record.run_folder import RunNotFound, atomic_write_text, find_run, new_run_folder

@@ -1,4 +1,4 @@
-"""`metrics.csv`: wide, one row a logged step, numbers in full precision. The contract between training and analysis."""
+"""`metrics.csv`: one row per logged step, one column per metric, in full precision. Training writes it and analysis reads it."""
 
 import csv
 import io
@@ -14,10 +14,10 @@ INTEGERS = frozenset({"step", "epoch", "samples"})
 class MetricsCsv:
     """Writer of one `metrics.csv`, new or continued.
 
-    All values of a step meet in one row: `row(5, **{"train/loss": 1.2})` then `row(5, **{"val/loss": 1.3})`. The row of the
-    latest step stays open, also after `flush()`; a later step closes it. A column never seen before rewrites the file
-    with the wider header, atomically. Rows on disk always end in a newline, so that a last line without one is known to
-    be torn (the process was killed inside a write) and is dropped on opening.
+    All values of a step share one row: `row(5, **{"train/loss": 1.2})` then `row(5, **{"val/loss": 1.3})`. The row of the
+    latest step stays open, even after `flush()`, until a later step is logged. A new column rewrites the file atomically
+    with the wider header. Rows on disk end in a newline; a last line without one was cut off when the process was killed,
+    and is dropped on opening.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -32,7 +32,7 @@ class MetricsCsv:
         self._rewrite(rows)
 
     def row(self, step: int, **values: Any) -> None:
-        """Add `values` to the row of `step`, replacing earlier ones of the same column. Steps may not go back."""
+        """Add `values` to the row of `step`, replacing earlier values of the same columns. Raises ValueError if `step` goes back."""
         pending_step = int(self._pending["step"]) if self._pending else self._last_closed
         if step < pending_step or (step == self._last_closed and not self._pending):
             raise ValueError(f"metrics.csv is at step {pending_step}; a row for step {step} would be out of order (truncate_after first).")
@@ -49,19 +49,19 @@ class MetricsCsv:
         self._dirty = True
 
     def flush(self) -> None:
-        """Put everything known so far on disk: call it before each checkpoint, so that no checkpoint is ahead of its rows."""
+        """Write all values so far to disk. Call it before each checkpoint, so that no checkpoint is newer than its rows."""
         if not (self._pending and self._dirty):
             return
         line = self._line(self._pending)
         with open(self.path, "r+b") as file:
-            # One write over the row's own earlier version: a kill here loses at most this row.
+            # A single write replaces the row's earlier version, so a kill here loses at most this row.
             file.seek(self._offset)
             file.write(line)
             file.truncate()
         self._dirty = False
 
     def truncate_after(self, step: int) -> None:
-        """Drop every row with a step above `step`: what a run wrote after the checkpoint that it now resumes from."""
+        """Drop every row after `step`: a run logged them after the checkpoint that it now resumes from."""
         self.flush()
         rows = [row for row in _load(self.path)[1] if int(row["step"]) <= step]
         self._pending = rows.pop() if rows else {}
@@ -84,7 +84,7 @@ class MetricsCsv:
 
 
 def read_metrics(path: Path | str) -> list[dict[str, int | float | str]]:
-    """All complete rows, oldest first; empty cells are left out, `step`, `epoch`, `samples` are ints, the rest floats (or text)."""
+    """Return all complete rows, oldest first, without empty cells. `step`, `epoch` and `samples` are ints, the rest floats or text."""
     return [{name: _parse(name, cell) for name, cell in row.items() if cell != ""} for row in _load(Path(path))[1]]
 
 
@@ -97,7 +97,7 @@ def _load(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     header, body = lines[0], lines[1:]
     if header[0] != "step":
         raise ValueError(f"{path} is not a metrics.csv: its first column is {header[0]!r}, not 'step'.")
-    # strict=False: a row written by hand or by an older header may be short; missing cells are empty cells.
+    # strict=False: a row written by hand or under an older header may be short, and its missing cells count as empty.
     return header, [dict(zip(header, cells, strict=False)) for cells in body if cells and cells[0]]
 
 
@@ -108,7 +108,7 @@ def _encode(cells: list[str]) -> bytes:
 
 
 def _format(name: str, value: Any) -> str:
-    if hasattr(value, "item"):  # NumPy and torch scalars, whose repr is not a number
+    if hasattr(value, "item"):  # NumPy and torch scalars: their repr is not a number
         value = value.item()
     if isinstance(value, bool):
         return repr(int(value))

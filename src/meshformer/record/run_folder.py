@@ -1,4 +1,4 @@
-"""Run folders: `runs/<experiment>/<stamp>-<suffix>/`, how a new one is made and how an old one is found."""
+"""Create and find run folders, `runs/<experiment>/<stamp>-<suffix>/`."""
 
 import difflib
 import os
@@ -10,24 +10,24 @@ from pathlib import Path
 STAMP = "%Y-%m-%d_%H-%M-%S"
 MARKERS = ("run.json", "config.yaml")
 LISTED = 5
-PENDING = ".overrides.next"  # overrides.txt of a run that is about to go on
+PENDING = ".overrides.next"  # becomes overrides.txt when a resumed run reaches its first step
 
 
 class RunNotFound(ValueError):
-    """No run, or more than one, answers to what the user typed; the message says which runs there are."""
+    """What the user typed matches no run or several; the message lists the runs nearby."""
 
 
 def new_run_folder(runs: Path | str, experiment: str) -> Path:
     """Create and return `runs/<experiment>/<YYYY-mm-dd_HH-MM-SS>-<4 hex>`.
 
-    Raises ValueError where `experiment` would leave `runs`, FileExistsError if 100 suffixes in a row are taken.
+    Raises ValueError if `experiment` leads out of `runs`, FileExistsError if 100 suffixes in a row are taken.
     """
     if not experiment or Path(experiment).is_absolute() or ".." in Path(experiment).parts:
         raise ValueError(f"experiment={experiment!r} cannot name a folder below {runs}; use a plain name such as 'shakespeare_char'.")
     parent = Path(runs) / experiment
     parent.mkdir(parents=True, exist_ok=True)
     for attempt in range(100):
-        # Jobs of a grid start within one second of each other: the stamp alone collides, and so may four hex digits.
+        # Jobs of a grid may start within the same second, so stamps collide, and four hex digits may collide too.
         folder = parent / f"{datetime.now().strftime(STAMP)}-{secrets.token_hex(2)}"
         try:
             folder.mkdir(exist_ok=False)
@@ -44,7 +44,7 @@ def is_run(folder: Path) -> bool:
 
 
 def list_runs(runs: Path | str) -> list[Path]:
-    """Every run folder below `runs`, the most recently started last. Runs do not nest: a run's inside is not searched."""
+    """Return every run folder below `runs`, the latest start last. Runs do not nest, so a run's own folder is not searched."""
     found: list[Path] = []
     for top, folders, files in os.walk(runs):
         if any(marker in files for marker in MARKERS):
@@ -54,9 +54,9 @@ def list_runs(runs: Path | str) -> list[Path]:
 
 
 def find_run(spec: str | Path, runs: Path | str = "runs") -> Path:
-    """The run folder that `spec` means: a folder, `last`, or the end of one run's path (`shakespeare_char/…-3f0a`, `3f0a`).
+    """Return the run folder named by `spec`: a folder, `last`, or the end of a run's path (`shakespeare_char/…-3f0a`, `3f0a`).
 
-    Raises RunNotFound with one or two sentences that list the runs nearby.
+    Raises RunNotFound, whose message lists the runs nearby.
     """
     text = str(spec).rstrip("/")
     folder = Path(text).expanduser()
@@ -71,7 +71,7 @@ def find_run(spec: str | Path, runs: Path | str = "runs") -> Path:
     if text == "last":
         return known[-1]
     matches = [run for run in known if text and run.as_posix().endswith(text)]
-    # `3f0a` must not also mean a folder that merely ends in those letters when one run's whole name or suffix is exactly that.
+    # A run whose whole name or suffix is `3f0a` wins over runs whose names merely end in it.
     exact = [run for run in matches if run.name == text or run.name.rpartition("-")[2] == text]
     matches = exact or matches
     if len(matches) == 1:
@@ -86,7 +86,7 @@ def find_run(spec: str | Path, runs: Path | str = "runs") -> Path:
 
 
 def atomic_write_text(path: Path | str, text: str) -> None:
-    """Replace the file at `path` by `text` (UTF-8): whoever reads it, or a killed process leaves, sees the old text or the new."""
+    """Replace the file at `path` by `text` (UTF-8) atomically: readers see the old or the new text, even if this process is killed."""
     path = Path(path)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -94,7 +94,7 @@ def atomic_write_text(path: Path | str, text: str) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp makes files private; a run folder is for colleagues too.
+        # mkstemp creates private files; this restores the permissions that open() would give.
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException:
@@ -112,7 +112,7 @@ def _started(run: Path) -> tuple[float, float, str]:
     touched = max((run / marker).stat().st_mtime for marker in MARKERS if (run / marker).is_file())
     try:
         stamp = datetime.strptime(run.name.rpartition("-")[0], STAMP).timestamp()
-    except ValueError:  # a folder the user named through hydra.run.dir
+    except ValueError:  # hydra.run.dir named the folder
         stamp = touched
     return stamp, touched, run.name
 

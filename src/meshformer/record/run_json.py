@@ -1,4 +1,4 @@
-"""`run.json`: one small file that tells what a run was, from which code, on what, and how it ended."""
+"""`run.json`: a run's state, code version, device, layout and final metrics."""
 
 import json
 import math
@@ -20,7 +20,7 @@ SOURCE = Path(__file__).resolve()
 
 
 def read_run(folder: Path | str) -> dict[str, Any]:
-    """The fields of `folder/run.json`. Raises ValueError where it is damaged."""
+    """Return the fields of `folder/run.json`. Raises ValueError if the file is damaged."""
     file = Path(folder) / "run.json"
     fields = json.loads(file.read_text(encoding="utf-8"))
     if not isinstance(fields, dict):
@@ -29,19 +29,19 @@ def read_run(folder: Path | str) -> dict[str, Any]:
 
 
 class RunRecord:
-    """Writer of `folder/run.json`; every call leaves a complete file, the old one or the new one.
+    """Writer of `folder/run.json`; every call replaces the file atomically.
 
     Fields: `state` (running, finished, failed, preempted), `started`, `ended` (ISO 8601, with offset), `git`
     (`commit`, `dirty`; None outside a checkout), `versions`, `python`, `platform`, `device`, `layout`, `parameters`,
     `final` (metrics), `error` (`type`, `message`; None without), `segments` (earlier starts of a resumed run).
-    Nothing is taken from the environment: no user, host or variable. Floats that JSON lacks are written as "nan", "inf", "-inf".
+    It records no user name, host name or environment variable. Non-finite floats, which JSON lacks, are written as "nan", "inf", "-inf".
     """
 
     def __init__(self, folder: Path | str) -> None:
         self.path = Path(folder) / "run.json"
         try:
             self.fields: dict[str, Any] = read_run(folder) if self.path.is_file() else {}
-        except ValueError:  # cut off by a full disk, say: what the run's checkpoints hold does not depend on it
+        except ValueError:  # damaged, for example by a full disk; the checkpoints do not depend on it
             self.fields = {"state": "unknown"}
 
     def start(
@@ -52,12 +52,12 @@ class RunRecord:
         parameters: int | None = None,
         **fields: Any,
     ) -> None:
-        """Begin the run, or its next segment where the folder already has a record (a resume)."""
+        """Record the start of the run, or of its next segment if the folder already has a record (a resume)."""
         segments = list(self.fields.get("segments", []))
         if self.fields:
             segment = {key: self.fields.get(key) for key in SEGMENT}
-            if segment["state"] == "running":  # its process had no time to say how it ended
-                segment.update(state="failed", error={"type": None, "message": "ended without a word (killed, or its machine died)"})
+            if segment["state"] == "running":  # its process died before it could record an end
+                segment.update(state="failed", error={"type": None, "message": "ended without recording why (killed, or its machine failed)"})
             segments.append(segment)
         self.fields = {
             "state": "running",
@@ -78,14 +78,14 @@ class RunRecord:
         self._write()
 
     def update(self, **fields: Any) -> None:
-        """Set fields while the run goes on (`parameters=…` once the model is built). The state has its own calls."""
+        """Set fields during the run, such as `parameters` once the model is built. `start` and `finish` set the state."""
         if "state" in fields:
             raise ValueError("update() cannot set the state; start() and finish() do.")
         self.fields.update(fields)
         self._write()
 
     def finish(self, state: str, error: BaseException | str | None = None, **final: Any) -> None:
-        """End the run in `state` (finished, failed or preempted) with its last metrics, by keyword or `**{"val/loss": 1.5}`."""
+        """Record the end of the run in `state` (finished, failed or preempted) with its last metrics, as in `**{"val/loss": 1.5}`."""
         if state not in STATES[1:]:
             raise ValueError(f"state={state!r} does not end a run; use one of {', '.join(STATES[1:])}.")
         if isinstance(error, BaseException):
@@ -101,8 +101,8 @@ class RunRecord:
 
 
 def git_state() -> dict[str, Any] | None:
-    """Commit of the checkout this code runs from and whether tracked files differ from it; None for an installed copy."""
-    # A virtual environment inside some repository is not a checkout of meshformer: this very file must be tracked there.
+    """Return the commit of the checkout this code runs from and whether tracked files differ; None for an installed copy."""
+    # This file must be tracked by git: a virtual environment inside another repository is not a checkout of meshformer.
     if _git("ls-files", "--error-unmatch", SOURCE.name) is None or (commit := _git("rev-parse", "HEAD")) is None:
         return None
     changes = _git("status", "--porcelain", "--untracked-files=no")
@@ -110,7 +110,7 @@ def git_state() -> dict[str, Any] | None:
 
 
 def installed_versions() -> dict[str, str]:
-    """Versions of the packages that decide a run's numbers, from their metadata: importing torch for this costs a second."""
+    """Return the versions of the packages that affect results, from package metadata: importing torch would take a second."""
     versions = {}
     for name in PACKAGES:
         try:
@@ -121,7 +121,7 @@ def installed_versions() -> dict[str, str]:
 
 
 def _git(*arguments: str) -> str | None:
-    # Inside a git hook GIT_DIR and friends point at whatever repository runs the hook.
+    # Inside a git hook, GIT_DIR and similar variables point at the repository that runs the hook.
     environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
     try:
         done = subprocess.run(["git", *arguments], cwd=SOURCE.parent, env=environment, capture_output=True, text=True, timeout=10)
