@@ -99,7 +99,7 @@ def launched(*arguments: object) -> None:
         ("train -m sweep.fail_fast=true strategy=single,ddp,tensor,pipeline,hsdp data.batch_size=6", ["data.batch_size=6", "4 and 8"]),
         ("train +model.n_heads=4", ["+model.n_heads", "Leave the + out"]),
         ("train ++model.foo=1", ["model.foo", "no such argument"]),
-        ("train optimizer.lr=nan", ["optimizer.lr=nan", "no finite number"]),
+        ("train optimizer.lr=nan", ["optimizer.lr=nan", "not a finite number"]),
         ("train optimizer.weight_decay=-1", ["optimizer.weight_decay=-1", "negative"]),
         ("train model.d_model=-32", ["model.d_model=-32", "at least 1"]),
         ("train schedule.min_ratio=7", ["schedule.min_ratio=7", "0 to 1"]),

@@ -15,7 +15,7 @@ from meshformer.cli import main
 from meshformer.record import RunNotFound
 from meshformer.runs import attention_maps, compare, figures, load_metrics, load_model, load_runs, loss_by_position, training_flops
 from meshformer.runs.fits import fit_power_law, lower_envelope
-from meshformer.runs.frames import labels, setting_columns, telling_columns
+from meshformer.runs.frames import distinguishing_columns, labels, setting_columns
 from meshformer.runs.timeline import idle_share, play
 from run_folders import write_run
 
@@ -135,7 +135,7 @@ def test_parity_draws_the_differences(tmp_path):
     metrics = pd.concat([metrics, metrics.replace("train/loss", "train/grad_norm")])
     lines = {line.get_label(): line for line in figures.parity(metrics).axes[0].lines}
     assert lines["ddp"].get_ydata() == pytest.approx([1e-6, 1e-6], rel=1e-3) and len(lines["fsdp"].get_ydata()) == 0
-    assert telling_columns(load_runs(tmp_path)) == ["strategy"]
+    assert distinguishing_columns(load_runs(tmp_path)) == ["strategy"]
 
 
 class _Links(HTMLParser):

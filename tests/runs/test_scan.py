@@ -18,7 +18,7 @@ from meshformer.config.errors import ConfigError
 from meshformer.record import RunNotFound
 from meshformer.runs import scan as scanning
 from meshformer.runs.scan import cache_file, layout_name, scan
-from meshformer.runs.table import ordered, parse_filter, row_of, settings, telling, varying
+from meshformer.runs.table import distinguishing, ordered, parse_filter, row_of, settings, varying
 from run_folders import write_run
 
 SRC = Path(__file__).parents[2] / "src"
@@ -54,8 +54,8 @@ def test_settings_that_differ_and_the_few_that_tell(tmp_path):
         write_run(tmp_path / f"b{seed}", seed=seed, overrides="model=micro\n", layers=6)
     own = [settings(run) for run in scan(tmp_path)[0]]
     assert sorted(varying(own)) == ["model", "model.n_layers", "seed"]
-    assert telling(own, ["model", "model.n_layers"]) == ["model"]
-    assert telling(own, ["model.n_layers", "seed"]) == ["model.n_layers", "seed"]
+    assert distinguishing(own, ["model", "model.n_layers"]) == ["model"]
+    assert distinguishing(own, ["model.n_layers", "seed"]) == ["model.n_layers", "seed"]
 
 
 @pytest.mark.parametrize(

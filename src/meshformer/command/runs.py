@@ -18,6 +18,7 @@ from meshformer.runs.scan import UNREADABLE, Run, scan
 from meshformer.runs.table import (
     METRICS,
     Row,
+    distinguishing,
     find_key,
     is_setting,
     ordered,
@@ -25,7 +26,6 @@ from meshformer.runs.table import (
     row_of,
     settings,
     shown,
-    telling,
     text_table,
     varying,
 )  # fmt: skip
@@ -123,7 +123,7 @@ def _columns(runs: Sequence[Run], rows: Sequence[Row]) -> list[str]:
     figures = [key for key in AFTER if any(row.get(key) is not None for row in rows)]
     if figures[-2:] == ["val/loss", "best/val/loss"] and all(row.get("val/loss") == row.get("best/val/loss") for row in rows):
         figures.pop()
-    return [*DEFAULT, *telling(own, varying(own)), *figures, *(["error"] if any(row.get("error") for row in rows) else [])]
+    return [*DEFAULT, *distinguishing(own, varying(own)), *figures, *(["error"] if any(row.get("error") for row in rows) else [])]
 
 
 def _all_columns(runs: Sequence[Run], known: Sequence[str]) -> list[str]:

@@ -2,7 +2,7 @@
 
     from meshformer.runs import load_runs, load_metrics, load_model, compare, figures
 
-What is named here needs the extra `notebooks`; `scan`, `table` and `choices` below it are plain Python and answer on the terminal at once.
+These functions need the extra `notebooks`. The modules `scan`, `table` and `choices` are plain Python, so that `meshformer runs` starts fast.
 """
 
 from __future__ import annotations

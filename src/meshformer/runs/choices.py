@@ -1,4 +1,4 @@
-"""Which option of each config group a run chose: `model=nano`, `model/position=rotary`. Read from plain files; Hydra is not asked."""
+"""Find the option of each config group that a run chose (`model=nano`, `model/position=rotary`) from plain files, without Hydra."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ import yaml
 from meshformer.config.paths import conf_dir
 
 GROUPS = ("model", "model/position", "model/attention", "data", "optimizer", "schedule", "task", "trainer")
-# libyaml's safe loader reads a config.yaml in a tenth of the time; not every build of PyYAML has it.
+# libyaml's safe loader is ten times as fast, but not every build of PyYAML has it.
 Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def choices(config: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, str]:
-    """Group -> option, from what was typed; else from the class that stands in the configuration, where one option alone names it; else the
-    recipe's own. A run folder does not record them, so a later edit of conf/ may rename what an old run took by default."""
+    """Return a mapping from group to option.
+
+    The option comes from the overrides, else from the class in the configuration if exactly one option names it, else from the defaults of the
+    recipe. Run folders do not record choices, so a later edit of conf/ may change the shown default of an old run.
+    """
     typed = dict(line.lstrip("+").split("=", 1) for line in overrides if "=" in line and not line.startswith(("-", '"')))
     experiment = config.get("experiment")
     found = {"experiment": str(experiment)} if experiment else {}
@@ -34,7 +37,7 @@ def choices(config: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, st
 
 
 def _by_class(group: str, config: Mapping[str, Any]) -> str | None:
-    if not all(_options(group).values()):  # an option that sets no class may have any
+    if not all(_options(group).values()):  # an option without a class would match any
         return None
     matches = [option for option, classes in _options(group).items() if all(_at(config, key) == cls for key, cls in classes)]
     return matches[0] if len(matches) == 1 else None
@@ -42,14 +45,14 @@ def _by_class(group: str, config: Mapping[str, Any]) -> str | None:
 
 @cache
 def _options(group: str) -> dict[str, list[tuple[str, str]]]:
-    """Option -> [(dotted key, class)] of the `_target_`s that its file sets."""
+    """Return a mapping from each option to [(dotted key, class)] for the `_target_`s that its file sets."""
     files = sorted((conf_dir() / group).glob("*.yaml"))
     return {file.stem: list(_classes(_load(file), group.replace("/", "."))) for file in files}
 
 
 @cache
 def _defaults(experiment: str) -> dict[str, str]:
-    """What train.yaml chooses, then what the experiment puts in its place."""
+    """Return the options that train.yaml chooses, updated by those of the experiment."""
     chosen: dict[str, str] = {"model/attention": "auto", "model/position": "rotary"}
     for file in (conf_dir() / "train.yaml", conf_dir() / "experiment" / f"{experiment}.yaml"):
         for entry in (_load(file).get("defaults") or []) if file.is_file() else []:
@@ -61,7 +64,7 @@ def _defaults(experiment: str) -> dict[str, str]:
 def _load(file: Path) -> dict[str, Any]:
     try:
         return yaml.load(file.read_text(encoding="utf-8"), Loader) or {}
-    except (OSError, ValueError, yaml.YAMLError):  # someone is editing it
+    except (OSError, ValueError, yaml.YAMLError):  # the file may be half-edited
         return {}
 
 

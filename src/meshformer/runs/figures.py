@@ -1,6 +1,6 @@
-"""Figures of runs, fit for a paper: units on every axis, the colours of Okabe and Ito (2008), which colour-blind readers tell apart, vector export.
+"""Publication-quality figures of runs: units on every axis, the colour-blind-safe palette of Okabe and Ito (2008), vector export.
 
-Every function returns a closed matplotlib Figure: the last line of a notebook cell shows it, `save` writes it.
+Every function returns a closed matplotlib Figure, which a notebook displays and `save` writes.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from meshformer.runs.fits import fit_power_law, lower_envelope
-from meshformer.runs.frames import labels, setting_columns, telling_columns
+from meshformer.runs.frames import distinguishing_columns, labels, setting_columns
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # the yellow is too light for lines on white
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # without the yellow, which is too light on white
 MARKERS = "osD^vPX"
 GREY = "#767676"
 STYLE: Any = {
@@ -43,15 +43,15 @@ NAME = {
     "train/peak_memory_gib": "peak memory of a process (GiB)",
     "train/reserved_memory_gib": "reserved memory of a GPU (GiB)",
 }
-TOLERANCE = 5e-6  # what the project's tests hold every layout to, in fp32
+TOLERANCE = 5e-6  # the tests' tolerance between layouts, in fp32
 
 
-def _drawn(function: Callable[..., Figure]) -> Callable[..., Figure]:
+def _styled(function: Callable[..., Figure]) -> Callable[..., Figure]:
     @functools.wraps(function)
     def draw(*args: Any, **kwargs: Any) -> Figure:
         with plt.rc_context(STYLE):
             figure = function(*args, **kwargs)
-        plt.close(figure)  # a notebook would show it twice, and a report of many runs keep them all
+        plt.close(figure)  # an open figure would be shown twice in a notebook and stay in memory
         return figure
 
     return draw
@@ -68,7 +68,7 @@ def save(figure: Figure, stem: Path | str, formats: Sequence[str] = ("pdf", "svg
     return paths
 
 
-@_drawn
+@_styled
 def one_run(metrics: pd.DataFrame) -> Figure:
     """One run: losses, learning rate and speed over the steps."""
     figure, (loss, rate, speed) = plt.subplots(1, 3, figsize=(9.5, 2.7), width_ratios=[1.7, 1, 1], layout="constrained")
@@ -89,13 +89,13 @@ def one_run(metrics: pd.DataFrame) -> Figure:
     return figure
 
 
-@_drawn
+@_styled
 def curves(
     metrics: pd.DataFrame, metric: str = "val/loss", x: str | Sequence[str] = ("step", "tokens", "training_s"), start: float = 0.0
 ) -> Figure:
-    """`metric` against each of `x`, a panel each: a line for each setting, the mean over its seeds, and a band of one standard deviation.
+    """Plot `metric` against each of `x`, one panel each. Each line is the mean over the seeds of a setting, with a band of one standard deviation.
 
-    `start`: leave out this first part of the steps, whose large losses would hide the rest.
+    `start` omits this fraction of the steps, because the large losses at the start would compress the rest.
     """
     data = metrics[metrics["metric"] == metric].copy()
     data["label"] = labels(metrics).loc[data.index]
@@ -108,7 +108,7 @@ def curves(
     banded = False
     for axes, name in zip(panels[0], axes_names, strict=True):
         for i, label in enumerate(names):
-            # By step in each panel: seeds share their steps, while each has its own time.
+            # Seeds share their steps but not their times, so every panel averages by step.
             part = data[data["label"] == label].groupby("step")
             at, mean, sd = part[name].mean(), part["value"].mean(), part["value"].std()
             few = {"marker": MARKERS[i % len(MARKERS)]} if len(mean) < 25 else {}
@@ -127,17 +127,17 @@ def curves(
     return figure
 
 
-@_drawn
+@_styled
 def against(runs: pd.DataFrame, key: str, metric: str = "val/loss", log: bool | None = None) -> Figure:
-    """The final `metric` of finished runs against one setting: a dot for each run, a line through the means of the seeds.
+    """Plot the final `metric` of finished runs against one setting: a dot per run and a line through the means over seeds.
 
-    Numbers lie on a logarithmic axis where they span more than a factor of 5 (`log` overrides); names stand below each other, best on top.
+    Numbers use a logarithmic axis if they span more than a factor of 5 (`log` overrides this); names are listed vertically, best on top.
     """
     done: Any = runs[(runs["state"] == "finished") & runs[metric].notna() & runs[key].notna()]
     if not pd.api.types.is_numeric_dtype(done[key]):
         return _dots(done, key, metric)
     rest: Any = done.drop(columns=[key])
-    names = labels(rest) if telling_columns(rest) else pd.Series("", index=done.index)
+    names = labels(rest) if distinguishing_columns(rest) else pd.Series("", index=done.index)
     figure, axes = plt.subplots(figsize=(4.6, 3.0), layout="constrained")
     for i, name in enumerate(dict.fromkeys(names)):
         part = done[names == name]
@@ -183,11 +183,11 @@ def _dots(done: Any, key: str, metric: str) -> Figure:
     return figure
 
 
-@_drawn
+@_styled
 def parity(metrics: pd.DataFrame, reference: str = "single", by: str = "strategy") -> Figure:
-    """|difference| of training loss and of gradient norm (relative) to the run whose `by` is `reference`, step for step, on a logarithmic axis.
+    """Plot, per step, how far training loss (absolute) and gradient norm (relative) are from those of the run whose `by` is `reference`.
 
-    Steps without any difference are ticks at the lower edge. The dashed line is what the project's own tests allow in fp32.
+    Steps without any difference are ticks at the lower edge of the logarithmic axis. The dashed line is the tolerance of the project's tests in fp32.
     """
     figure, panels = plt.subplots(1, 2, figsize=(8.4, 2.9), layout="constrained", sharey=True)
     others = [name for name in dict.fromkeys(metrics[by]) if name != reference]
@@ -202,7 +202,7 @@ def parity(metrics: pd.DataFrame, reference: str = "single", by: str = "strategy
                 off = off / table[reference].abs()
             colour, some, none = COLOURS[i % len(COLOURS)], off[off > 0], off[off == 0]
             axes.plot(some.index, some, color=colour, label=name, linewidth=0.9, marker=MARKERS[i % len(MARKERS)], markersize=2.5)
-            # Side by side on the lower edge, or the last layout would hide the others there.
+            # Ticks of different layouts are offset, so that they do not hide each other.
             axes.plot(none.index, [least * 1.6**i] * len(none), color=colour, linestyle="", marker="|", markersize=4)
             most = max(most, off.max())
         axes.axhline(TOLERANCE, color=GREY, linestyle="--", linewidth=1)
@@ -220,9 +220,9 @@ def parity(metrics: pd.DataFrame, reference: str = "single", by: str = "strategy
     return figure
 
 
-@_drawn
+@_styled
 def speed_and_memory(runs: pd.DataFrame, by: str = "layout") -> Figure:
-    """Bars for each layout: time of a step, and the most memory that rank 0's process held (GPU: that it allocated there)."""
+    """Bars per layout: step time and peak memory of rank 0 (resident on a CPU, allocated on a GPU)."""
     done: Any = runs[runs["tokens_per_second"].notna()].copy()
     done["step_ms"] = 1e3 * done["tokens"] / done["step"] / done["tokens_per_second"]
     bars = {"step_ms": "time of a step (ms)", "train/peak_memory_gib": "peak memory of a process (GiB)"}
@@ -243,15 +243,15 @@ def speed_and_memory(runs: pd.DataFrame, by: str = "layout") -> Figure:
     return figure
 
 
-@_drawn
+@_styled
 def pipelines(schedules: Sequence[str] = ("gpipe", "1f1b", "interleaved_1f1b"), ranks: int = 4, microbatches: int = 8) -> Figure:
-    """Who works when in one step: the schedules of torch.distributed.pipelining, stages equally costly, communication free."""
+    """Timelines of torch.distributed.pipelining's schedules for one step, assuming equal stages and free communication."""
     from meshformer.runs.timeline import idle_share, play
 
     figure, panels = plt.subplots(
         len(schedules), 1, figsize=(8.4, (0.27 * ranks + 0.55) * len(schedules) + 0.4), sharex=True, layout="constrained", squeeze=False
     )
-    look = {
+    styles = {
         "F": ("forward", COLOURS[5]),
         "B": ("backward", COLOURS[4]),
         "I": ("backward, inputs", "#F0C060"),
@@ -263,7 +263,7 @@ def pipelines(schedules: Sequence[str] = ("gpipe", "1f1b", "interleaved_1f1b"), 
         spans = play(schedule, ranks, microbatches)
         end = max(end, *(span.end for span in spans))
         for span in spans:
-            word, colour = look[span.kind]
+            word, colour = styles[span.kind]
             second = span.stage >= ranks  # a rank's second stage
             bar = axes.barh(span.rank, span.end - span.start, left=span.start, height=0.86, color=colour, edgecolor="white", linewidth=0.5,
                             alpha=0.6 if second else 1.0)  # fmt: skip
@@ -279,9 +279,9 @@ def pipelines(schedules: Sequence[str] = ("gpipe", "1f1b", "interleaved_1f1b"), 
     return figure
 
 
-@_drawn
+@_styled
 def attention(maps_LHTS: Any, tokens: Sequence[str] | None = None) -> Figure:
-    """Attention weights of one sequence, (L, H, T, S): a row for each layer, a column for each head; the darker, the more is looked at."""
+    """Attention weights of one sequence, (L, H, T, S): one row per layer, one column per head; darker means more weight."""
     maps = np.asarray(maps_LHTS)
     L, H, T, _ = maps.shape
     written = tokens is not None and T <= 40
@@ -304,14 +304,14 @@ def attention(maps_LHTS: Any, tokens: Sequence[str] | None = None) -> Figure:
     bar = figure.colorbar(image, ax=panels, shrink=0.6, ticks=[0, 0.25**0.5, 0.5**0.5, 1], aspect=30)
     bar.ax.set_yticklabels(["0", "0.25", "0.5", "1"])
     bar.set_label("attention weight (square-root scale)")
-    figure.supxlabel("looked at", fontsize=9)
-    figure.supylabel("looking from", fontsize=9)
+    figure.supxlabel("key position", fontsize=9)
+    figure.supylabel("query position", fontsize=9)
     return figure
 
 
-@_drawn
+@_styled
 def encodings(d_model: int = 64, n_heads: int = 4, length: int = 64) -> Figure:
-    """What four positional encodings do, computed by the classes of model/position.py themselves."""
+    """Illustrate sinusoidal, rotary and ALiBi positions, computed by the classes of model/position.py."""
     import torch
 
     from meshformer.model import Alibi, Rotary, Sinusoidal
@@ -342,17 +342,19 @@ def encodings(d_model: int = 64, n_heads: int = 4, length: int = 64) -> Figure:
     return figure
 
 
-@_drawn
+@_styled
 def extrapolation(losses: Mapping[str, Any], trained: int) -> Figure:
-    """Loss at each position, for {name: losses of `loss_by_position`}: left of the line the lengths that were trained, right of it those that
-    were not. Positions are averaged in bins that grow with the distance from the start."""
+    """Plot loss by position for {name: result of `loss_by_position`}. Positions right of the dashed line are beyond the trained length.
+
+    Losses are averaged in bins whose width grows with the position.
+    """
     figure, axes = plt.subplots(figsize=(6.2, 3.2), layout="constrained")
     longest = max(len(values) for values in losses.values())
     for i, (name, values) in enumerate(losses.items()):
         numbers = np.asarray(values)
         edges = np.unique(np.geomspace(1, longest + 1, 24).astype(int))
         edges = np.append(edges[edges <= len(numbers)], len(numbers) + 1)
-        # No bin crosses the trained length.
+        # A bin edge lies at the trained length, so that no bin mixes both sides.
         edges = np.unique(np.append(edges, [trained + 1] if trained < len(numbers) else []))
         middles = [(a + b - 1) / 2 for a, b in itertools.pairwise(edges)]
         means = [numbers[int(a) - 1 : int(b) - 1].mean() for a, b in itertools.pairwise(edges)]
@@ -367,10 +369,12 @@ def extrapolation(losses: Mapping[str, Any], trained: int) -> Figure:
     return figure
 
 
-@_drawn
+@_styled
 def scaling(runs: pd.DataFrame, metrics: pd.DataFrame, metric: str = "val/loss") -> Figure:
-    """Loss against parameters, and along training against compute, each with a power law through it. `runs` needs a column `flops`, of training on
-    one token (`training_flops`). The compute law goes through the lower envelope of all sizes: `lower_envelope`."""
+    """Plot final loss against parameters, and loss during training against compute, each with a fitted power law.
+
+    `runs` needs a column `flops`, the training FLOPs per token (`training_flops`). The compute law is fitted to the `lower_envelope` of all sizes.
+    """
     done: Any = runs[(runs["state"] == "finished") & runs[metric].notna()]
     figure, (left, right) = plt.subplots(1, 2, figsize=(8.4, 3.1), layout="constrained")
     sizes = sorted(done["parameters"].unique())
@@ -421,8 +425,8 @@ def _count(number: float) -> str:
 
 
 def _colours(data: pd.DataFrame) -> tuple[list[str], Sequence[Any]]:
-    """Names in the order of the legend and their colours: a gradient where one number tells them apart, else separate colours."""
-    columns = telling_columns(data)
+    """Return the names in legend order and their colours: a gradient if a single number distinguishes them, else separate colours."""
+    columns = distinguishing_columns(data)
     if len(columns) == 1 and pd.api.types.is_numeric_dtype(data[columns[0]]):
         names = list(dict.fromkeys(data.sort_values(columns[0])["label"]))
         return names, _gradient(len(names)) if len(names) > 2 else COLOURS
@@ -435,18 +439,18 @@ def _gradient(count: int) -> list[Any]:
 
 
 def _title(data: pd.DataFrame) -> str:
-    columns = telling_columns(data)
+    columns = distinguishing_columns(data)
     return columns[0] if len(columns) == 1 else ""
 
 
 def sweep_keys(runs: pd.DataFrame) -> list[str]:
-    """The settings worth a figure of their own: those that tell the finished runs apart, with two values at least."""
+    """Return the settings that get a figure each: those that distinguish the finished runs and have at least two values."""
     done: Any = runs[runs["state"] == "finished"]
-    return [key for key in telling_columns(done) if done[key].nunique() > 1 and key in setting_columns(done)]
+    return [key for key in distinguishing_columns(done) if done[key].nunique() > 1 and key in setting_columns(done)]
 
 
 def all_figures(runs: pd.DataFrame, metrics: pd.DataFrame) -> Iterable[tuple[str, Figure]]:
-    """(caption, figure) of everything that can be drawn of these runs from their records alone: what `meshformer report` shows."""
+    """Yield (caption, figure) for every figure that the records of these runs allow; `meshformer report` shows them."""
     has = set(metrics["metric"]) if len(metrics) else set()
     if len(runs) == 1:
         if "train/loss" in has:
@@ -466,5 +470,5 @@ def all_figures(runs: pd.DataFrame, metrics: pd.DataFrame) -> Iterable[tuple[str
         if done["tokens_per_second"].notna().any():
             yield "Time of a step and memory by layout.", speed_and_memory(done)
         same: Any = metrics[metrics["run"].isin(done["run"])]
-        if "strategy" in same and "single" in set(same["strategy"]) and telling_columns(same.drop(columns=["strategy"])) == []:
+        if "strategy" in same and "single" in set(same["strategy"]) and distinguishing_columns(same.drop(columns=["strategy"])) == []:
             yield "How far each layout is from one process.", parity(same)

@@ -1,4 +1,4 @@
-"""Power laws through a few points (Kaplan et al. 2020, equation 1.1; Hoffmann et al. 2022, equation 2)."""
+"""Fit power laws to a few points (Kaplan et al. 2020, equation 1.1; Hoffmann et al. 2022, equation 2)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class PowerLaw:
-    """y = floor + scale · x^(−exponent). `residual`: root mean square of log(y − floor) about the line."""
+    """y = floor + scale · x^(−exponent). `residual`: root mean square of log(y − floor) around the fit."""
 
     scale: float
     exponent: float
@@ -25,10 +25,10 @@ class PowerLaw:
 
 
 def fit_power_law(x: Sequence[float], y: Sequence[float], floor: bool | None = None) -> PowerLaw:
-    """Least squares in logarithms. With `floor` (by default from six points on: fewer cannot tell it from the exponent) the constant is searched
-    over a grid below the least y.
+    """Fit by least squares in logarithms. With `floor`, the additive constant is chosen from a grid below the smallest y.
 
-    Raises ValueError for fewer than two different x, or for values that are not positive.
+    `floor` defaults to True from six different x on; with fewer, the constant and the exponent cannot be separated. Raises ValueError for fewer than
+    two different x or for values that are not positive.
     """
     xs, ys = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
     if len(np.unique(xs)) < 2 or (xs <= 0).any() or (ys <= 0).any():
@@ -39,7 +39,7 @@ def fit_power_law(x: Sequence[float], y: Sequence[float], floor: bool | None = N
 
 
 def lower_envelope(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[float]]:
-    """The corners of the lower convex hull in logarithms: the points that a power law below all of them would touch, while y falls."""
+    """Return the corners of the lower convex hull in log-log space, up to the lowest y: the best loss reached at each compute."""
     hull: list[tuple[float, float]] = []
     for point in sorted(zip(map(float, x), map(float, y), strict=True)):
         while len(hull) > 1 and _slope(hull[-2], point) <= _slope(hull[-2], hull[-1]):

@@ -1,4 +1,4 @@
-"""Runs as pandas frames, for notebooks."""
+"""Load runs and their metrics as pandas frames, for notebooks."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ import pandas as pd
 
 from meshformer.record import RunNotFound, read_metrics
 from meshformer.runs.scan import UNREADABLE, scan, with_axes
-from meshformer.runs.table import HEAD, is_setting, row_of, settings, telling, varying
+from meshformer.runs.table import HEAD, distinguishing, is_setting, row_of, settings, varying
 
 Source = pd.DataFrame | Path | str
 AXES = ("step", "tokens", "training_s")
 
 
 def load_runs(path: Path | str = "runs", cache: bool = True) -> pd.DataFrame:
-    """One row a run at or below `path`, the latest last, however deep (a run, a sweep folder, a folder of sweeps).
+    """Return one row per run at or below `path` (a run, a sweep folder, a folder of sweeps), the latest last.
 
-    Columns: `run` (its path below `path`), `state`, `started`, `duration_s` (wall clock of every segment, s), `layout`; each setting that is
-    not the same in all runs (`optimizer.lr`, `model/position`, `seed`); `parameters`, `step`, `tokens`, `training_s` (s in training steps),
+    Columns: `run` (its path below `path`), `state`, `started`, `duration_s` (wall clock of all segments, s), `layout`; each setting that
+    differs between runs (`optimizer.lr`, `model/position`, `seed`); `parameters`, `step`, `tokens`, `training_s` (s in training steps),
     `tokens_per_second` (median of the rows); final metrics (`val/loss`), the best of every validation metric (`best/val/loss`) and
     `best_step`; `commit`, `dirty`, `error`, `folder`. A damaged or half-written file is skipped with a warning that names it.
 
-    Raises RunNotFound where `path` is no folder or holds no run. `cache=False` reads every file anew.
+    Raises RunNotFound if `path` is not a folder or holds no run. `cache=False` reads every file again.
     """
     runs, problems = scan(path, cache)
     for problem in problems:
@@ -38,9 +38,9 @@ def load_runs(path: Path | str = "runs", cache: bool = True) -> pd.DataFrame:
 
 
 def load_metrics(runs: Source) -> pd.DataFrame:
-    """Every number in the runs' metrics.csv, tidy: `run`, the settings that differ, `step`, `tokens`, `training_s`, `metric`, `value`.
+    """Every number in the runs' metrics.csv, in long format: `run`, the settings that differ, `step`, `tokens`, `training_s`, `metric`, `value`.
 
-    `runs` is a frame of `load_runs`, filtered as you like, or a path. Text and empty cells are left out.
+    `runs` is a frame of `load_runs`, possibly filtered, or a path. Text and empty cells are left out.
     """
     frame = _frame(runs)
     tables = []
@@ -66,39 +66,39 @@ def load_metrics(runs: Source) -> pd.DataFrame:
 
 
 def compare(runs: Source, metric: str = "val/loss", higher_is_better: bool = False) -> pd.DataFrame:
-    """Finished runs by their settings, the seed left out, best first: `seeds`, mean and deviation of `metric`, mean of its best, and speed.
+    """Group finished runs by their settings without the seed, best first: `seeds`, mean and deviation of `metric`, mean of its best, and speed.
 
-    The deviation (`metric ±`) is the sample's, n − 1, and empty for one seed. Of the settings, as few columns as tell the rows apart.
+    `metric ±` is the sample standard deviation (n − 1), empty for one seed. Only the settings needed to distinguish the rows get a column.
     """
     frame = _frame(runs)
     if metric not in frame:
         raise KeyError(f"no run has {metric!r}; there are {', '.join(c for c in frame.columns if '/' in c and not is_setting(c))}")
     done: Any = frame[(frame["state"] == "finished") & frame[metric].notna()]
-    by = telling_columns(done)
+    by = distinguishing_columns(done)
     wanted = {"seeds": (metric, "size"), metric: (metric, "mean"), f"{metric} ±": (metric, "std")}
     means = [f"best/{metric}", "tokens_per_second", "training_s", "parameters"]
     wanted |= {name: (name, "mean") for name in means if name in done and done[name].notna().any()}
-    # A constant stands for the settings where they are all the same.
+    # If all settings are the same, a constant key puts every run into one group.
     groups: Any = done.groupby(by, dropna=False, sort=False) if by else done.groupby(lambda _: "all")
     return groups.agg(**wanted).reset_index(drop=not by).sort_values(metric, ascending=not higher_is_better, ignore_index=True)
 
 
 def setting_columns(frame: pd.DataFrame) -> list[str]:
-    """The columns that are settings of the runs."""
+    """Return the columns that are settings of the runs."""
     return [column for column in frame.columns if is_setting(column) and column not in ("metric", "value", "flops")]
 
 
-def telling_columns(frame: pd.DataFrame, leave_out: tuple[str, ...] = ("seed",)) -> list[str]:
-    """As few setting columns as tell all settings apart, but for the seed's."""
+def distinguishing_columns(frame: pd.DataFrame, leave_out: tuple[str, ...] = ("seed",)) -> list[str]:
+    """Return a minimal set of setting columns, without the seed, that distinguishes all combinations of settings."""
     columns = [column for column in setting_columns(frame) if column not in leave_out]
     distinct: Any = frame[columns].drop_duplicates()
     rows = distinct.to_dict("records")
-    return telling([{str(key): plain(value) for key, value in row.items()} for row in rows], columns)
+    return distinguishing([{str(key): plain(value) for key, value in row.items()} for row in rows], columns)
 
 
 def labels(frame: pd.DataFrame) -> pd.Series:
-    """A short name for each row, of the settings that tell rows apart: `ddp`, `lr 0.03`, `alibi, d_model 64`."""
-    columns = telling_columns(frame)
+    """Return a short name for each row from the settings that distinguish the rows: `ddp`, `lr 0.03`, `alibi, d_model 64`."""
+    columns = distinguishing_columns(frame)
     if not columns:
         return pd.Series("all runs" if frame["run"].nunique() > 1 else frame["run"].astype(str), index=frame.index)
 
@@ -111,7 +111,7 @@ def labels(frame: pd.DataFrame) -> pd.Series:
 
 
 def plain(value: Any) -> Any:
-    """A Python scalar; None for NaN."""
+    """Convert to a Python scalar; NaN becomes None."""
     value = value.item() if hasattr(value, "item") else value
     return None if isinstance(value, float) and value != value else value
 

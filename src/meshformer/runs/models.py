@@ -1,4 +1,4 @@
-"""Trained models in a notebook: load them, look into their attention, measure them at other lengths. One process, whatever layout saved them."""
+"""Use trained models in a notebook: load them, plot their attention, measure them at other lengths. One process reads a run of any layout."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from meshformer.model import Attention, Learned, Mask, Transformer, attend_refer
 
 
 def load_model(run: Path | str, allow: Sequence[str] = ()) -> Any:
-    """The run's LightningModule with the weights of its newest whole checkpoint (or of the checkpoint RUN/checkpoints/step-…), in eval mode.
+    """Return the run's LightningModule in eval mode, with the weights of its newest intact checkpoint or of the checkpoint named by `run`.
 
-    `.model` is the network and `.tokenizer` the run's tokenizer (None without one). `allow`: modules of your own that the run's configuration
-    may name; what a run folder allows itself does not count. Raises ConfigError where there is no whole checkpoint or its weights do not fit.
+    `.model` is the network and `.tokenizer` the run's tokenizer or None. `allow` lists your own modules that the run's configuration may name; the
+    list stored in the run folder is not trusted. Raises ConfigError if there is no intact checkpoint or its weights do not fit.
     """
     source = Path(run).expanduser()
     task: Any = build_task(_config(source, allow), max_steps=1)
     task.configure_model()
     load_weights(task.model, latest_checkpoint(source))
     file = run_of(source) / "tokenizer.json"
-    task.tokenizer = load_tokenizer(file) if file.is_file() else None  # images have none
+    task.tokenizer = load_tokenizer(file) if file.is_file() else None  # a run on images has none
     return task.eval()
 
 
@@ -40,13 +40,15 @@ def _config(source: Path, allow: Sequence[str]) -> dict[str, Any]:
     refuse_links(run_of(source), "run", str(source))
     config = {**read_config(run_of(source)), "callbacks": {}, "logger": {}, "allow": list(allow)}
     config = confine(config, {"runs": "runs", "data": os.path.expanduser(default_cache())})
-    return validate(config)  # also gives an older run the settings that came since
+    return validate(config)  # also fills in settings that are newer than the run
 
 
 @torch.no_grad()
 def attention_maps(model: Transformer, tokens_BT: Tensor) -> Tensor:
-    """Softmax weights of every layer and head, (L, B, H, T, S), taken at the model's own kernel seam: each layer's queries, keys, mask and bias
-    go through the written-out formula with the identity for values, which gives the weights themselves."""
+    """Return the softmax weights of every layer and head, (L, B, H, T, S).
+
+    Each layer's attention function is replaced during one forward pass: with the identity as values, the reference formula returns the weights.
+    """
     maps: list[Tensor] = []
 
     def record(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask: Mask, bias: Tensor | None = None, dropout: float = 0.0) -> Tensor:
@@ -69,9 +71,9 @@ def attention_maps(model: Transformer, tokens_BT: Tensor) -> Tensor:
 
 @torch.no_grad()
 def loss_by_position(run: Path | str, length: int, windows: int = 64, allow: Sequence[str] = ()) -> Tensor:
-    """Mean loss (nats) of the token at each of `length` positions, over `windows` equally spaced stretches of the validation part: (length,).
+    """Return the mean loss (nats) at each of `length` positions, shape (length,), over `windows` equally spaced windows of the validation data.
 
-    A learned table of positions ends at the trained length, and so does its result.
+    With learned positions the result is cut off at the trained length.
     """
     source = Path(run).expanduser()
     task = load_model(source, allow)
@@ -89,7 +91,7 @@ def loss_by_position(run: Path | str, length: int, windows: int = 64, allow: Seq
 
 
 def training_flops(run: Path | str, allow: Sequence[str] = ()) -> int:
-    """FLOPs of training on one token, of the run's model at its context length; see `model/count.py`."""
+    """Return the training FLOPs per token of the run's model at its context length; see `model/count.py`."""
     config = _config(Path(run).expanduser(), allow)
     with torch.device("meta"):
         model = build_model(config)

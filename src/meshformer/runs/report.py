@@ -1,4 +1,4 @@
-"""One self-contained page about a run or a folder of runs: the figures, the results, the settings. No script, nothing fetched from anywhere."""
+"""Write a self-contained HTML page about a run or a folder of runs: figures, results, settings. It has no scripts and loads nothing."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ pre { background: #f6f6f6; padding: .7rem; overflow-x: auto; font-size: .8rem; }
 
 
 def _shown(value: Any) -> Any:
-    return value if isinstance(value, Markup) else visible(value)  # a macro's own text is escaped already
+    return value if isinstance(value, Markup) else visible(value)  # the output of a macro is escaped already
 
 
-# Whatever a run's files say is a value of this template, and every value is escaped: nothing is put together outside of it. The policy, moreover,
-# lets a browser load nothing.
+# A run's files are untrusted. All text from them enters through this template, which escapes every value, and the Content-Security-Policy keeps the
+# browser from loading anything.
 PAGE = Environment(autoescape=True, finalize=_shown, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(
     """<!doctype html>
 {% macro draw(table) %}
@@ -84,13 +84,13 @@ PAGE = Environment(autoescape=True, finalize=_shown, undefined=StrictUndefined, 
 </body></html>
 """
 )
-LISTED = 200  # runs in the table; a sweep of thousands is read in a notebook
+LISTED = 200  # runs in the table; larger sweeps are for notebooks
 
 
 def write_report(source: Path | str, output: Path | str) -> None:
     """Write a page about the run `source`, or about all runs below it, to the file `output`, atomically.
 
-    Raises RunNotFound where there is none, OSError where the file cannot be written.
+    Raises RunNotFound if there is no run, OSError if the file cannot be written.
     """
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -132,7 +132,7 @@ def page(source: Path, runs: pd.DataFrame, figures: list[Any], problems: list[st
 
 
 def _settings(folder: Path, single: bool) -> list[dict[str, Any]]:
-    """The texts of one run: its own, or the latest's, from which the others differ by the columns above."""
+    """Return the settings files of one run, which for a folder is the latest, and for a single run also its newest sample."""
     samples = sorted((folder / "samples").glob("*.txt"))[-1:] if single else []
     found = []
     for file in (folder / "overrides.txt", folder / "config.yaml", *samples):
@@ -163,7 +163,7 @@ def _table(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _data(figure: Any) -> str:
-    """The figure as SVG in a data address. An image of its own: names inside it cannot meet those of another figure."""
+    """Return the figure as an SVG data URL. As an <img> it has its own scope, so ids of different figures do not clash."""
     out = io.BytesIO()
     with plt.rc_context(STYLE):
         figure.savefig(out, format="svg", bbox_inches="tight", metadata={"Date": None})

@@ -1,7 +1,7 @@
-"""Run folders as plain data: what each run was set to, how it ended, its last and best figures. No torch, no pandas; cached.
+"""Read run folders as plain data: settings, state, last and best metrics. Uses neither torch nor pandas.
 
-What is read of a run is kept in a file of the user's cache, never in the runs folder, and read again only where one of the run's files has
-another time or size. A file that is damaged or half written costs a message, never an exception.
+Results are cached in the user's cache folder, never in the runs folder. A run is read again only if the time or size of one of its files has
+changed. A damaged or half-written file causes a message, never an exception.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from meshformer.record.run_folder import is_run, list_runs
 from meshformer.runs.choices import Loader, choices
 
 FILES = ("config.yaml", "overrides.txt", "run.json", "metrics.csv")
-VERSION = 2  # of what a line of the cache holds
-HIGHER_IS_BETTER = ("accuracy", "f1", "bleu")  # of these names' parts; any other figure of a validation is better when lower
+VERSION = 2  # format version of the cache
+HIGHER_IS_BETTER = ("accuracy", "f1", "bleu")  # parts of metric names; every other validation metric is better when lower
 UNREADABLE = (
     OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, ArithmeticError, MemoryError, csv.Error, yaml.YAMLError,
 )  # fmt: skip
@@ -51,9 +51,9 @@ class Run:
 
 
 def scan(path: Path | str, cache: bool = True) -> tuple[list[Run], list[str]]:
-    """(every run at or below `path`, the latest last; a sentence for each file that could not be read).
+    """Return every run at or below `path`, the latest last, and a message for each file that could not be read.
 
-    Raises RunNotFound where there is no such folder. `cache=False` reads everything.
+    Raises RunNotFound if there is no such folder. `cache=False` reads every file.
     """
     root = Path(path).expanduser().absolute()
     if not root.is_dir():
@@ -71,7 +71,7 @@ def scan(path: Path | str, cache: bool = True) -> tuple[list[Run], list[str]]:
             problems += found
             if run is None:
                 continue
-            # What is damaged is told of again next time, and what changed while it was read is read again.
+            # No stamp for a run that is damaged or changed while it was read, so that the next scan reads and reports it again.
             entry = {"stamp": stamp if not found and _stamp(folder) == stamp else None, "run": vars(run)}
             changed = True
         runs.append(Run(**{**entry["run"], "folder": str(folder)}))
@@ -82,7 +82,7 @@ def scan(path: Path | str, cache: bool = True) -> tuple[list[Run], list[str]]:
 
 
 def cache_file(root: Path) -> Path:
-    """Where what was read below `root` is kept: $MESHFORMER_DATA/runs or ~/.cache/meshformer/runs, one file for each folder that is read."""
+    """Return the cache file for scans of `root`, in $MESHFORMER_DATA/runs or ~/.cache/meshformer/runs."""
     base = Path(default_cache()).expanduser()
     return base / "runs" / f"{hashlib.sha256(str(root).encode()).hexdigest()[:16]}.jsonl"
 
@@ -93,7 +93,7 @@ def _read_cache(store: Path) -> dict[str, Any]:
         if json.loads(head) != {"version": VERSION}:
             return {}
         return {entry["run"]["name"]: entry for entry in map(json.loads, lines) if Run(**entry["run"])}
-    except UNREADABLE:  # no cache, or another version's
+    except UNREADABLE:  # no cache, or one of another version
         return {}
 
 
@@ -102,21 +102,21 @@ def _write_cache(store: Path, entries: Mapping[str, Any]) -> None:
     try:
         store.parent.mkdir(parents=True, exist_ok=True)
         atomic_write_text(store, "".join(json.dumps(line) + "\n" for line in lines))
-    except OSError:  # a full or read-only disk: the next call takes as long as this one
+    except OSError:  # full or read-only disk: the next call is slow again
         pass
 
 
 def _stamp(folder: Path) -> list[Any]:
-    """Changes when one of the run's files does."""
+    """Return modification times and sizes of the run's files, to detect changes."""
 
-    def look(name: str) -> Any:
+    def signature(name: str) -> Any:
         try:
             found = os.stat(f"{folder}/{name}")
         except OSError:
             return None
         return [found.st_mtime_ns, found.st_size]
 
-    return [look(name) for name in FILES]
+    return [signature(name) for name in FILES]
 
 
 def _read(folder: Path, name: str) -> tuple[Run | None, list[str]]:
@@ -155,7 +155,7 @@ def _why(error: Exception) -> str:
 
 
 def _record(fields: dict[str, Any]) -> dict[str, Any]:
-    """Of run.json, what tables show: text, numbers and truth values, whatever the file has there."""
+    """Extract from run.json what tables show, converted to text, numbers and booleans whatever types the file has."""
     git, error, layout = fields.get("git") or {}, fields.get("error") or {}, fields.get("layout") or {}
     spans = [(part.get("started"), part.get("ended")) for part in (*(fields.get("segments") or []), fields)]
     spent = [(datetime.fromisoformat(end) - datetime.fromisoformat(start)).total_seconds() for start, end in spans if start and end]
@@ -189,7 +189,7 @@ def _number(value: Any) -> float | None:
 
 
 def layout_name(layout: Mapping[str, Any]) -> str:
-    """`single`, `ddp 2`, `fsdp_tensor shard 2 × tensor 2`: the strategy and every axis of more than one process."""
+    """`single`, `ddp 2`, `fsdp_tensor shard 2 × tensor 2`: the strategy and every axis whose degree is above 1."""
     name = str(layout.get("name", "single"))
     axes = [(axis, layout[axis]) for axis in ("pipeline", "replicate", "shard", "context", "tensor") if (layout.get(axis) or 1) != 1]
     if len(axes) == 1 and name != "mesh":
@@ -198,7 +198,7 @@ def layout_name(layout: Mapping[str, Any]) -> str:
 
 
 def flat(config: Mapping[str, Any], path: str = "") -> dict[str, Any]:
-    """Dotted key -> scalar; lists as JSON text. A node's class is the value of the node's own key, by its last name."""
+    """Flatten to dotted key -> scalar, with lists as JSON text. A node's key maps to its class name, if it has a `_target_`."""
     found: dict[str, Any] = {}
     for name, value in config.items():
         key = f"{path}.{name}" if path else str(name)
@@ -214,10 +214,10 @@ def flat(config: Mapping[str, Any], path: str = "") -> dict[str, Any]:
 
 
 def with_axes(rows: Iterable[Mapping[str, Any]], context_length: int) -> Iterator[dict[str, Any]]:
-    """Rows of metrics.csv with `tokens`, trained on so far, and `training_s`, seconds spent in training steps so far.
+    """Add `tokens` (trained on so far) and `training_s` (seconds spent in training steps so far) to rows of metrics.csv.
 
-    The seconds are tokens / rate of each interval, so that start-up, validation and checkpoints are not counted and a resumed run goes on
-    where it stopped; absent where the run logged no rate.
+    The seconds are the sum of tokens / rate over the logged intervals. They exclude start-up, validation and checkpoints, and continue over a
+    resume. `training_s` is absent if the run logged no rate.
     """
     seconds, counted = None, 0.0
     for row in rows:
@@ -236,7 +236,7 @@ def with_axes(rows: Iterable[Mapping[str, Any]], context_length: int) -> Iterato
 
 
 def summary(rows: Iterable[Mapping[str, Any]], context_length: int) -> dict[str, Any]:
-    """`last`: the newest value of every column; `best`: of every val/ column, and `best_step`; `rate`: median tokens a second."""
+    """Return `last` (newest value per column), `best` (per val/ column), `best_step` (of val/loss) and `rate` (median tokens per second)."""
     last: dict[str, Any] = {}
     best: dict[str, tuple[float, int]] = {}
     rates: list[float] = []
@@ -254,5 +254,5 @@ def summary(rows: Iterable[Mapping[str, Any]], context_length: int) -> dict[str,
     if "val/loss" in best:
         found["best_step"] = best["val/loss"][1]
     if rates:
-        found["rate"] = statistics.median(rates[1:] or rates)  # the first interval holds the warm-up of every cache
+        found["rate"] = statistics.median(rates[1:] or rates)  # the first interval includes warm-up
     return found

@@ -1,4 +1,4 @@
-"""Runs as rows of one table: settings that differ, figures, filters, order. Plain Python, for the terminal and below pandas."""
+"""Turn runs into rows of a table, and filter, sort and print them. Plain Python, used on the terminal and by the pandas frames."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from meshformer.printing import visible
 from meshformer.runs.scan import Run
 
 Row = dict[str, Any]
-# Columns of every run. All others are settings, but for those that begin as METRICS do.
+# Columns of every run. All other columns are settings, except those that start with a prefix in METRICS.
 HEAD = ("run", "state", "started", "duration_s", "layout")
 FIGURES = ("processes", "device", "parameters", "step", "tokens", "training_s", "tokens_per_second")
 TAIL = ("best_step", "context_length", "commit", "dirty", "error", "folder")
 METRICS = ("train/", "val/", "test/", "best/")
-# Keys that say where and how a run was done, or that the option of a group says already.
+# Keys that only say where and how a run was executed, or that duplicate a group's option.
 NO_SETTING = (
     "paths", "resume", "fork", "run", "allow", "launch", "logger", "data.source", "stage.name", "strategy.name", "strategy.timeout",
     "trainer.progress", "trainer.threads",
@@ -30,25 +30,25 @@ FILTER = re.compile(r"\s*([\w./ -]+?)\s*(<=|>=|!=|==|=|<|>)\s*(.*?)\s*", re.DOTA
 
 
 def settings(run: Run) -> Row:
-    """What can differ between runs: the option of every group, then every key."""
-    said = {group.replace("/", ".") for group in run.choices}  # of a node whose class the group's option names
+    """Return the settings that can differ between runs: the option of every group, then every key."""
+    said = {group.replace("/", ".") for group in run.choices}  # the group's option already names the node's class
     return {**run.choices, **{key: value for key, value in run.config.items() if _counts(key) and key not in said}}
 
 
-@cache  # asked for the same hundred keys of thousands of runs
+@cache  # called with the same hundred keys for thousands of runs
 def _counts(key: str) -> bool:
     return not any(key == prefix or key.startswith(f"{prefix}.") for prefix in NO_SETTING)
 
 
 def varying(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The keys whose values are not the same in all rows; a missing key counts as None."""
+    """Return the keys whose values differ between rows; a missing key counts as None."""
     keys = dict.fromkeys(itertools.chain.from_iterable(rows))
     first = rows[0] if rows else {}
     return [key for key in keys if any(row.get(key) != first.get(key) for row in rows)]
 
 
-def telling(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> list[str]:
-    """As few of `keys` as tell apart whatever all of them tell apart, the first ones preferred: `model` says what its seven sizes say."""
+def distinguishing(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> list[str]:
+    """Return a minimal subset of `keys` that distinguishes the rows as well as all of them, preferring early keys: `model` over its seven sizes."""
 
     def groups(some: Sequence[str]) -> int:
         return len({tuple(repr(row.get(key)) for key in some) for row in rows})
@@ -64,7 +64,7 @@ def telling(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> list[str]
 
 
 def row_of(run: Run, keys: Iterable[str] | None = None) -> Row:
-    """All that is known of a run, in the order in which a table shows it; of its settings `keys`, or all."""
+    """Return all columns of a run in table order, with the settings `keys` or all settings."""
     own = settings(run) if keys is None else {**run.config, **run.choices}
     last = run.metrics.get("last", {})
     figures = {key: value for key, value in {**last, **run.record.get("final", {})}.items() if key.startswith(METRICS)}
@@ -92,10 +92,10 @@ def is_setting(column: str) -> bool:
 
 
 def parse_filter(text: str, known: Iterable[str]) -> Callable[[Row], bool]:
-    """`state=finished`, `model/position!=none`, `val/loss<1.7`, `run=*char*`: a test of a row.
+    """`state=finished`, `model/position!=none`, `val/loss<1.7`, `run=*char*`: parsed to a predicate on rows.
 
-    A key may be given by its last part where that is one key's alone (`lr`). Numbers are compared as numbers, text with `*` and `?` as
-    patterns; a row that lacks the key passes `!=` alone. Raises ConfigError for what is no filter and for unknown keys.
+    A key may be given by its last part if that is unique (`lr`). Numbers are compared as numbers, text as patterns with `*` and `?`; a row without
+    the key passes only `!=`. Raises ConfigError for an invalid filter or an unknown key.
     """
     match = FILTER.fullmatch(text)
     if match is None:
@@ -131,7 +131,7 @@ def _as_number(text: str) -> float | None:
 
 
 def find_key(typed: str, known: Iterable[str]) -> str:
-    """The column that `typed` means. Raises ConfigError naming the nearest."""
+    """Return the column named by `typed`. Raises ConfigError with the closest one."""
     names = list(dict.fromkeys(known))
     if typed in names:
         return typed
@@ -144,7 +144,7 @@ def find_key(typed: str, known: Iterable[str]) -> str:
 
 
 def ordered(rows: Sequence[Row], key: str, descending: bool = False) -> list[Row]:
-    """Rows by one column: numbers, then text, then those that lack it, whichever way the others go."""
+    """Sort rows by one column: numbers, then text, then rows without a value, which stay last in either direction."""
 
     def kind(row: Row) -> int:
         value = row.get(key)
@@ -159,7 +159,7 @@ def ordered(rows: Sequence[Row], key: str, descending: bool = False) -> list[Row
 
 
 def shown(value: Any, key: str = "") -> str:
-    """A cell for people."""
+    """Format a cell for display."""
     if value is None or (isinstance(value, float) and math.isnan(value) and not key.startswith(METRICS)):
         return ""
     if key == "started":
@@ -177,7 +177,7 @@ def shown(value: Any, key: str = "") -> str:
 
 
 def text_table(rows: Sequence[Row], columns: Sequence[str]) -> str:
-    """Aligned columns, numbers to the right."""
+    """Format rows as aligned text columns, numbers right-aligned."""
     cells = [[visible(shown(row.get(column), column).replace("\n", " "), lines=False) for column in columns] for row in rows]
     heads = [visible(column, lines=False) for column in columns]
     widths = [max(len(text) for text in (heads[i], *(line[i] for line in cells))) for i in range(len(columns))]

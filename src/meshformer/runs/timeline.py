@@ -1,4 +1,4 @@
-"""When each stage of a pipeline works: the order that torch.distributed.pipelining's own schedule gives, played through at given costs."""
+"""Simulate when each pipeline stage works: actions in the order of torch.distributed.pipelining's schedule, with fixed costs."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import nn
 
 from meshformer.parallel.pipeline import SCHEDULES
 
-# Of one micro-batch in one stage: forward; backward whole, or in its two parts (to the input, to the weights). A backward pass multiplies twice
-# as many matrices as a forward pass.
+# Cost per micro-batch and stage: F forward, B whole backward, I backward for the input, W backward for the weights. A backward pass has twice the
+# matrix products of a forward pass.
 COST = {"F": 1.0, "B": 2.0, "I": 1.0, "W": 1.0}
 
 
@@ -28,14 +28,14 @@ class Span:
 
 
 def play(schedule: str, ranks: int, microbatches: int) -> list[Span]:
-    """The spans of one step. Stages cost the same and communication nothing: what is idle is the schedule's own bubble.
+    """Return the spans of one step, with equal stages and free communication, so that all idle time is the schedule's own bubble.
 
-    `schedule` is a name of `strategy.schedule`. Raises ValueError where it cannot take these numbers.
+    `schedule` is a value of `strategy.schedule`. Raises ValueError if it does not support these numbers.
     """
     kind: Any = SCHEDULES[schedule]
     per_rank = 2 if schedule.startswith("interleaved") else 1
     stages = ranks * per_rank
-    own: list[Any] = [  # rank 0's stages, as far as the schedules ask when they plan
+    own: list[Any] = [  # stand-ins for rank 0's stages, with the attributes that schedules read
         SimpleNamespace(
             stage_index=index,
             num_stages=stages,
@@ -63,8 +63,10 @@ def play(schedule: str, ranks: int, microbatches: int) -> list[Span]:
 
 
 def _one_forward_one_backward(rank: int, ranks: int, microbatches: int) -> list[tuple[str, int, int]]:
-    """What Schedule1F1B runs. The plan that torch 2.13 keeps of it is not what it runs: the last rank's forward passes begin at micro-batch 1
-    there, and end at one that does not exist."""
+    """Return the actions that Schedule1F1B runs on a rank.
+
+    Its `pipeline_order` in torch 2.13 differs from what it runs: there, the last rank starts at micro-batch 1 and ends at one that does not exist.
+    """
     ahead = min(ranks - rank, microbatches)
     order = [("F", rank, i) for i in range(ahead)]
     for i in range(microbatches):
@@ -86,7 +88,7 @@ def _run(waiting: dict[int, list[tuple[str, int, int]]], stages: int, share: flo
                 start = max([free[rank], *(done[need] for need in _needs(kind, stage, microbatch, stages))])
                 free[rank] = start + COST[kind] * share
                 spans.append(Span(rank, stage, kind, microbatch, start, free[rank]))
-                # The gradient of the input, G, is all that the stage before waits for.
+                # The previous stage waits only for the input gradient, G.
                 done["G" if kind in "BI" else kind, stage, microbatch] = free[rank]
         if len(spans) == before:
             raise ValueError("the schedule waits for itself")
@@ -102,6 +104,6 @@ def _needs(kind: str, stage: int, microbatch: int, stages: int) -> list[tuple[st
 
 
 def idle_share(spans: list[Span]) -> float:
-    """Of all ranks' time until the last is done, the part in which they do nothing."""
+    """Return the fraction of the ranks' total time, until the last one finishes, that is idle."""
     ranks, end = {span.rank for span in spans}, max(span.end for span in spans)
     return 1 - sum(span.end - span.start for span in spans) / (len(ranks) * end)
