@@ -1,1 +1,1 @@
-"""Measurements behind the README's figures: long or noisy, so they are commands of their own and never assertions in a test."""
+"""Benchmarks behind the README's figures. They are slow or noisy, so they are commands rather than tests."""

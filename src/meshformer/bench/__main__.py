@@ -1,4 +1,4 @@
-"""`python -m meshformer.bench [WHAT ...]`: figures, with the date and the machine."""
+"""`python -m meshformer.bench [WHAT ...]`: run benchmarks and print their figures with the date and the machine."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("what", nargs="*", default=["speed"], help=f"any of {', '.join(MEASUREMENTS)} (default: speed)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=20.0, help="how long each timed variant of `speed` and `trainer` runs")
-    parser.add_argument("--megabytes", type=int, default=200, help="of text for `prepare`")
-    for_gpu = parser.add_argument_group("of `gpu`")
+    parser.add_argument("--megabytes", type=int, default=200, help="size of the text for `prepare`")
+    for_gpu = parser.add_argument_group("options of `gpu`")
     for_gpu.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
     for_gpu.add_argument("--tiny", action="store_true", help="toy sizes, to see that every part runs")
-    for_gpu.add_argument("--minutes", type=float, default=8.0, help="no part starts after so many minutes")
-    for_gpu.add_argument("--parts", nargs="+", metavar="PART", help=f"of {', '.join(gpu.PARTS)}")
+    for_gpu.add_argument("--minutes", type=float, default=8.0, help="start no part after this many minutes")
+    for_gpu.add_argument("--parts", nargs="+", metavar="PART", help=f"any of {', '.join(gpu.PARTS)}")
     for_gpu.add_argument("--json", type=Path, metavar="FILE", help="where the figures are saved, after each part")
     options = parser.parse_args(argv)
     unknown = [what for what in options.what if what not in MEASUREMENTS]

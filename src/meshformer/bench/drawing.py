@@ -1,5 +1,7 @@
-"""How long one of eight ranks takes to make its part of a model of 8 billion parameters, and how much memory. The other seven are torch's fake
-process group, which communicates nothing: one machine shows it."""
+"""Measure time and memory for one of eight ranks to build its part of a model with 8 billion parameters.
+
+torch's fake process group, which does not communicate, stands in for the other seven, so that one machine is enough.
+"""
 
 from __future__ import annotations
 
@@ -27,11 +29,11 @@ LARGE = {
     "tie_embeddings": False, "zero_init": False,
 }  # fmt: skip
 LAYOUTS = ("fsdp", "tensor")
-_CHILD = "import json, sys; from meshformer.bench.drawing import of_one_rank; print(json.dumps(of_one_rank(*json.loads(sys.argv[1]))))"
+_CHILD = "import json, sys; from meshformer.bench.drawing import measure_in_process; print(json.dumps(measure_in_process(*json.loads(sys.argv[1]))))"
 
 
 class _Task(nn.Module):
-    """What the strategy asks of a task when it builds a model."""
+    """The attributes of a task that the strategy uses to build a model."""
 
     def __init__(self, model: nn.Module, seed: int):
         super().__init__()
@@ -39,11 +41,13 @@ class _Task(nn.Module):
 
 
 def build_part(layout: str, sizes: dict[str, Any], rank: int = 0) -> Any:
-    """The part that `rank` of strategy=`layout` keeps of a Transformer with these `sizes`, with its first values, as the mesh strategy makes it on
-    a CPU. Leaves torch's fake process group behind."""
+    """Build and initialise, on a CPU, the part of a Transformer with these `sizes` that `rank` holds under strategy=`layout`.
+
+    Leaves torch's fake process group initialised.
+    """
     small = ["model=custom", "model.n_layers=1", "model.n_heads=8", "model.d_model=64"]
     config = compose([*small, f"strategy={layout}", f"trainer.devices={RANKS}", "trainer.accelerator=cpu"])
-    config["model"] |= {"vocab_size": 64, **sizes}  # by now, as the check knows that eight such parts do not fit this machine
+    config["model"] |= {"vocab_size": 64, **sizes}  # set after the checks, which would refuse a model too large for this machine
     if not dist.is_initialized():
         dist.init_process_group("fake", rank=rank, world_size=RANKS, store=fake_store())
     strategy: Any = make_strategy(config["strategy"], context_length=config["data"]["context_length"])
@@ -56,11 +60,11 @@ def build_part(layout: str, sizes: dict[str, Any], rank: int = 0) -> Any:
     return task.model
 
 
-def of_one_rank(layout: str, sizes: dict[str, Any]) -> dict[str, float]:
-    """In a process of its own: `seconds` to make the part, in which the processor worked for `cpu` seconds; and bytes of the part (`own`), of the
-    process `before` it and at its `peak`."""
-    torch.set_num_threads(1)  # a rank's share of a machine
-    build_part(layout, {})  # so that what torch imports late is not counted
+def measure_in_process(layout: str, sizes: dict[str, Any]) -> dict[str, float]:
+    """Build the part in this process and return wall-clock `seconds`, processor seconds `cpu`, and bytes: of the part (`own`), and resident in the
+    process `before` building it and at its `peak`."""
+    torch.set_num_threads(1)  # eight ranks share a machine
+    build_part(layout, {})  # warm-up, so that torch's lazy imports are not counted
     before, begun, worked = _kib("VmRSS"), time.perf_counter(), time.process_time()
     model = build_part(layout, sizes)
     seconds, cpu = time.perf_counter() - begun, time.process_time() - worked
@@ -74,13 +78,13 @@ def _kib(field: str) -> int:
 
 
 def measure(layout: str, sizes: dict[str, Any]) -> dict[str, float]:
-    """`of_one_rank` in a new process."""
+    """Run `measure_in_process` in a new process."""
     done = subprocess.run([sys.executable, "-c", _CHILD, json.dumps([layout, sizes])], stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def report_drawing(options: argparse.Namespace) -> None:
-    """Of one thread: seconds, and the largest memory of the process as multiples of what the rank keeps, with and without the libraries."""
+    """Print seconds on one thread, and peak memory as a multiple of the rank's part, with and without the libraries."""
     for layout in LAYOUTS:
         found = measure(layout, LARGE)
         own, peak = found["own"], found["peak"]

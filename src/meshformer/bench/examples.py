@@ -1,6 +1,6 @@
 """Small real runs for the notebooks and the figures of the README: `python -m meshformer.bench.examples [NAME ...] [--steps N] [--folder DIR]`.
 
-Each set is a folder of runs, trained by the command a user would type, seconds each; what is there already is kept.
+Each set is a folder of runs, each trained in seconds by the command a user would type. Finished runs are kept.
 """
 
 from __future__ import annotations
@@ -30,25 +30,25 @@ STEPS, LONG = 40, 200
 
 
 def example_runs(name: str, steps: int = STEPS) -> Path:
-    """The folder of the set `name` (compare, layouts, attention, scaling); what is missing in it is trained first, in a process of its own."""
+    """Return the folder of the set `name` (compare, layouts, attention, scaling), after training its missing runs in another process."""
     folder = folder_of(name, steps)
     if any(not _finished(folder / run) for run, _ in runs_of(name, steps)):
-        # Not in this process: a notebook's kernel has used its threads, and ranks are forked from whoever starts them.
+        # A notebook's kernel has started threads, so ranks must not be forked from this process.
         subprocess.run([sys.executable, "-m", "meshformer.bench.examples", name, f"--steps={steps}"], check=True)
     return folder
 
 
 def folder_of(name: str, steps: int) -> Path:
-    """Where a set lies: in the user's cache, by its settings, so that an edit here trains anew."""
+    """Return the folder of a set in the user's cache. Its name contains a hash of the settings, so that an edit here trains new runs."""
     base = Path(default_cache()).expanduser()
     return base / "examples" / f"{name}-{steps}-{hashlib.sha256(repr(list(runs_of(name, steps))).encode()).hexdigest()[:6]}"
 
 
 def runs_of(name: str, steps: int) -> Iterator[tuple[str, list[str]]]:
-    """(folder, overrides) of each run of a set."""
+    """Yield (folder, overrides) for each run of a set."""
     every, check = max(1, steps // 20), max(1, steps // 5)
     common = [*SMALL, f"trainer.max_steps={steps}", f"trainer.log_every_n_steps={every}", f"trainer.val_check_interval={check}"]
-    more = steps >= LONG  # figures to look at, not only to run
+    more = steps >= LONG  # enough steps for figures worth showing
     if name == "compare":
         rates = ("0.003", "0.01", "0.03", "0.1", "0.3") if more else ("0.003", "0.03", "0.3")
         for rate, seed in product(rates, (1, 2, 3) if more else (1, 2)):
@@ -70,13 +70,13 @@ def train_missing(name: str, steps: int, folder: Path) -> None:
     from meshformer import train
     from meshformer.cli import main
 
-    train.TEXT_TOKENS = 16  # nobody reads it
+    train.TEXT_TOKENS = 16  # the sample text is not used
 
     for run, overrides in runs_of(name, steps):
         target = folder / run
         if _finished(target):
             continue
-        shutil.rmtree(target, ignore_errors=True)  # of a start that was killed
+        shutil.rmtree(target, ignore_errors=True)  # left by a killed run
         start = time.perf_counter()
         with silence():
             code = main(["train", f"hydra.run.dir={target}", *overrides])
@@ -109,7 +109,7 @@ def main(argv: list[str]) -> int:
 
 
 def draw(steps: int, folder: Path) -> None:
-    """The figures of the README, from the sets of `steps` steps, which must be there."""
+    """Draw the README's figures from the sets of `steps` steps, which must exist."""
     from meshformer.runs import figures, load_metrics, load_runs, loss_by_position, training_flops
 
     figures.save(figures.curves(load_metrics(folder_of("compare", steps))), folder / "learning_rates", ("svg",))

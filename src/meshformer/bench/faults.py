@@ -1,7 +1,7 @@
-"""A campaign of injected faults: jobs are killed, starved and lied to, then resumed, and compared with a run that nothing happened to.
+"""Fault injection: jobs are killed, run out of disk or get corrupted files, are resumed, and are compared with an undisturbed run.
 
-`python -m meshformer.bench.faults --count 200` (or `make faults`). Every fault is drawn from (seed, number) alone, its outcome is a line of
-FOLDER/outcomes.jsonl, and a campaign that was stopped goes on where it was. Jobs are forked from this process, which has imported everything.
+`python -m meshformer.bench.faults --count 200` (or `make faults`). Every fault is drawn from (seed, number) alone and its outcome is a line of
+FOLDER/outcomes.jsonl, so that a stopped campaign can be continued. Jobs are forked from this process, which has imported everything.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from meshformer.record.run_json import read_run
 from meshformer.tasks import LanguageModelling
 
 LAYOUTS = ("single", "ddp", "fsdp", "tensor", "pipeline", "context")
-STEPS, EVERY = 40, 5  # of a run; between its checkpoints
-WITHIN = 5e-6  # what layouts may differ by in the loss: also a run that goes on in another one
-TIMEOUT, PATIENCE = 5, 45  # seconds: strategy.timeout; what a job may take to end once its fault has struck
+STEPS, EVERY = 40, 5  # steps per run; steps between checkpoints
+TOLERANCE = 5e-6  # tolerance of the loss between layouts, also when a run is resumed in another one
+TIMEOUT, PATIENCE = 5, 45  # seconds: strategy.timeout; time for a job to end after its fault
 EXACT, OLDER, LOST, HUNG = "recovered exactly", "recovered to an older checkpoint", "lost", "hung"
 COMMON = [
     "data=text", "data.context_length=16", "data.batch_size=8", "model=nano", "model.n_layers=2", "model.d_model=32",
@@ -51,7 +51,7 @@ COMMON = [
 
 
 class Faulty(LanguageModelling):
-    """Language modelling with a step that takes long enough to be interrupted, and, told so by the environment, goes wrong."""
+    """Language modelling with slow steps, which can be interrupted, and faults chosen by the environment variable MESHFORMER_FAULT."""
 
     def score(self, output: Tensor, batch: dict[str, Tensor], phase: str) -> tuple[Tensor, Tensor]:
         time.sleep(0.01)
@@ -66,7 +66,7 @@ class Faulty(LanguageModelling):
 
 
 class Job:
-    """A training job in processes of its own, all in one process group, forked from this process."""
+    """A training job forked from this process, with all its processes in one process group."""
 
     def __init__(self, config: dict[str, Any], folder: Path, fault: str = "none:0:0"):
         self.folder, self.log = folder, folder.with_name(folder.name + ".log")
@@ -74,7 +74,7 @@ class Job:
         self.pid = os.fork()
         if self.pid == 0:
             os._exit(self._run(config, fault))
-        with contextlib.suppress(OSError):  # the child does it too: whoever comes first
+        with contextlib.suppress(OSError):  # the child also calls it, since either may run first
             os.setpgid(self.pid, self.pid)
         self.code: int | None = None
 
@@ -86,7 +86,7 @@ class Job:
         os.environ["MESHFORMER_FAULT"] = fault
         code = 1
         try:
-            train.TEXT_TOKENS = 400 if fault.startswith("closing") else 16  # nobody reads it; a long one leaves time to be killed in
+            train.TEXT_TOKENS = 400 if fault.startswith("closing") else 16  # a long sample leaves time to kill the job while it closes
             launch(config, self.folder, start_method="fork")
             code = 0
         except Stopped:
@@ -106,7 +106,7 @@ class Job:
         return self.code is not None
 
     def wait(self, seconds: float) -> bool:
-        """Whether the job ended, and its last process with it, within so many seconds; else all of it is killed."""
+        """Wait until the job and all its processes have ended; after `seconds`, kill them and return False."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             if self.ended() and not self.processes():
@@ -118,11 +118,11 @@ class Job:
         return False
 
     def processes(self) -> list[int]:
-        """All that live, the ranks last."""
+        """Return the ids of the job's live processes; ranks come last."""
         found = []
         for entry in os.scandir("/proc"):
             if entry.name.isdigit():
-                with contextlib.suppress(OSError):  # it ended meanwhile
+                with contextlib.suppress(OSError):  # the process has ended meanwhile
                     fields = Path(entry.path, "stat").read_text().rpartition(")")[2].split()
                     if int(fields[2]) == self.pid and fields[0] != "Z":
                         found.append(int(entry.name))
@@ -134,7 +134,7 @@ class Job:
 
 
 class Campaign:
-    """`scratch`: where runs are made; `seed`: of all that is drawn."""
+    """Injects faults into runs in the folder `scratch`. All random choices derive from `seed`."""
 
     def __init__(self, scratch: Path, seed: int):
         self.scratch, self.seed = scratch, seed
@@ -151,7 +151,7 @@ class Campaign:
         self.expected: dict[str, list[float]] = {}
 
     def reference(self, fault: str) -> list[float]:
-        """Losses of the run in one process that nothing interrupts; a batch of nan is no interruption."""
+        """Return the losses of an uninterrupted run in one process; with a `nan` fault, the same bad batch is included."""
         fault = fault if fault.startswith("nan") else "none:0:0"
         if fault not in self.expected:
             folder = self.scratch / f"reference-{fault.replace(':', '-')}"
@@ -164,7 +164,7 @@ class Campaign:
         return self.expected[fault]
 
     def fault(self, number: int) -> dict[str, Any]:
-        """Injects fault `number` and resumes the run, in a layout drawn anew; what came of it."""
+        """Inject fault `number`, resume the run in another random layout, and return the outcome."""
         draw = random.Random(f"{self.seed}/{number}")
         kind = list(FAULTS)[number % len(FAULTS)]
         first, then = draw.choice([x for x in LAYOUTS if x != "single" or kind not in NEEDS_RANKS]), draw.choice(LAYOUTS)
@@ -172,7 +172,7 @@ class Campaign:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         folder.with_name(folder.name + ".log").unlink(missing_ok=True)
-        told: dict[str, Any] = {"number": number, "fault": kind, "layout": first, "resumed in": then}
+        outcome: dict[str, Any] = {"number": number, "fault": kind, "layout": first, "resumed in": then}
         at = draw.randint(EVERY + 2, STEPS - 3)
         spec = f"{kind}:{at}:1" if kind in ("nan", "hang") else "closing:0:0" if kind == CLOSING else "none:0:0"
         job = Job(merged(self.configs[first], SETTINGS.get(kind, {})), folder, spec)
@@ -181,31 +181,31 @@ class Campaign:
         newest = max((step_of(p) for p in checkpoints(folder)), default=0)
         attempted = max((step_of(p) for p in candidates(folder)), default=0)
         state = read_run(folder)["state"]
-        told |= {"detail": detail, "exit": job.code, "state": state, "checkpoint": newest}
+        outcome |= {"detail": detail, "exit": job.code, "state": state, "checkpoint": newest}
         if not in_time:
-            return told | {"outcome": HUNG, "why": f"not ended {PATIENCE} s after the fault"}
+            return outcome | {"outcome": HUNG, "why": f"not ended {PATIENCE} s after the fault"}
         if state == "running" and job.code not in (0, -signal.SIGKILL):
-            return told | {"outcome": LOST, "why": "the record says running though the job ended"}
+            return outcome | {"outcome": LOST, "why": "the record says running though the job ended"}
         if job.code != 0:
             damaged = DAMAGE[kind](folder, draw) if kind in DAMAGE else None
-            told |= {"damaged": damaged} if damaged else {}
+            outcome |= {"damaged": damaged} if damaged else {}
             job = Job(self.configs[then] | {"resume": str(folder)}, folder, spec if kind == "nan" else "none:0:0")
             if not job.wait(2 * PATIENCE):
-                return told | {"outcome": HUNG, "why": "the resumed job did not end"}
-        told["seconds"] = round(time.monotonic() - begun, 1)
+                return outcome | {"outcome": HUNG, "why": "the resumed job did not end"}
+        outcome["seconds"] = round(time.monotonic() - begun, 1)
         if job.code != 0:
-            return told | {"outcome": LOST, "why": f"resume ended with {job.code}: {last_words(job.log)}"}
+            return outcome | {"outcome": LOST, "why": f"resume ended with {job.code}: {last_line(job.log)}"}
         found, expected = losses(folder), self.reference(spec)
         apart = max((difference(a, b) for a, b in zip(found, expected, strict=False)), default=0.0)
-        told["largest difference"] = apart
-        if len(found) != len(expected) or not apart <= WITHIN:
-            return told | {"outcome": LOST, "why": f"{len(found)} rows of {len(expected)}, losses {apart:.2g} apart"}
+        outcome["largest difference"] = apart
+        if len(found) != len(expected) or not apart <= TOLERANCE:
+            return outcome | {"outcome": LOST, "why": f"{len(found)} rows of {len(expected)}, losses {apart:.2g} apart"}
         shutil.rmtree(folder)
-        return told | {"outcome": OLDER if kind in DAMAGE or newest < attempted else EXACT}
+        return outcome | {"outcome": OLDER if kind in DAMAGE or newest < attempted else EXACT}
 
 
 def merged(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """A copy of `config` with `changes` of its innermost settings."""
+    """Return a copy of `config` with the nested `changes` merged in."""
     inner = {key: merged(config[key], value) if isinstance(value, dict) else value for key, value in changes.items()}
     return {**config, **inner}
 
@@ -215,19 +215,19 @@ def losses(folder: Path) -> list[float]:
 
 
 def difference(a: float, b: float) -> float:
-    """Infinite where only one is a number: the row of a skipped batch of nan has no loss in either run."""
+    """Return |a − b|: 0 if both are nan (a skipped batch has no loss in either run), infinity if only one is."""
     if math.isnan(a) or math.isnan(b):
         return 0.0 if math.isnan(a) and math.isnan(b) else math.inf
     return abs(a - b)
 
 
-def last_words(log: Path) -> str:
+def last_line(log: Path) -> str:
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     return lines[-1][:300] if lines else ""
 
 
 def until(job: Job, step: int) -> None:
-    """Waits until the run has logged `step`. The rows tell, which are on disk before a checkpoint begins."""
+    """Wait until the run has logged `step` in metrics.csv, which is flushed before each checkpoint, and has a checkpoint."""
     path = job.folder / "metrics.csv"
     while not job.ended():
         with contextlib.suppress(OSError, ValueError):
@@ -258,7 +258,7 @@ def kill_all(job: Job, draw: random.Random, at: int) -> str:
 
 
 def kill_in_save(job: Job, draw: random.Random, at: int) -> str:
-    """As soon as an unfinished checkpoint is seen, from the second on."""
+    """Kill the job as soon as an unfinished checkpoint appears after the first one."""
     until(job, EVERY)
     folder, pause, unfinished = job.folder / "checkpoints", draw.random() * 0.01, []
     while not job.ended():
@@ -279,14 +279,14 @@ def sigterm(job: Job, draw: random.Random, at: int) -> str:
 
 
 def sigterm_to_all(job: Job, draw: random.Random, at: int) -> str:
-    """What SLURM and Kubernetes do: every process hears it, the loaders' among them."""
+    """Send SIGTERM to every process, including those of the data loaders, as SLURM and Kubernetes do."""
     until(job, at)
     job.kill(signal.SIGTERM)
     return f"at step {at}, to every process"
 
 
 def kill_at_the_end(job: Job, draw: random.Random, at: int) -> str:
-    """Behind the last checkpoint, before the record says finished."""
+    """Kill the job after its last checkpoint, before run.json says finished."""
     while not job.ended() and max((step_of(p) for p in checkpoints(job.folder)), default=0) < STEPS:
         time.sleep(0.002)
     time.sleep(draw.random() * 0.05)
@@ -295,7 +295,7 @@ def kill_at_the_end(job: Job, draw: random.Random, at: int) -> str:
 
 
 def disk_full_for_a_while(job: Job, draw: random.Random, at: int) -> str:
-    """No file may grow beyond 1 KiB for a tenth of a second: rows, checkpoints and records may not, and the run was told to go on."""
+    """Limit every file to 1 KiB for 0.1 s, so that writing rows, checkpoints and records fails; the run is configured to continue."""
     at = min(at, STEPS // 2)
     until(job, at)
     for size in (1 << 10, resource.RLIM_INFINITY):
@@ -307,7 +307,7 @@ def disk_full_for_a_while(job: Job, draw: random.Random, at: int) -> str:
 
 
 def full_disk(job: Job, draw: random.Random, at: int) -> str:
-    """No file may grow beyond 16 KiB from now on: the files of the next checkpoint may not (a quota's words are others, its effect the same)."""
+    """Limit every file to 16 KiB from now on, so that the next checkpoint fails as on a full disk, although with another error message."""
     until(job, at)
     for pid in job.processes():
         with contextlib.suppress(ProcessLookupError):
@@ -346,7 +346,7 @@ def _file_of_newest(folder: Path, draw: random.Random) -> Path:
 
 
 def two_checkpoints(job: Job, draw: random.Random, at: int) -> str:
-    """The newest will be damaged, so there must be one before it."""
+    """Kill the job once it has two checkpoints: the newest will be damaged, and the run must resume from the other."""
     return kill_all(job, draw, max(at, 2 * EVERY + 2))
 
 
@@ -358,7 +358,7 @@ FAULTS: dict[str, Inject] = {
     "stop with loaders": sigterm_to_all, CLOSING: kill_at_the_end, "full disk, go on": disk_full_for_a_while,
 }  # fmt: skip
 DAMAGE: dict[str, Callable[[Path, random.Random], str]] = {"truncated file": truncate, "flipped bit": flip, "missing file": remove}
-SETTINGS: dict[str, dict[str, Any]] = {  # of the run that the fault strikes
+SETTINGS: dict[str, dict[str, Any]] = {  # extra settings of the run that gets the fault
     "stop with loaders": {"data": {"workers": 2}},
     "full disk, go on": {"callbacks": {"checkpoint": {"on_failure": "warn"}}},
 }
@@ -369,7 +369,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m meshformer.bench.faults", description=__doc__)
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--folder", type=Path, default=Path("runs/faults"), help="outcomes, and what is left of runs that were lost")
+    parser.add_argument("--folder", type=Path, default=Path("runs/faults"), help="folder for outcomes and for runs that were lost")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     print(f"{datetime.date.today()}  {machine()}  torch {torch.__version__}", flush=True)
@@ -382,9 +382,9 @@ def main(argv: list[str] | None = None) -> int:
             done[number] = campaign.fault(number)
             with open(outcomes, "a", encoding="utf-8") as file:
                 file.write(json.dumps(done[number]) + "\n")
-            told = done[number]
-            why = f": {told['why']}" if "why" in told else ""
-            print(f"{number:4d}  {told['fault']:<18}{told['layout']:>9} → {told['resumed in']:<9} {told['outcome']}{why}", flush=True)
+            outcome = done[number]
+            why = f": {outcome['why']}" if "why" in outcome else ""
+            print(f"{number:4d}  {outcome['fault']:<18}{outcome['layout']:>9} → {outcome['resumed in']:<9} {outcome['outcome']}{why}", flush=True)
     print(table([done[number] for number in range(options.count)]))
     return int(any(outcome["outcome"] in (LOST, HUNG) for outcome in done.values()))
 

@@ -1,8 +1,8 @@
-"""`python -m meshformer.bench gpu`: is a GPU right, does a step wait for the host, and how fast is it? One table, one JSON file, gates.
+"""`python -m meshformer.bench gpu`: check correctness, host-device synchronisation and speed on a GPU, with pass/fail limits (gates).
 
-Every check is a part of its own: its rows are saved when it ends, and a part that fails does not stop the others. `--device cpu --tiny` runs
-the same code at toy sizes. The text is made here, so nothing is fetched. On a machine that has torch, lightning, torchmetrics, tokenizers and
-numpy, only `hydra-core`, `omegaconf` and `antlr4-python3-runtime` need carrying, beside this package:
+Results are printed as a table and saved as JSON after each part; a part that fails does not stop the others. `--device cpu --tiny` runs the same
+code at toy sizes. The text is generated, so nothing is downloaded. A machine without network that has torch, lightning, torchmetrics, tokenizers
+and numpy also needs `hydra-core`, `omegaconf` and `antlr4-python3-runtime`:
 
     pip wheel --no-deps -w wheels hydra-core==1.3.8 omegaconf==2.3.0 antlr4-python3-runtime==4.9.3     # here
     pip install --no-index --no-deps --target site wheels/*.whl                                      # there
@@ -35,13 +35,13 @@ from meshformer.record.metrics_csv import read_metrics
 from meshformer.record.run_folder import atomic_write_text
 
 STEPS = 20
-JOBS = {"cuda": 4, "cpu": 1}  # training commands at a time
+JOBS = {"cuda": 4, "cpu": 1}  # concurrent training commands
 WORDS = 600
 
 
 @dataclass
 class Row:
-    """One figure. `passed` is None where no gate belongs to it."""
+    """One measured value. `passed` is None if it has no gate."""
 
     part: str
     name: str
@@ -52,7 +52,7 @@ class Row:
 
 
 class Bench:
-    """What every part needs: the device, the sizes, a folder for runs, and the list that rows are added to."""
+    """Shared state of all parts: the device, the sizes, a folder for runs, and the collected rows."""
 
     def __init__(self, device: str, tiny: bool, minutes: float, scratch: Path, out: Path | None):
         self.device, self.tiny, self.scratch, self.out = device, tiny, scratch, out
@@ -65,7 +65,7 @@ class Bench:
 
     def add(self, part: str, name: str, value: float, unit: str, at_most: float | None = None, at_least: float | None = None) -> None:
         gate, passed = "", None
-        if at_most is not None:  # written so that NaN fails
+        if at_most is not None:  # NaN fails either comparison
             gate, passed = f"≤ {at_most:g}", value <= at_most
         elif at_least is not None:
             gate, passed = f"≥ {at_least:g}", value >= at_least
@@ -80,7 +80,7 @@ class Bench:
             start = time.monotonic()
             try:
                 function(self)
-            except Exception as error:  # the other parts shall still run
+            except Exception as error:  # the other parts still run
                 self.errors[part] = f"{type(error).__name__}: {str(error)[-1500:]}"
                 traceback.print_exc(limit=-4)
             self.seconds[part] = round(time.monotonic() - start, 1)
@@ -102,7 +102,7 @@ class Bench:
         atomic_write_text(self.out, json.dumps(result, indent=1, ensure_ascii=False))
 
     def train(self, name: str, *overrides: str, device: str | None = None) -> Path:
-        """Trains by the command, in a process of its own; returns the run folder."""
+        """Train with the command line in another process; return the run folder."""
         folder = self.scratch / name
         device = device or self.device
         command = [
@@ -116,7 +116,7 @@ class Bench:
         return folder
 
     def recipe(self, *overrides: str) -> list[str]:
-        """A short run on the made text with every step in metrics.csv, clipped SGD, fp32."""
+        """Return overrides for a short run on the generated text: clipped SGD, fp32, every step in metrics.csv."""
         return [
             "data=text", f"data.files={self.text}", f"paths.data={self.scratch / 'cache'}", "~callbacks.samples", "trainer.log_every_n_steps=1",
             f"trainer.max_steps={STEPS}", "trainer.val_check_interval=100000", "trainer.limit_val_batches=2", "trainer.precision=32-true",
@@ -126,13 +126,16 @@ class Bench:
 
 
 def columns(folder: Path) -> dict[int, tuple[float, float]]:
-    """Loss and gradient norm by step."""
+    """Return step -> (loss, gradient norm)."""
     rows = read_metrics(folder / "metrics.csv")
     return {int(row["step"]): (float(row["train/loss"]), float(row["train/grad_norm"])) for row in rows if "train/loss" in row}
 
 
 def worst(a: Path, b: Path, last: int = STEPS) -> tuple[float, float]:
-    """The largest relative differences of loss and gradient norm over the steps that both runs have; both must have the last one."""
+    """Return the largest relative differences of loss and gradient norm over the steps that both runs have.
+
+    Raises RuntimeError if a run lacks the step `last`.
+    """
     left, right = columns(a), columns(b)
     if last not in left or last not in right:
         raise RuntimeError(f"one of the runs has no row of step {last}")
@@ -142,8 +145,8 @@ def worst(a: Path, b: Path, last: int = STEPS) -> tuple[float, float]:
 
 
 def right_layouts(bench: Bench) -> None:
-    """The same 20 steps on this device and on the CPU, by each model, optimizer and one-rank strategy; and compiled."""
-    # At nano's rate of 0.1 the larger model's loss moves so fast that rounding grows to 6e-4 of the gradient norm within 20 steps (H200).
+    """Compare the same 20 steps on this device and on the CPU, for each model, optimizer and one-rank strategy, and compiled."""
+    # At nano's rate of 0.1, rounding differences in the larger model grow to 6e-4 of the gradient norm within 20 steps (H200).
     small = ["model=small", "data.context_length=64", "data.batch_size=4", "optimizer.lr=0.01"]
     if bench.tiny:
         small = ["model=nano", "model.n_layers=2"]
@@ -155,7 +158,7 @@ def right_layouts(bench: Bench) -> None:
         "compiled": (["trainer.compile=true"], bench.device),
     }  # fmt: skip
     if bench.tiny:
-        del runs["compiled"]  # inductor's cold start is half a minute on two cores; tests compile with a cheap backend
+        del runs["compiled"]  # inductor takes half a minute to start on two cores; the tests compile with a cheaper backend
 
     def one(item: tuple[str, tuple[list[str], str]]) -> tuple[str, Path | Exception]:
         name, (overrides, device) = item
@@ -177,14 +180,14 @@ def right_layouts(bench: Bench) -> None:
             print(f"right      {name} FAILED: {failed}", flush=True)
         elif isinstance(here, Path) and isinstance(there, Path):
             loss, norm = worst(here, there)
-            # AdamW and Muon divide by small numbers, so rounding grows with each step: they are held to a tenth of a percent.
+            # AdamW and Muon divide by small numbers, which amplifies rounding at each step: their limit is a tenth of a percent.
             limit = 1e-3 if name in ("adamw", "muon") else 1e-4
             bench.add("right", f"{name}: loss against {against}", loss, "relative", at_most=limit)
             bench.add("right", f"{name}: gradient norm against {against}", norm, "relative", at_most=10 * limit if limit > 1e-4 else limit)
 
 
 def right_resume(bench: Bench) -> None:
-    """Stopped half-way and resumed against never stopped, bit for bit; a CPU's checkpoint goes on here, and this device's there."""
+    """Check that a stopped and resumed run equals an uninterrupted one bit for bit, and resume checkpoints across CPU and device."""
     exact = bench.recipe("trainer.deterministic=true", "callbacks.checkpoint.every_n_steps=10", "optimizer=adamw", "optimizer.lr=1e-3")
     whole = bench.train("whole", *exact)
     half = bench.train("half", *exact, "trainer.max_steps=10")
@@ -206,7 +209,7 @@ def right_resume(bench: Bench) -> None:
 
 
 def right_bf16(bench: Bench) -> None:
-    """200 steps of the default recipe's size in bf16-mixed and in fp32: the same loss within 0.02 nats."""
+    """Check that 200 steps at the default recipe's size in bf16-mixed and in fp32 reach the same loss within 0.02 nats."""
     steps = 10 if bench.tiny else 200
     common = [f"trainer.max_steps={steps}", "optimizer=muon", "optimizer.lr=0.02", "trainer.log_every_n_steps=10", "trainer.limit_val_batches=20"]
     losses = {}
@@ -231,7 +234,7 @@ PARTS: dict[str, Callable[[Bench], None]] = {
 
 
 def report_gpu(options: argparse.Namespace) -> None:
-    """Runs the parts in order and exits 1 where a gate or a part failed."""
+    """Run the parts in order; exit with code 1 if a gate or a part failed."""
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         sys.exit("this torch sees no GPU: use --device cpu --tiny to rehearse")
@@ -265,7 +268,7 @@ def format_row(row: Row) -> str:
 
 
 def make_text(characters: int) -> str:
-    """English-looking lines of made-up words, the same every time: there is structure to learn, and nothing to fetch."""
+    """Generate lines of made-up words with a Zipf distribution, the same in every run: learnable text without a download."""
     draw = random.Random(0)
     syllables = [c + v for c in "bcdfghklmnprstvw" for v in "aeiou"]
     words = ["".join(draw.choices(syllables, k=draw.randint(1, 4))) for _ in range(WORDS)]

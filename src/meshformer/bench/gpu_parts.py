@@ -1,4 +1,4 @@
-"""The parts of `bench gpu` that call the model and the Trainer in this process: kernels, waiting, speed, memory."""
+"""The parts of `bench gpu` that run the model and the Trainer in this process: kernels, synchronisation, speed, memory."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ from meshformer.parallel.memory_options import apply_memory_options
 if TYPE_CHECKING:
     from meshformer.bench.gpu import Bench
 
-BUDGET_GIB = 32  # of device memory, for the batch size of the speed part
+BUDGET_GIB = 32  # device memory that determines the batch size of the speed part
 POSITIONS = {
     "sinusoidal": Sinusoidal, "learned": Learned, "rotary": Rotary, "alibi": Alibi, "positional_attention": PositionalAttention, "none": NoPosition,
 }  # fmt: skip
-SHAPES: dict[str, tuple[dict[str, Any], bool]] = {  # model settings; whether the sequence holds packed documents
+SHAPES: dict[str, tuple[dict[str, Any], bool]] = {  # name -> (model settings, whether sequences are packed documents)
     "plain": ({}, False), "window": ({"window": 17}, False), "documents": ({}, True), "grouped queries": ({"n_kv_heads": 2}, False),
 }  # fmt: skip
 
 
 def right_kernels(bench: Bench) -> None:
-    """`fused` against `reference`, and `reference` here against the CPU: loss and gradients, for each position encoding and kind of mask."""
+    """Compare gradients of `fused` with `reference`, and of `reference` here with the CPU, for each position encoding and mask."""
     choose_tf32("highest")
     for shape, (settings, packed) in SHAPES.items():
         for name, position in POSITIONS.items():
@@ -50,14 +50,14 @@ def right_kernels(bench: Bench) -> None:
             if not packed and settings == {} and name in ("rotary", "alibi"):
                 bench.add("kernels", f"reference here against the CPU, {name}", _difference(here, base), "relative", at_most=1e-4)
             bench.add("kernels", f"fused against reference, {name}, {shape}", _difference(fused, here), "relative", at_most=1e-4)
-            if name in ("rotary", "alibi"):  # without and with slopes; the kernel is compiled, or traced, anew for each
+            if name in ("rotary", "alibi"):  # one without and one with a bias, since each compiles a new flex kernel
                 flex = _gradients(make(attention=attend_flex), torch.device(bench.device), packed)
                 bench.add("kernels", f"flex against reference, {name}, {shape}", _difference(flex, here), "relative", at_most=1e-3)
-                torch.compiler.reset()  # or the ninth would be run uncompiled
+                torch.compiler.reset()  # dynamo runs code uncompiled after eight recompilations
 
 
 def _gradients(model: Transformer, device: torch.device, packed: bool) -> Tensor:
-    """All gradients of the mean loss on fixed tokens, as one vector."""
+    """Return all gradients of the mean loss on fixed tokens as one vector."""
     model = model.to(device)
     tokens = torch.randint(84, (3, 129), generator=torch.Generator().manual_seed(1)).to(device)
     documents = torch.arange(128, device=device).expand(3, -1) // 50 if packed else None
@@ -78,7 +78,7 @@ def _overrides(bench: Bench, *more: str) -> list[str]:
 
 
 def _fit(bench: Bench, overrides: list[str], watcher: pl.Callback) -> None:
-    """Trains in this process with `watcher` among the callbacks, which also ends the training."""
+    """Train in this process with the callback `watcher`, which also stops the training."""
     quiet_libraries()
     config = compose(overrides)
     data = build_data(config)
@@ -95,7 +95,7 @@ def _fit(bench: Bench, overrides: list[str], watcher: pl.Callback) -> None:
 
 
 class NoWait(pl.Callback):
-    """Makes every wait of the host for the GPU an error during `steps` steps, from the end of a warm step."""
+    """Raises an error for any host-device synchronisation during `steps` steps, after `warm` warm-up steps."""
 
     def __init__(self, warm: int = 12, steps: int = 10):
         self.warm, self.steps, self.seen, self.checked = warm, steps, 0, 0
@@ -113,7 +113,7 @@ class NoWait(pl.Callback):
 
 def no_waiting(bench: Bench) -> None:
     watcher = NoWait()
-    if bench.device != "cuda":  # the mode belongs to CUDA; the same steps run
+    if bench.device != "cuda":  # sync debug mode exists only for CUDA; the steps run without it
         watcher.warm = 10**9
     try:
         _fit(bench, _overrides(bench, *([] if bench.device == "cuda" else ["trainer.max_steps=4"])), watcher)
@@ -125,7 +125,7 @@ def no_waiting(bench: Bench) -> None:
 
 
 class Clock(pl.Callback):
-    """Seconds a step after `warm` steps; stops the training after `timed` more."""
+    """Measures seconds per step over `timed` steps after `warm` warm-up steps, then stops the training."""
 
     def __init__(self, device: str, warm: int, timed: int):
         self.device, self.warm, self.timed, self.seen, self.start, self.seconds = device, warm, timed, 0, 0.0, float("nan")
@@ -158,7 +158,7 @@ def _peak_gib(device: str) -> float:
 
 
 def _time(device: str, step: Callable[[], None], warm: int, timed: int) -> float:
-    """Median seconds of `timed` steps, in three blocks."""
+    """Return the seconds per step as the median over three blocks of `timed` steps in all."""
     for _ in range(warm):
         step()
     blocks, size = [], max(1, timed // 3)
@@ -173,7 +173,7 @@ def _time(device: str, step: Callable[[], None], warm: int, timed: int) -> float
 
 
 def _plain_step(bench: Bench, sizes: tuple[int, int, int, int, int], batch: int, compiled: bool) -> Callable[[], None]:
-    """The loop that people write: SDPA, bf16 autocast, torch's fused AdamW, clipping by norm, random tokens."""
+    """Return one step of a plain PyTorch loop: SDPA, bf16 autocast, fused AdamW, gradient clipping, random tokens."""
     vocabulary, layers, heads, width, context = sizes
     device = torch.device(bench.device)
     with device:
@@ -198,7 +198,7 @@ def _plain_step(bench: Bench, sizes: tuple[int, int, int, int, int], batch: int,
 
 
 def _fitting_batch(bench: Bench, sizes: tuple[int, int, int, int, int]) -> int:
-    """The largest batch whose eager plain step peaks at no more than BUDGET_GIB."""
+    """Return the largest batch whose eager plain step needs at most BUDGET_GIB of memory."""
     if bench.device != "cuda":
         return 2
     for batch in (64, 48, 32, 24, 16, 12, 8, 4):
@@ -223,7 +223,7 @@ def _trainer_seconds(bench: Bench, overrides: list[str], warm: int, timed: int) 
 
 
 def speed(bench: Bench) -> None:
-    """GPT-2's 124 M shape: a plain loop and our Trainer, eager and compiled, on one batch size."""
+    """Compare a plain loop and our Trainer, eager and compiled, with GPT-2's 124 M shape and one batch size."""
     sizes = (512, 2, 4, 64, 64) if bench.tiny else (50304, 12, 12, 768, 1024)
     vocabulary, layers, heads, width, context = sizes
     warm, timed = (2, 3) if bench.tiny else (8, 18)
@@ -251,7 +251,7 @@ def speed(bench: Bench) -> None:
         _clean(bench.device)
         try:
             seconds[name] = measure()
-        except Exception as error:  # one variant of several: the others still tell something
+        except Exception as error:  # the other variants are still measured
             bench.errors[f"speed: {name}"] = f"{type(error).__name__}: {str(error)[-600:]}"
             continue
         tokens = batch * context / seconds[name]
@@ -265,9 +265,10 @@ def speed(bench: Bench) -> None:
 
 
 def long_context(bench: Bench) -> None:
-    """Forward and backward of packed documents, a window and ALiBi at 8,192 tokens: `auto` against the kernel with a dense mask.
+    """Compare `auto` with the dense-mask kernel on packed documents, a window and ALiBi at 8,192 tokens, forward and backward.
 
-    Blocks are compiled, as in training on a GPU, and there are four sequences: with one, eagerly, both wait for the host (1.04 on an H200).
+    Blocks are compiled, as in training on a GPU, and the batch has four sequences: with one, eagerly, the host limits both kernels (ratio 1.04 on an
+    H200).
     """
     T, width, heads, window, batch = (64, 64, 4, 16, 1) if bench.tiny else (8192, 768, 12, 1024, 4)
     device = torch.device(bench.device)
@@ -297,14 +298,14 @@ def long_context(bench: Bench) -> None:
 
 
 def large_vocabulary(bench: Bench) -> None:
-    """Memory of the loss, forward and backward, at a vocabulary of 128,256, against one fp32 copy of the logits."""
+    """Measure the memory of the loss, forward and backward, at a vocabulary of 128,256, relative to one fp32 copy of the logits."""
     if bench.device != "cuda":
         return
     tokens, width, vocabulary = 8192, 768, 128256
     hidden = torch.randn(1, tokens, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     head = Head(width, vocabulary, bias=False, device="cuda", dtype=torch.bfloat16)
     targets = torch.randint(vocabulary, (1, tokens), device="cuda")
-    head(hidden, targets).backward()  # compiles, and brings the gradients
+    head(hidden, targets).backward()  # warm-up: compiles and allocates the gradients
     _clean(bench.device)
     before = torch.cuda.memory_allocated()
     head(hidden, targets).backward()
@@ -315,8 +316,10 @@ def large_vocabulary(bench: Bench) -> None:
 
 
 def saving(bench: Bench) -> None:
-    """Weights and AdamW state of GPT-2's 124 M shape from this device to the disk: how long training waits, at once and in the background, and
-    what of the synchronous save the background hides, the slower steps beside it counted in."""
+    """Measure how long saving weights and AdamW state of GPT-2's 124 M shape delays training, synchronously and in the background.
+
+    The cost of a background save includes the slowdown of the steps that run meanwhile.
+    """
     vocabulary, layers, heads, width, context = (512, 2, 4, 64, 64) if bench.tiny else (50304, 12, 12, 768, 1024)
     device = torch.device(bench.device)
     with device:
@@ -332,7 +335,7 @@ def saving(bench: Bench) -> None:
         optimizer.zero_grad()
 
     def save(asynchronous: bool, turn: int) -> tuple[float, int, float]:
-        """Seconds that training waits, the steps made while the rest was written, and seconds of them all."""
+        """Return (seconds that training waits, steps made while the rest is written, seconds in all)."""
         io = FolderCheckpointIO()
         io.asynchronous = asynchronous
         tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()}

@@ -1,4 +1,4 @@
-"""What a layout costs: step time of each on two ranks with one thread each, and how long the ranks of a pipeline wait for each other."""
+"""Measure the step time of each layout on two ranks with one thread each, and the idle time of pipeline ranks."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ LAYOUTS = {
 }
 ROUNDS, STEPS, EVERY, WARM_UP_ROWS = 3, 24, 4, 2
 PIPELINE = ["data.batch_size=32", "data.tokenizer=bpe", "data.vocab_size=4096", "strategy=pipeline", "strategy.schedule=1f1b"]
-# Seven blocks and the head divide into two stages of nearly one cost; three blocks and the head of a narrow model do not.
+# Seven blocks and the head split into two stages of nearly equal cost; the head of the narrow model is too large for that.
 PIPELINES = {
     "7 layers, width 384, context 128": ["model=nano", "model.n_layers=7", "model.d_model=384", "data.context_length=128"],
     "6 layers, width 128, context 64": ["model=nano", "model.n_layers=6", "data.context_length=64"],
@@ -45,7 +45,7 @@ PIPELINES = {
 
 
 def report_layouts(options: argparse.Namespace) -> None:
-    """Time of a step, relative to DDP in the same round: the median of the rounds, and their range."""
+    """Print the step time relative to DDP in the same round: median and range over the rounds."""
     times: dict[str, list[float]] = {name: [] for name in LAYOUTS}
     with tempfile.TemporaryDirectory() as scratch:
         for turn in range(ROUNDS):
@@ -68,8 +68,10 @@ def report_layouts(options: argparse.Namespace) -> None:
 
 
 class IdleClock(pl.Callback):
-    """The share of a training step's time in which a rank of a pipeline runs no stage, and a micro-batch's time in each stage: FILE.RANK.
-    CPU only, where a stage's calls return when the work is done. State: none."""
+    """Writes to FILE.RANK the fraction of a training step in which a pipeline rank runs no stage, and its forward and backward seconds.
+
+    CPU only, where a stage's calls return when the work is done. State: none.
+    """
 
     def __init__(self, file: str, warm_up_steps: int = 3):
         self.file, self.warm_up_steps = file, warm_up_steps
@@ -79,7 +81,7 @@ class IdleClock(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         PipelineStage.forward_one_chunk = self._timed("forward", PipelineStage.forward_one_chunk)
         PipelineStage.backward_one_chunk = self._timed("backward", PipelineStage.backward_one_chunk)
-        Pipeline._loss = self._timed("forward", Pipeline._loss)  # the last stage's, which schedules call outside of the stage
+        Pipeline._loss = self._timed("forward", Pipeline._loss)  # schedules call the last stage's loss outside of the stage
 
     def _timed(self, kind: str, work: Any) -> Any:
         def timed(*args: Any, **kwargs: Any) -> Any:
@@ -96,7 +98,7 @@ class IdleClock(pl.Callback):
         self.spent, self.start = dict.fromkeys(self.spent, 0.0), time.perf_counter()
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: Any, loss: torch.Tensor) -> None:
-        # The schedule has run by now, forward and backward; the optimizer's own time is no part of the pipeline.
+        # The schedule has run forward and backward by now; the optimizer's time does not belong to the pipeline.
         whole = time.perf_counter() - self.start
         self.steps.append({**self.spent, "idle": 1 - sum(self.spent.values()) / whole})
 
@@ -107,9 +109,9 @@ class IdleClock(pl.Callback):
 
 
 def idle_share(forward: list[float], backward: list[float], microbatches: int) -> float:
-    """Share of the processes' time that 1F1B leaves idle where nothing is lost between stages; the seconds of one micro-batch in each stage.
+    """Return the idle fraction of 1F1B with free communication, given the seconds of one micro-batch in each stage.
 
-    With equal stages it is (P − 1)/(M + P − 1) (Narayanan et al. 2021, section 2.2.1).
+    For equal stages it is (P − 1)/(M + P − 1) (Narayanan et al. 2021, section 2.2.1).
     """
     P, M = len(forward), microbatches
     orders = []
@@ -136,7 +138,7 @@ def idle_share(forward: list[float], backward: list[float], microbatches: int) -
 
 
 def report_pipeline(options: argparse.Namespace) -> None:
-    """Idle share of 1F1B on two ranks beside what equal stages would idle, (P − 1)/(M + P − 1), and what stages of the measured times would."""
+    """Print the idle fraction of 1F1B on two ranks: in theory for equal stages, (P − 1)/(M + P − 1), for the measured stage times, and measured."""
     print("  2 ranks, 1 thread each, gloo; 1F1B; stages balanced by FLOPs, the head's included")
     print(f"  {'':<40}{'micro-batches':>15}{'equal stages':>15}{'these stages':>15}{'measured':>10}")
     with tempfile.TemporaryDirectory() as scratch:

@@ -1,6 +1,6 @@
-"""What is learned in how long: the fixed small setting, the speed-run, and fine-tuning against its two alternatives.
+"""Measure loss against training time: a fixed small setting, the speed-run, and fine-tuning against two alternatives.
 
-Each measurement is the command a user would type, run in a process of its own; figures are read from the run folders it leaves.
+Each measurement runs the command a user would type in another process and reads its run folder.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ PLAIN = [
     "model.norm=layer", "model.qk_norm=false", "model.zero_init=false", "model/position=learned", "optimizer=adamw", "optimizer.lr=1e-3",
     "optimizer.weight_decay=0.1", "schedule=cosine",
 ]  # fmt: skip
-OURS = ["optimizer.lr=0.03", "optimizer.adamw_lr=0.008"]  # longer training wants slightly lower rates
+OURS = ["optimizer.lr=0.03", "optimizer.adamw_lr=0.008"]  # slightly lower rates are better for longer training
 
 
 def run(folder: Path, name: str, *overrides: str) -> Path:
-    """Trains by the command; returns the run folder."""
+    """Train with the command line; return the run folder."""
     target = folder / name
     command = [sys.executable, "-m", "meshformer.cli", "train", f"hydra.run.dir={target}", "trainer.progress=false", *overrides]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
@@ -40,7 +40,7 @@ def val_losses(run_folder: Path) -> list[tuple[int, float]]:
 
 
 def report_learning(options: argparse.Namespace) -> None:
-    """4 layers, 4 heads, width 128, context 64, batch 12, 2,000 steps: validation loss over the whole part, in nats a character."""
+    """Print the full validation loss, in nats per character, of 2,000 steps with 4 layers, 4 heads, width 128, context 64, batch 12."""
     with tempfile.TemporaryDirectory() as scratch:
         for name, settings in (("AdamW, learned positions, plain recipe", PLAIN), ("Muon, rotary positions, QK-norm, zero init", OURS)):
             start = time.perf_counter()
@@ -49,7 +49,7 @@ def report_learning(options: argparse.Namespace) -> None:
 
 
 def report_speedrun(options: argparse.Namespace) -> None:
-    """`experiment=shakespeare_speedrun`: training time (start-up and validation not counted) and the loss it ends with; goal 1.94."""
+    """Print training time (without start-up and validation) and final loss of `experiment=shakespeare_speedrun`; the goal is 1.94."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = run(Path(scratch), "speedrun", "experiment=shakespeare_speedrun", f"trainer.threads={options.threads}")
         seconds = training_seconds(folder)
@@ -58,7 +58,7 @@ def report_speedrun(options: argparse.Namespace) -> None:
 
 
 def training_seconds(run_folder: Path) -> float:
-    """Time in training steps alone, from the rate of every row."""
+    """Return the seconds spent in training steps, from the rate in every row."""
     context_length = yaml.safe_load((run_folder / "config.yaml").read_text(encoding="utf-8"))["data"]["context_length"]
     seconds, samples = 0.0, 0.0
     for row in read_metrics(run_folder / "metrics.csv"):
@@ -69,7 +69,7 @@ def training_seconds(run_folder: Path) -> float:
 
 
 def report_finetune(options: argparse.Namespace) -> None:
-    """Loss on the King James Bible of a Shakespeare model as it is, fine-tuned, and of one trained from scratch for as many steps."""
+    """Print the loss on the King James Bible of a Shakespeare model before and after fine-tuning, and of one trained from scratch."""
     with tempfile.TemporaryDirectory() as scratch:
         base = run(Path(scratch), "pretrained", "trainer.limit_val_batches=20", f"trainer.threads={options.threads}")
         tuned = ["experiment=kjv_finetune", f"stage.init_from={base}", f"trainer.threads={options.threads}"]

@@ -1,4 +1,4 @@
-"""How long preparing a large text takes and how much memory, and what a large text costs each start after that."""
+"""Measure time and memory for preparing a large text, and the start-up time of later runs with it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-SMALL, VOCABULARY, WORDS = 5, 4096, 50_000  # MB of the text that starts are compared with; entries of the BPE; distinct words of the text
+SMALL, VOCABULARY, WORDS = 5, 4096, 50_000  # MB of the small text; BPE vocabulary; distinct words in the texts
 _PREPARE = """
 import json, sys, time
 from meshformer.data import TextFiles, prepare
@@ -35,7 +35,7 @@ print(json.dumps({"seconds": time.perf_counter() - imported}))
 
 
 def make_text(path: Path, megabytes: int) -> None:
-    """Words with the frequencies of natural text (Zipf's law), a few beyond ASCII, in lines; the same every time."""
+    """Write lines of made-up words with Zipf frequencies, some with non-ASCII letters; the same in every run."""
     draw = random.Random(0)
     words = ["".join(draw.choices("etaoinshrdlucmfwypvbgkäé", range(24, 0, -1), k=draw.randint(2, 10))) for _ in range(WORDS)]
     weights = [1 / rank for rank in range(1, WORDS + 1)]
@@ -49,8 +49,8 @@ def make_text(path: Path, megabytes: int) -> None:
 
 
 def report_prepare(options: argparse.Namespace) -> None:
-    """For each tokenizer MB/s and the peak memory of a fresh process and those it starts, and the seconds from loaded libraries
-    to the first batch, of a later start with the large text and with 5 MB, both prepared."""
+    """Print, for each tokenizer, MB/s and peak memory (including child processes) of preparing a text, and the seconds from the imports to the first
+    batch of later starts with the large and with a 5 MB text."""
     size = options.megabytes
     with tempfile.TemporaryDirectory(dir=".") as scratch:
         small, large = Path(scratch) / "small.txt", Path(scratch) / "large.txt"
@@ -70,7 +70,7 @@ def report_prepare(options: argparse.Namespace) -> None:
 
 
 def _measure(program: str, text: Path, settings: list[str]) -> dict[str, Any]:
-    """What the program prints, and ``peak``: MiB that it and the processes it started had at most, added up."""
+    """Run the program and return what it prints, and ``peak``: the peak memory (MiB) of it and its child processes, added up."""
     command = [sys.executable, "-c", program, str(text), *settings]
     peak = 0
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -82,9 +82,9 @@ def _measure(program: str, text: Path, settings: list[str]) -> dict[str, Any]:
 
 
 def _peak(process: int) -> int:
-    """KiB at most so far of the process and of those of its children that live now."""
+    """Return the peak memory (KiB) so far of the process and its live children."""
     total = 0
-    with suppress(OSError):  # it has ended
+    with suppress(OSError):  # the process has ended
         status = Path(f"/proc/{process}/status").read_text()
         total = int(status.partition("VmHWM:")[2].split()[0]) if "VmHWM:" in status else 0
         for task in Path(f"/proc/{process}/task").iterdir():

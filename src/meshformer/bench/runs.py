@@ -1,4 +1,4 @@
-"""How long reading runs takes: `load_runs` over 2,000 synthetic folders, for the first time and again."""
+"""Measure how long `load_runs` takes on 2,000 synthetic run folders, with and without its cache."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RUNS, ROWS = 2000, 80
 
 
 def make_runs(folder: Path, count: int, rows: int = ROWS) -> None:
-    """`count` run folders as a finished run of the default recipe leaves them: 100 keys, `rows` rows; no checkpoints."""
+    """Create `count` run folders like those of finished runs of the default recipe, with `rows` rows of metrics and no checkpoints."""
     config = compose(["seed=12345", "optimizer.lr=0.98765", "optimizer=adamw"])
     config["run"] = None
     text = yaml.safe_dump(config, sort_keys=False)
@@ -55,7 +55,7 @@ def make_runs(folder: Path, count: int, rows: int = ROWS) -> None:
 
 
 def report_runs(options: argparse.Namespace) -> None:
-    """Seconds to read 2,000 runs: cold, from the cache, after one has changed; their metrics; and the command, start-up included."""
+    """Print seconds to read 2,000 runs cold, cached and after one change, to read their metrics, and for the command with start-up."""
     from meshformer.runs import load_metrics, load_runs
 
     before = os.environ.get("MESHFORMER_DATA")

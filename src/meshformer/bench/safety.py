@@ -1,4 +1,4 @@
-"""What safety costs: how long a save keeps training waiting, and what looking for numbers that go wrong adds to a step."""
+"""Measure the cost of safety: how long saving delays training, and how much the checks for non-finite values add to a step."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROUNDS, STEPS, STEP_SECONDS = 5, 200, 0.035
 
 
 def report_saving(options: argparse.Namespace) -> None:
-    """Weights and AdamW's two moments to this disk, flushed, with checksums: until `write` returns, and until all is on disk."""
+    """Print the seconds to save weights and AdamW's two moments, flushed and with checksums: until `write` returns, and until all is on disk."""
     model = Transformer(vocab_size=8192, n_layers=14, n_heads=8, d_model=512, context_length=256)
     tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
     tensors |= {
@@ -52,9 +52,12 @@ def report_saving(options: argparse.Namespace) -> None:
 
 
 def report_checks(options: argparse.Namespace) -> None:
-    """How long what is done beside training holds up a step of 35 ms, in one process and on two ranks: flags, notes, the ranks' agreement whether to
-    stop, and a row every 50 steps. Between them the ranks multiply matrices, while exchanges that nobody waits for go on, as in training. (The sum
-    over ranks that tells of a bad gradient is the one that counts tokens, and is there in any case.)"""
+    """Print how much the checks add to a step of 35 ms, in one process and on two ranks.
+
+    They are the flags for non-finite values, the guard's notes, the ranks' agreement on stopping, and a row every 50 steps. Matrix products fill the
+    rest of a step, as in training, so asynchronous collectives overlap. The all-reduce that reports a bad gradient also counts tokens and happens in
+    any case, so it is not included.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         for ranks in (1, 2):
             file = Path(scratch) / f"{ranks}.json"
@@ -66,7 +69,7 @@ def report_checks(options: argparse.Namespace) -> None:
 
 
 def _check_steps(rank: int, ranks: int, file: str) -> None:
-    """Rank 0 writes the seconds a step of each round."""
+    """Run the rounds on one rank; rank 0 writes the seconds per step of each round to `file`."""
     torch.set_num_threads(1)
     stopping = Preemption(StopSignals(by_agent=False))
     if ranks > 1:
@@ -89,7 +92,7 @@ def _check_steps(rank: int, ranks: int, file: str) -> None:
             while time.perf_counter() < end:
                 matrix @ matrix
             if ranks > 1:
-                dist.barrier()  # that one rank is later is no cost of the checks
+                dist.barrier()  # waiting for a slower rank does not count as a cost of the checks
             begun = time.perf_counter()
             guard.loss(step, loss, count)
             norm = torch.linalg.vector_norm(norms)

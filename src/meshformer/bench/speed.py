@@ -1,4 +1,4 @@
-"""What the Trainer costs against a bare loop, what bf16 gives against fp32, and our step against the network in plain PyTorch."""
+"""Compare the Trainer with a bare loop, bf16 with fp32, and our network with the same one in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ from meshformer.parallel.memory_options import apply_memory_options
 from meshformer.tasks.language_modelling import summed_cross_entropy
 
 WARM_UP, PROCESSES = 2, 5
-LOSS = (8192, 512, 50304)  # tokens, width and vocabulary of the loss that `memory` measures
-BLOCK_SECONDS, LEAST = 1.0, 3  # how long the Trainer and the bare loop run in turn, and how many steps at least
+LOSS = (8192, 512, 50304)  # tokens, width and vocabulary in the `memory` benchmark
+BLOCK_SECONDS, MIN_STEPS = 1.0, 3  # the Trainer and the bare loop alternate in blocks of this length, with at least so many steps
 SIZES = {
     "4 layers, 4 heads, width 128, context 64, batch 12": (4, 4, 128, 64, 12),
     "6 layers, 6 heads, width 384, context 256, batch 8": (6, 6, 384, 256, 8),
@@ -43,7 +43,7 @@ SIZES = {
 
 def report(options: argparse.Namespace) -> None:
     quiet_libraries()
-    keep_freed_memory()  # plain PyTorch gains by it as we do
+    keep_freed_memory()  # speeds up plain PyTorch too, so it is on for both
     rates = matrix_rates(options.seconds / 10)
     print("this machine multiplies matrices at " + ", ".join(f"{rate / 1e9:,.0f} GFLOP/s in {name}" for name, rate in rates.items()))
     for name, size in SIZES.items():
@@ -53,14 +53,14 @@ def report(options: argparse.Namespace) -> None:
 
 
 def matrix_rates(seconds: float) -> dict[str, float]:
-    """FLOP/s of large matrix products, by type: bf16 where the processor has units for it."""
+    """Return the FLOP/s of large matrix products by type; bf16 only if the processor has units for it."""
     types = {"fp32": torch.float32} | ({"bf16": torch.bfloat16} if cpu_multiplies_bf16() else {})
     return {name: measure_matrix_rate(torch.device("cpu"), dtype, seconds) for name, dtype in types.items()}
 
 
 def report_memory(options: argparse.Namespace) -> None:
-    """The loss of a large vocabulary with and without all its logits; the larger step in a process that gives freed memory back to the system,
-    as glibc does, and in one that keeps it, as ours do."""
+    """Print the memory of the loss of a large vocabulary with all logits at once and in chunks, and the step time when the process returns freed
+    memory to the system (glibc's default) and when it keeps it (`keep_freed_memory`)."""
     figures = {}
     for kind in ("logits", "head"):
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
@@ -74,7 +74,7 @@ def report_memory(options: argparse.Namespace) -> None:
 
 
 def _loss_memory(kind: str, threads: int) -> tuple[float, float]:
-    """(MiB at the peak beyond what was there before, seconds) of the loss and its gradients."""
+    """Return (MiB by which the peak memory grew, seconds) for the loss and its gradients."""
     quiet_libraries()
     torch.set_num_threads(threads)
     tokens, width, vocabulary = LOSS
@@ -107,7 +107,7 @@ def _time_memory(rank: int, keeps: bool, threads: int, seconds: float) -> None:
 
 
 def report_trainer(options: argparse.Namespace) -> None:
-    """The smaller size in five processes, one after another: where memory comes to lie makes differences as large as what is measured."""
+    """Measure the smaller size in five processes one after another, because memory placement varies between processes as much as the result."""
     name, size = next(iter(SIZES.items()))
     print(name)
     extra = []
@@ -135,11 +135,11 @@ def _config(size: tuple[int, ...], folder: str, steps: int) -> dict[str, Any]:
     )  # fmt: skip
 
 
-class _InTurn(pl.Callback):
-    """Lets a bare loop run between the Trainer's steps: both for a block of steps at a time.
+class _Alternating(pl.Callback):
+    """Alternates blocks of the Trainer's steps with blocks of a bare loop's.
 
-    `pairs`: mean seconds a step of the Trainer's block and of the bare loop's behind it. The first step of each is left out: it finds the
-    caches full of the other's numbers. The Trainer's is from the start of one batch to the start of the next, everything between included.
+    `pairs` holds the mean seconds per step of each block of the Trainer and of the bare loop after it. The first step of a block is not counted:
+    the other loop has filled the CPU caches. A Trainer step lasts from the start of one batch to the start of the next.
     """
 
     def __init__(self, bare: Iterator[None], seconds: float):
@@ -151,7 +151,7 @@ class _InTurn(pl.Callback):
         start = time.perf_counter()
         for _ in range(WARM_UP):
             next(self.bare)
-        self.block = max(LEAST, round(BLOCK_SECONDS * WARM_UP / (time.perf_counter() - start)))
+        self.block = max(MIN_STEPS, round(BLOCK_SECONDS * WARM_UP / (time.perf_counter() - start)))
         self.end = time.perf_counter() + self.seconds
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -167,14 +167,14 @@ class _InTurn(pl.Callback):
             self.pairs.append(((now - self.start) / self.block, (time.perf_counter() - began) / self.block))
             self.steps = 1
             for bar in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
-                if isinstance(bar, ProgressBar):  # else it is due after every pause, in the step that does not count
+                if isinstance(bar, ProgressBar):  # without this, it would refresh in the uncounted step after every pause
                     bar._next_refresh += time.perf_counter() - now
             trainer.should_stop = now > self.end and len(self.pairs) > WARM_UP
 
 
 @contextmanager
 def _terminal() -> Iterator[None]:
-    """Standard error is a terminal, as the progress bar has it where people train, which nobody looks at."""
+    """Redirect stderr to a pseudo-terminal, so that the progress bar does its usual work."""
     ours, theirs = os.openpty()
     reader = threading.Thread(target=_drain, args=(ours,), daemon=True)
     reader.start()
@@ -183,41 +183,41 @@ def _terminal() -> Iterator[None]:
 
 
 def _drain(ours: int) -> None:
-    with suppress(OSError):  # the other end was closed
+    with suppress(OSError):  # the other end is closed
         while os.read(ours, 2**16):
             pass
     os.close(ours)
 
 
 def trainer_against_bare_loop(size: tuple[int, ...], seconds: float) -> float:
-    """The same model, optimizer, clipping and batches, a second of steps each in turn: a shared machine drifts by more than the Trainer costs.
+    """Alternate one second of Trainer steps with one of a bare loop on the same model, optimizer, clipping and batches.
 
-    Printed are medians over pairs of blocks, with their quartiles; the last, milliseconds a step, is returned. The progress bar is on a terminal
-    and the rows are written.
+    They alternate because a shared machine drifts by more than the Trainer costs. Prints medians over pairs of blocks with quartiles, and returns the
+    Trainer's extra milliseconds per step. The progress bar and metrics.csv are active.
     """
     with tempfile.TemporaryDirectory() as folder, _terminal():
         config = _config(size, folder, 100000)
         data = build_data(config)
         data.prepare_data()
         config["model"]["vocab_size"] = data.vocab_size
-        in_turn = _InTurn(_bare_loop(config), 2 * seconds)
+        alternating = _Alternating(_bare_loop(config), 2 * seconds)
         callbacks = build_callbacks(config, Path(folder), data.steps_per_epoch)
-        callbacks = [c for c in callbacks if not isinstance(c, Checkpoint | Samples)] + [in_turn]
+        callbacks = [c for c in callbacks if not isinstance(c, Checkpoint | Samples)] + [alternating]
         task: Any = build_task(config, 100000)
         trainer = build_trainer(config, Path(folder), 100000, callbacks, [])
         trainer.fit(task, datamodule=data)
-    pairs = in_turn.pairs[1:]
+    pairs = alternating.pairs[1:]
     ours, bare = (statistics.median(times) for times in zip(*pairs, strict=True))
     print(f"  Trainer {1e3 * ours:.2f} ms a step, bare loop {1e3 * bare:.2f} ms")
     ratio, low, high = _quartiles([ours / bare for ours, bare in pairs])
-    print(f"  pair by pair ({len(pairs)} blocks of {in_turn.block} steps): {ratio:.3f} times ({low:.3f} to {high:.3f})", end=", ")
+    print(f"  pair by pair ({len(pairs)} blocks of {alternating.block} steps): {ratio:.3f} times ({low:.3f} to {high:.3f})", end=", ")
     extra, low, high = _quartiles([1e3 * (ours - bare) for ours, bare in pairs])
     print(f"{extra:+.2f} ms a step ({low:+.2f} to {high:+.2f})", flush=True)
     return extra
 
 
 def _quartiles(numbers: list[float]) -> tuple[float, float, float]:
-    """The median, the lower and the upper quartile."""
+    """Return the median, the lower and the upper quartile."""
     low, median, high = statistics.quantiles(numbers, n=4)
     return median, low, high
 
@@ -264,7 +264,7 @@ def _plain_norm(width: int, modern: bool) -> nn.Module:
 
 
 def _rotated(x: Tensor) -> Tensor:
-    """Rotary positions as they are usually written."""
+    """Rotary positions in their usual formulation."""
     cos, sin = _rotations(*x.shape[-2:])
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
@@ -286,7 +286,7 @@ class PlainTransformer(nn.Module):
         self.blocks = nn.Sequential(*(PlainBlock(heads, width, modern) for _ in range(layers)))
         self.norm, self.head = _plain_norm(width, modern), nn.Linear(width, vocab_size, bias=False)
         self.head.weight = self.tokens.weight
-        nn.init.normal_(self.tokens.weight, std=0.02)  # at 1 the loss saturates, and a CPU is ten times slower on its denormal gradients
+        nn.init.normal_(self.tokens.weight, std=0.02)  # with std=1 the loss saturates, and a CPU is ten times slower on denormal gradients
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         x = self.tokens(tokens_BT)
@@ -295,7 +295,7 @@ class PlainTransformer(nn.Module):
         return self.head(self.norm(self.blocks(x)))
 
 
-# The same network twice, written out plainly and ours. (`modern` of the plain one, settings of ours)
+# Name -> (`modern` of the plain network, settings that make ours the same network).
 NETWORKS: dict[str, tuple[bool, dict[str, Any]]] = {
     "LayerNorm, learned positions": (False, {"norm": "layer", "position": Learned, "qk_norm": False}),
     "RMSNorm, QK-norm, rotary positions (the template's)": (True, {}),
@@ -303,8 +303,8 @@ NETWORKS: dict[str, tuple[bool, dict[str, Any]]] = {
 
 
 def types_against_plain_pytorch(size: tuple[int, ...], seconds: float, rates: dict[str, float]) -> None:
-    """Forward, backward and AdamW in turn for each variant; tokens a second as a ratio to the same network in plain PyTorch in fp32, and the share
-    of the machine's matrix rate in that type which the network's products are (MFU)."""
+    """Time forward, backward and AdamW of each variant; print tokens per second relative to plain PyTorch in fp32, and the fraction of the machine's
+    matrix rate in that type (MFU)."""
     for network, (modern, settings) in NETWORKS.items():
         print(f"  {network}")
         _one_network(size, seconds, modern, settings, rates)
@@ -341,7 +341,7 @@ def _one_network(size: tuple[int, ...], seconds: float, modern: bool, settings: 
     for step in steps.values():
         step()
     while time.perf_counter() < end or len(next(iter(times.values()))) < 3:
-        for name, step in steps.items():  # in turn, so that a slow moment of the machine meets all of them
+        for name, step in steps.items():  # alternating, so that slow moments of the machine affect all variants
             start = time.perf_counter()
             step()
             times[name].append(time.perf_counter() - start)

@@ -1,4 +1,4 @@
-"""What the launcher of a grid costs: seconds it adds to each job, and jobs an hour beside Hydra's own basic launcher."""
+"""Measure the overhead of the sweep launchers: seconds added per job, and jobs per hour compared with Hydra's basic launcher."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LAUNCHERS = {
 
 
 def report_sweep_overhead(options: argparse.Namespace) -> None:
-    """Jobs of a few steps, one at a time with one thread: what one more of them costs, beside the same job without any launcher."""
+    """Print the seconds of one more short job in a grid (one at a time, one thread), and of the same job without a launcher."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         work = [*COMMON, *SHORT, "trainer.threads=1", f"paths.runs={folder}/runs"]
@@ -43,7 +43,7 @@ def report_sweep_overhead(options: argparse.Namespace) -> None:
 
 
 def report_grid(options: argparse.Namespace) -> None:
-    """Eight jobs of some seconds each on all cores: jobs an hour, with each launcher's own number of threads and jobs at a time."""
+    """Print jobs per hour for eight jobs of a few seconds on all cores, with each launcher's own choice of threads and concurrent jobs."""
     with tempfile.TemporaryDirectory() as scratch:
         for name, launcher in LAUNCHERS.items():
             seconds = _seconds(["train", "-m", *COMMON, *LONGER, f"paths.runs={scratch}/runs", *launcher, _seeds(8)])

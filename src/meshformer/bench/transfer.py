@@ -1,4 +1,4 @@
-"""What pretrained weights are worth: one command each, three seeds, on the held-out part of the data."""
+"""Measure what pretrained weights gain on held-out data, with one command per measurement and three seeds."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ STEPS = (100, 300, 1000)
 
 
 def report_sentiment(options: argparse.Namespace) -> None:
-    """`experiment=sentiment_minilm`: accuracy on a held-out fifth of the film reviews, every 66 steps."""
+    """`experiment=sentiment_minilm`: accuracy on a held-out fifth of the film reviews, measured every 66 steps."""
     _accuracies(options, "sentiment_minilm", "trainer.val_check_interval=66")
 
 
 def report_adapters(options: argparse.Namespace) -> None:
-    """`experiment=sentiment_lora`: the same by adapters of low rank."""
+    """`experiment=sentiment_lora`: the same with low-rank adapters (LoRA)."""
     _accuracies(options, "sentiment_lora", "trainer.val_check_interval=66")
 
 
@@ -40,7 +40,7 @@ def report_masked(options: argparse.Namespace) -> None:
 
 
 def report_decoder(options: argparse.Namespace) -> None:
-    """Loss on Shakespeare of the pretrained decoder, and of the same one from scratch, after 100, 300 and 1,000 steps of a schedule as long."""
+    """Print the loss on Shakespeare of the pretrained decoder and of the same model from scratch, for runs of 100, 300 and 1,000 steps."""
     rates = {"pretrained": "optimizer.lr=2e-3", "from scratch": "optimizer.lr=5e-3"}
     for name, rate in rates.items():
         settings = [rate] if name == "pretrained" else [rate, 'stage.reinit=["*"]']
