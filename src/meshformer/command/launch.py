@@ -256,9 +256,9 @@ def _first_cause(folder: Path, failure: Exception, processes: int) -> Exception:
     if notes and all(any(words in note["message"] for words in PEER_LOST) for note in notes):
         silent = set(range(processes)) - {note["rank"] for note in notes}  # dead ranks, and ranks that the agent stopped before they noticed
         who = f"rank {silent.pop()}" if len(silent) == 1 else "a rank"
-        return JobFailed(f"{who} died without a word (killed, or out of memory); rank {notes[0]['rank']} lost its connection to it")
+        return JobFailed(f"{who} died without an error message (killed, or out of memory); rank {notes[0]['rank']} lost its connection to it")
     if not notes:
-        return JobFailed(f"a rank died without a word (killed, or out of memory): {failure}")
+        return JobFailed(f"a rank died without an error message (killed, or out of memory): {failure}")
     first = notes[0]
     if first["config"] is not None:
         return ConfigError(*first["config"])

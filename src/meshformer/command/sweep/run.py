@@ -261,7 +261,7 @@ class _Sweep:
 
     def _ended(self, point: Point, outcome: tuple[str, Any] | None, seconds: float | None = None) -> None:
         if outcome is None:
-            words = "killed" if self.stopping else "died without a word (killed, or out of memory)"
+            words = "killed" if self.stopping else "died without an error message (killed, or out of memory)"
             record = RunRecord(self.book.folder / point.folder)
             if record.fields.get("state") == "running":
                 record.finish("failed", error=words)
