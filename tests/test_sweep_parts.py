@@ -233,3 +233,11 @@ def test_a_running_sweep_cannot_be_resumed(tmp_path):
         Book.read(tmp_path / "s").lock(patience=0)
     book.unlock()
     Book.read(tmp_path / "s").lock(patience=0)
+
+
+def test_a_sweep_that_is_resumed_keeps_the_time_of_its_start(tmp_path: Path):
+    book = Book(tmp_path / "s", [], {"config_dir": None, "config_name": None}, [Point(0, ["seed=1"])])
+    book.folder.mkdir()
+    book.started = "2026-01-01T00:00:00+00:00"
+    book.write("failed")
+    assert Book.read(book.folder).started == book.started

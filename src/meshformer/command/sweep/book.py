@@ -54,9 +54,9 @@ class Book:
         try:
             fields = json.loads((folder / FILE).read_text(encoding="utf-8"))
             book = cls(folder, fields["overrides"], fields["flags"], [Point(**point) for point in fields["points"]])
+            book.started = str(fields["started"])
         except (FileNotFoundError, NotADirectoryError):
             raise ConfigError("is not the folder of a sweep: it holds no sweep.json", "sweep.resume", str(folder)) from None
-            book.started = str(fields["started"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise ConfigError("its sweep.json is damaged", "sweep.resume", str(folder)) from None
         book.check()
