@@ -109,12 +109,12 @@ def test_overlap_is_switched_on_as_this_torch_has_it(monkeypatch: pytest.MonkeyP
 
     enabled: list[str] = []
     mesh: Any = SimpleNamespace(get_group=lambda: SimpleNamespace(group_name="tensor"))
-    monkeypatch.setattr(torch._inductor.config, "_micro_pipeline_tp", False)
-    monkeypatch.setattr(symmetric, "enable_symm_mem_for_group", lambda name: enabled.append(name))
-    products.overlap(mesh)
-    assert torch._inductor.config._micro_pipeline_tp and enabled == ["tensor"]
-    monkeypatch.delattr(symmetric, "enable_symm_mem_for_group")
-    products.overlap(mesh)
+    with torch._inductor.config.patch(_micro_pipeline_tp=False):  # which puts the setting back; monkeypatch would hide it from then on
+        monkeypatch.setattr(symmetric, "enable_symm_mem_for_group", lambda name: enabled.append(name))
+        products.overlap(mesh)
+        assert torch._inductor.config._micro_pipeline_tp and enabled == ["tensor"]
+        monkeypatch.delattr(symmetric, "enable_symm_mem_for_group")
+        products.overlap(mesh)
 
 
 def applied(folder: Path, ranks: int, *overrides: str) -> list[str]:
