@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import importlib
+import importlib.util
 import re
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
@@ -216,3 +217,16 @@ def test_a_function_that_is_too_long_is_seen():
 
     assert not too_long(ast.parse(of(60, 15)))
     assert too_long(ast.parse(of(61, 0))) == too_long(ast.parse(of(60, 16))) == {"f"}
+
+
+def test_every_name_that_is_imported_inside_a_function_is_there():
+    """Imports at the top fail at once; those in functions only when the function runs, in a notebook or a benchmark, say."""
+    missing = []
+    for file, tree in trees():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and not node.level and (node.module or "").startswith("meshformer"):
+                module = importlib.import_module(node.module or "")
+                for alias in node.names:
+                    if not hasattr(module, alias.name) and importlib.util.find_spec(f"{node.module}.{alias.name}") is None:
+                        missing.append(f"{file}:{node.lineno} {node.module}.{alias.name}")
+    assert missing == []

@@ -67,8 +67,8 @@ def runs_of(name: str, steps: int) -> Iterator[tuple[str, list[str]]]:
 
 
 def train_missing(name: str, steps: int, folder: Path) -> None:
-    from meshformer import train
     from meshformer.cli import main
+    from meshformer.job import train
 
     train.TEXT_TOKENS = 16  # the sample text is not used
 
