@@ -99,7 +99,7 @@ def trainer_of(task: Any, optimizer: Any, schedule: Any, break_it: Any) -> Any:
     strategy = OneProcess()
     strategy.lightning_module, strategy.break_it = task, break_it
     config = SimpleNamespace(scheduler=schedule, interval="step", frequency=1)
-    trainer = SimpleNamespace(strategy=strategy, callbacks=[], global_step=0, training=True, lr_scheduler_configs=[config])
+    trainer = SimpleNamespace(strategy=strategy, callbacks=[], global_step=0, training=True, is_last_batch=False, lr_scheduler_configs=[config])
     task._trainer, task.optimizers, task._on_before_batch_transfer = trainer, lambda: Optimizer(optimizer), lambda batch: batch
     return trainer
 

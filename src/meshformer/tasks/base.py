@@ -15,7 +15,7 @@ from meshformer.config.arguments import places
 from meshformer.config.errors import ConfigError
 from meshformer.model.layout import blocks_name
 from meshformer.training.guard import Guard, NonFiniteStep
-from meshformer.training.step import optimizer_step, step_schedules
+from meshformer.training.step import optimizer_step
 
 # Lightning calls these in automatic optimization only, so an override would be ignored.
 NOT_CALLED = ("optimizer_step", "optimizer_zero_grad", "configure_gradient_clipping", "lr_scheduler_step")
@@ -154,9 +154,6 @@ class Task(MicroBatches):
     def training_step(self, batch: list[dict[str, Tensor]], batch_idx: int) -> Tensor:
         """One optimizer step; `batch` is the list of this rank's micro-batches."""
         return optimizer_step(self, batch)
-
-    def on_train_epoch_end(self) -> None:
-        step_schedules(self.trainer, "epoch", self.trainer.current_epoch + 1)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if not hasattr(self, "guard"):  # only validated or tested, so the restored values are unchanged

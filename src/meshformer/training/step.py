@@ -61,6 +61,8 @@ def optimizer_step(task: Any, micro_batches: list[Batch]) -> Tensor:
     divide_or_skip(optimizer.optimizer, gradients, divisor, skip)
     optimizer.step()
     step_schedules(trainer, "step", step)
+    if trainer.is_last_batch:
+        step_schedules(trainer, "epoch", trainer.current_epoch + 1)
     return losses / tokens.clamp(min=1)
 
 
