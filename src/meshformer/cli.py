@@ -100,7 +100,7 @@ def _command_being_completed(arguments: list[str]) -> str | None:
     Returns None after printing completions for the subcommand itself.
     """
     line = os.environ.get("COMP_LINE")
-    if line is None:  # installing or removing completion works with any configuration
+    if line is None:  # completion is being installed or removed, which works with any subcommand's configuration
         return "train"
     program, _, rest = line.lstrip().partition(" ")
     word, space, tail = rest.lstrip().partition(" ")

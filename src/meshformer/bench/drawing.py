@@ -47,7 +47,8 @@ def build_part(layout: str, sizes: dict[str, Any], rank: int = 0) -> Any:
     """
     small = ["model=custom", "model.n_layers=1", "model.n_heads=8", "model.d_model=64"]
     config = compose([*small, f"strategy={layout}", f"trainer.devices={RANKS}", "trainer.accelerator=cpu"])
-    config["model"] |= {"vocab_size": 64, **sizes}  # set after the checks, which would refuse a model too large for this machine
+    # The real sizes are set after compose(), whose checks would refuse a model too large for this machine: one rank builds only its own part.
+    config["model"] |= {"vocab_size": 64, **sizes}
     if not dist.is_initialized():
         dist.init_process_group("fake", rank=rank, world_size=RANKS, store=fake_store())
     strategy: Any = make_strategy(config["strategy"], context_length=config["data"]["context_length"])

@@ -26,7 +26,7 @@ class Style(ParallelStyle):
     """A ParallelStyle to subclass: `apply` shards a module. torch's extension point `_apply` is private."""
 
     def apply(self, module: Any, mesh: DeviceMesh) -> nn.Module:
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define this method")
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         return self.apply(module, device_mesh)

@@ -99,7 +99,7 @@ class Reader:
 
     def targets(self, batch: Batch, samples: Ints, numbers: Sequence[int] | Ints) -> Batch:
         """What the batch has beside ``tokens`` and ``documents``; it may replace ``tokens``."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define this method")
 
 
 # --- every token is a target

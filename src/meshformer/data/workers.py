@@ -19,7 +19,7 @@ import numpy as np
 
 from meshformer.data.tokenizer import BpeTokenizer, Tokens
 
-MOST = 8  # each takes up to 130 MiB, and all of preparing is to stay below 1.5 GiB
+MOST = 8  # worker processes: each takes up to 130 MiB, and data preparation as a whole must stay below 1.5 GiB
 _PROGRAM = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from meshformer.data.workers import serve; serve()"
 
 

@@ -258,7 +258,7 @@ class MeshStrategy(StepStrategy, ModelParallelStrategy):
         for p, _ in held:
             gradient: Any = p.grad
             if isinstance(gradient, DTensor) and gradient.placements != p.placements:  # pyright: ignore[reportAttributeAccessIssue]
-                # Partial sums: of norms applied to sequence shards, and of embeddings.
+                # Each rank has a partial sum of the gradients of embeddings and of RMSNorms on sequence shards; redistribute() adds them up.
                 p.grad = gradient.redistribute(placements=p.placements)  # pyright: ignore[reportAttributeAccessIssue]
         gradients = [local_tensor(p.grad) for p, _ in held]
         if self.pipeline is not None:

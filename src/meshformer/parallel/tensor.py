@@ -202,8 +202,9 @@ def apply_tensor_parallel(model: Any, mesh: DeviceMesh, sequence_parallel: bool,
     for name in plan.per_head:
         model.get_submodule(name).share_heads(mesh.get_local_rank(), mesh.size())
     if starts_here and (blocks := held_blocks(model)):
-        # Embeddings are summed over all tokens, so the sharding along time starts at the first block. Without it, clone() replaces the
-        # AsyncCollectiveTensor of the embedding's all-reduce, for which torch.compile would compile the first block separately.
+        # The embedding's output is all-reduced whole, so with sequence parallelism the first block's input is where the sequence is split among
+        # the ranks. Without it, clone() turns the AsyncCollectiveTensor that the all-reduce returns into a plain tensor, since torch.compile
+        # would compile the first block separately from the others.
         def prepare_input(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
             if not sequence_parallel:
                 return inputs[0].clone(), *inputs[1:]

@@ -78,7 +78,7 @@ class StepStrategy(Base):
 
     def whole_weights(self) -> dict[str, Tensor] | None:
         """Name -> full (unsharded) parameter on the CPU, on global rank 0; None on the others. A collective; needs memory for the whole model."""
-        raise NotImplementedError("each process holds the whole model")
+        raise NotImplementedError("each process holds the whole model: use task.model")
 
     def reshard(self) -> None:
         """Frees the full parameters that FSDP keeps after a forward pass. Call it before reading or writing the shards."""
