@@ -146,3 +146,16 @@ def _option_with(key: str) -> str | None:
 
 def _first_line(error: BaseException | None) -> str:
     return next((line.strip() for line in str(error or "").splitlines() if line.strip()), "")
+
+
+class explain_errors:
+    """Context manager that turns an exception of Hydra's composition into a ConfigError and lets every other one through."""
+
+    def __init__(self, hydra: Hydra, config_name: str, overrides: Sequence[str]) -> None:
+        self.arguments = hydra, config_name, overrides
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, EXPLAINED):
+            raise explain(error, *self.arguments) from error

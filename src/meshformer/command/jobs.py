@@ -14,7 +14,7 @@ from omegaconf import DictConfig, read_write
 from meshformer.checkpoint.find import candidates, latest_checkpoint
 from meshformer.command import compose
 from meshformer.command.conversion import export_source_and_target, source_and_target
-from meshformer.command.explain import EXPLAINED, explain
+from meshformer.command.explain import explain_errors
 from meshformer.command.folders import claim_folder, forget_folder, shared_folder, write_settings
 from meshformer.command.recipe import FirstRun, pretraining
 from meshformer.command.recorded import read_overrides, write_overrides
@@ -45,7 +45,7 @@ def run_command(command: str, argv: Sequence[str]) -> int:
     if run_of:
         return _train_from(args, run_of, overrides)
     hydra = compose.make_hydra(args.config_dir)
-    with _readable_errors(hydra, config_name, overrides):
+    with explain_errors(hydra, config_name, overrides):
         if any(getattr(args, name) for name in SHOWING):
             _show(hydra, args, config_name, overrides)
             return 0
@@ -176,7 +176,7 @@ def _train_from(args: argparse.Namespace, run_of: dict[str, str], overrides: lis
     name = args.config_name or config_name or "train"
     both = compose.combine(before, overrides)
     hydra = compose.make_hydra(args.config_dir)
-    with _readable_errors(hydra, name, both):
+    with explain_errors(hydra, name, both):
         if any(getattr(args, show) for show in SHOWING):
             _show(hydra, args, name, both)
             return 0
@@ -276,7 +276,7 @@ def _evaluated_config(run: Path, changes: list[str], config_dir: str | None) -> 
     def refuse(key: str, value: Any) -> ConfigError:
         return ConfigError(f"evaluate cannot change it; the run has {value}", key, fix="Leave it out.")
 
-    with _readable_errors(hydra, name, [*before, *changes]):
+    with explain_errors(hydra, name, [*before, *changes]):
         return compose.recorded(hydra, name, run, before, changes, compose.EVALUABLE, refuse)
 
 
@@ -316,16 +316,3 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     if args.resolve and not args.cfg:
         raise ConfigError("goes with --cfg", "--resolve")
     return args
-
-
-class _readable_errors:
-    """Context manager that turns an exception of Hydra's composition into a ConfigError and lets every other one through."""
-
-    def __init__(self, hydra: Hydra, config_name: str, overrides: Sequence[str]) -> None:
-        self.arguments = hydra, config_name, overrides
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, EXPLAINED):
-            raise explain(error, *self.arguments) from error

@@ -1,0 +1,307 @@
+"""`meshformer plan`: predict every layout of a training configuration on a cluster, and say which one to choose."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import re
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from meshformer.command import compose
+from meshformer.command.explain import explain_errors
+from meshformer.config import ConfigError, validate
+from meshformer.config.degrees import AXES
+from meshformer.config.signature import attribute
+from meshformer.model import check as model_check
+from meshformer.plan.answer import best_of_each, budget, degrees_text, duration, mfu, overrides, remedies, throughput, why
+from meshformer.plan.candidates import SPARE, Candidate, Request, candidates
+from meshformer.plan.cluster import Cluster, read_cluster
+from meshformer.plan.scale import fastest, pays_up_to, read_counts, scaled
+from meshformer.plan.sizes import read_sizes
+from meshformer.plan.steptime import constants
+from meshformer.printing import csv_cell, say
+from meshformer.record import atomic_write_text
+
+Config = dict[str, Any]
+ROWS, COUNTED = 10, 5  # rows of the table; layouts whose memory is counted
+# Bytes of optimizer state of a parameter, by the class that conf/optimizer/ names. Muon keeps one average, and AdamW's two of embeddings and norms.
+STATE_BYTES = {"adamw": 8.0, "muon": 4.0, "sgd": 4.0}
+FIXABLE = ("activation_checkpointing", "schedule", "stages_per_rank", "sequence_parallel", "loss_parallel")
+EXPERIMENT = re.compile(r"[A-Za-z][\w-]*")
+
+
+def run_plan(argv: Sequence[str]) -> int:
+    """Print the table, the memory of the best layouts, and the override to type; return the exit code."""
+    started = time.perf_counter()
+    flags, typed = _parse(argv)
+    mine, train = _separate(typed)
+    request = _request(flags, mine, train)
+    found = candidates(request)
+    fitting = [candidate for candidate in found if candidate.fits]
+    say(_heading(request, found, time.perf_counter() - started))
+    if flags.csv:
+        _write_csv(Path(flags.csv), found, request)
+    if flags.scale:
+        return _scale(flags, request)
+    if not fitting:
+        raise _impossible(request, found)
+    rows = best_of_each(fitting)
+    say(_table(rows[: flags.top], request, flags.tokens))
+    best = rows[0]
+    say("\nType this" + (" on every node:" if request.cluster.nodes > 1 else ":"))
+    chosen = [*train, *_types(request, train), *overrides(best, request)]
+    say("  meshformer train " + " ".join(chosen))
+    if flags.figure:
+        _figure(flags.figure, lambda draw, path: draw.draw_steps(rows[: flags.top], request, path))
+    if flags.why:
+        say("\nWhy")
+        say("\n".join(f"  {sentence}" for sentence in why(best, found, request)))
+    if flags.apply:
+        _apply(flags.apply, chosen)
+    return 0
+
+
+def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(prog="meshformer plan", add_help=False, allow_abbrev=False)
+
+    def refuse(message: str) -> Any:
+        raise ConfigError(message, fix="`meshformer plan --help` shows how.")
+
+    parser.error = refuse
+    parser.add_argument("--why", action="store_true")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--apply", metavar="NAME")
+    parser.add_argument("--csv", metavar="FILE")
+    parser.add_argument("--figure", metavar="FILE")
+    parser.add_argument("--scale", metavar="CARDS")
+    parser.add_argument("--tokens", type=float)
+    parser.add_argument("--top", type=int, default=ROWS)
+    parser.add_argument("--config-dir")
+    parser.add_argument("settings", nargs="*")
+    flags = parser.parse_intermixed_args(list(argv))
+    if flags.tokens is not None and not flags.tokens > 0:
+        raise ConfigError("must be a number of tokens", "--tokens", flags.tokens)
+    if flags.top < 1:
+        raise ConfigError("must be at least 1", "--top", flags.top)
+    return flags, flags.settings
+
+
+def _separate(typed: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The overrides of the cluster, and those of the training configuration."""
+    mine = [o for o in typed if o.lstrip("+~").partition("=")[0].partition(".")[0] == "cluster"]
+    return mine, [o for o in typed if o not in mine]
+
+
+def _request(flags: argparse.Namespace, mine: Sequence[str], train: Sequence[str]) -> Request:
+    for override in train:
+        key, _, value = override.lstrip("+").partition("=")
+        if key in ("trainer.devices", "trainer.num_nodes"):
+            where = "cards" if key == "trainer.devices" else "nodes"
+            raise ConfigError("comes from the cluster", key, value, fix=f"Use cluster.{where}={value}.")
+    cluster = read_cluster(compose.plain(_composed(flags.config_dir, "plan", mine))["cluster"])
+    asked = [o for o in train if o.lstrip("+") != "strategy=auto"]
+    cfg = _composed(flags.config_dir, "train", asked)
+    config = validate(compose.plain(cfg))
+    sizes = read_sizes(config)
+    for problem in model_check.problems(config["model"], attribute):
+        raise ConfigError(*problem)
+    names = [o.lstrip("+~").partition("=")[0] for o in asked]
+    there = _for_cluster(config, cluster, names)
+    state = STATE_BYTES.get(_optimizer(config), 8.0)
+    return Request(there, sizes, cluster, constants(cluster.card), _fixed(config, names), state)
+
+
+def _composed(config_dir: str | None, name: str, given: Sequence[str]) -> Any:
+    hydra = compose.make_hydra(config_dir)
+    with explain_errors(hydra, name, given):
+        return compose.compose_config(hydra, name, given)
+
+
+def _optimizer(config: Config) -> str:
+    return str(config["optimizer"]["_target_"]).rpartition(".")[2].lower()
+
+
+def _for_cluster(config: Config, cluster: Cluster, names: Sequence[str]) -> Config:
+    """The configuration as it would be resolved there: bf16 and compiled blocks where cards have bf16, unless the command says otherwise."""
+    trainer = dict(config["trainer"])
+    if "trainer.precision" not in names:
+        trainer["precision"] = "bf16-mixed" if "bf16" in cluster.peak else "32-true"
+    if "trainer.compile" not in names or trainer["compile"] == "auto":
+        trainer["compile"] = "bf16" in cluster.peak and bool(attribute(config["model"]["_target_"], "one_graph"))
+    trainer |= {"accelerator": "gpu", "devices": cluster.cards, "num_nodes": cluster.nodes}
+    return {**config, "trainer": trainer}
+
+
+def _types(request: Request, typed: Sequence[str]) -> list[str]:
+    """The precision and compilation that the plan assumes, unless they are typed."""
+    trainer = request.config["trainer"]
+    assumed = [f"trainer.precision={trainer['precision']}", f"trainer.compile={str(trainer['compile']).lower()}"]
+    names = [override.lstrip("+~").partition("=")[0] for override in typed]
+    return [override for override in assumed if override.partition("=")[0] not in names]
+
+
+def _fixed(config: Config, names: Sequence[str]) -> dict[str, Any]:
+    """The settings that the user typed, which every candidate keeps."""
+    strategy = config["strategy"]
+    whole = "strategy" in names
+    fixed = {key: strategy[key] for key in (*AXES, *FIXABLE) if (whole and key in AXES) or f"strategy.{key}" in names}
+    if "trainer.accumulate_grad_batches" in names:
+        fixed["accumulation"] = config["trainer"]["accumulate_grad_batches"]
+    return {key: value for key, value in fixed.items() if value not in (-1, "auto")}
+
+
+def _heading(request: Request, found: Sequence[Candidate], seconds: float) -> str:
+    sizes, cluster, data = request.sizes, request.cluster, request.config["data"]
+    cards = f"{cluster.processes} × {cluster.card}" + (f" ({cluster.nodes} nodes of {cluster.cards})" if cluster.nodes > 1 else "")
+    batch = data["batch_size"]
+    fitting = sum(candidate.fits for candidate in found)
+    trainer = request.config["trainer"]
+    how = trainer["precision"] + (", compiled" if trainer["compile"] else "")
+    return (
+        f"{_count(sizes.parameters)} parameters, {batch:,} samples of {sizes.length:,} tokens a step ({_count(batch * sizes.length)} tokens), "
+        f"{cards}, {how}\n"
+        f"{fitting:,} of {len(found):,} ways to run it fit in {100 * SPARE:.0f} % of a card's {cluster.memory / 1e9:.0f} GB; predicted in {seconds:.1f} s\n"
+    )
+
+
+def _count(number: float) -> str:
+    for limit, name in ((1e12, "trillion"), (1e9, "billion"), (1e6, "million")):
+        if number >= limit:
+            return f"{number / limit:.3g} {name}"
+    return f"{number:,.0f}"
+
+
+COLUMNS = ("layout", "micro-batch", "accum.", "checkpointing", "pipeline", "step", "tokens/s", "MFU", "memory", "limited by")
+
+
+def _row(candidate: Candidate, request: Request, tokens: float | None) -> list[str]:
+    layout = candidate.layout
+    pipeline = f"{layout.schedule}, {layout.microbatches}" if layout.pipeline > 1 else ""
+    row = [
+        degrees_text(candidate), str(layout.samples), str(layout.accumulation), candidate.checkpointing, pipeline, duration(candidate.step.total),
+        f"{throughput(candidate, request.sizes):,.0f}", f"{100 * mfu(candidate, request.sizes, request.cluster):.0f} %",
+        f"{candidate.memory.total / 1e9:.3g} GB", candidate.step.limit,
+    ]  # fmt: skip
+    if tokens is not None:
+        seconds, energy = budget(candidate, request, tokens)
+        row += [duration(seconds), f"{energy / 1e6:,.3g} MWh"]
+    return row
+
+
+def _table(rows: Sequence[Candidate], request: Request, tokens: float | None) -> str:
+    columns = [*COLUMNS, *((f"{_count(tokens)} tokens", "energy") if tokens is not None else ())]
+    cells = [columns, *(_row(candidate, request, tokens) for candidate in rows)]
+    if not any(row[4] for row in cells[1:]):
+        cells = [row[:4] + row[5:] for row in cells]
+    return _aligned(cells)
+
+
+def _figure(name: str, draw: Callable[[Any, Path], None]) -> None:
+    path = Path(name)
+    if path.exists():
+        raise ConfigError("exists already", "--figure", name, fix="Give another name, or remove it.")
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise ConfigError("must end in .png, .svg or .pdf", "--figure", name)
+    try:
+        from meshformer.plan import figure  # matplotlib takes half a second, and is not always installed
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"needs {error.name}", "--figure", name, fix="Install it with pip install 'meshformer[notebooks]'.") from None
+    draw(figure, path)
+    say(f"figure: {path}")
+
+
+def _scale(flags: argparse.Namespace, request: Request) -> int:
+    """Print, for weak and strong scaling, the best layout on each number of cards, and up to where each kind pays."""
+    counts = read_counts(flags.scale, request.cluster.cards)
+    points = scaled(request, counts)
+    for strong in (False, True):
+        say("Strong scaling: the batch stays" if strong else "Weak scaling: the batch grows with the cards")
+        first = next((best for count in counts if (best := fastest(points, count, strong)) is not None), None)
+        rows = [("cards", "samples", "layout", "tokens/s", "efficiency", "limited by")]
+        for count in counts:
+            best = fastest(points, count, strong)
+            if best is None or first is None:
+                rows.append((f"{count:,}", "", "none fits", "", "", ""))
+                continue
+            rate = best.tokens_per_second / best.cards / (first.tokens_per_second / first.cards)
+            tokens = f"{request.sizes.length * best.tokens_per_second:,.0f}"
+            samples = f"{best.candidate.layout.batch:,}"
+            rows.append((f"{count:,}", samples, degrees_text(best.candidate), tokens, f"{100 * rate:.0f} %", best.candidate.step.limit))
+        say(_aligned(rows))
+        for kind in dict.fromkeys(point.kind for point in points):
+            end = pays_up_to(points, kind, strong)
+            if end is not None and end < counts[-1]:
+                say(f"  {' × '.join(kind) or 'one card'} pays up to {end:,} cards")
+        say()
+    if flags.figure:
+        _figure(flags.figure, lambda draw, path: draw.draw_scale(points, request, path))
+    return 0
+
+
+def _aligned(cells: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells)
+
+
+def _write_csv(path: Path, found: Sequence[Candidate], request: Request) -> None:
+    if path.exists():
+        raise ConfigError("exists already", "--csv", path, fix="Give another name, or remove it.")
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow((*AXES, "samples", "accumulation", "microbatches", "schedule", "stages_per_rank", "activation_checkpointing", "fits", "memory_gb",
+                     "step_seconds", "tokens_per_second", "mfu", "limit", "overrides"))  # fmt: skip
+    for c in found:
+        numbers = (*(getattr(c.layout, axis) for axis in AXES), c.layout.samples, c.layout.accumulation, c.layout.microbatches)
+        rest = (c.layout.schedule if c.layout.pipeline > 1 else "", c.layout.stages, c.checkpointing, c.fits, round(c.memory.total / 1e9, 3),
+                round(c.step.total, 6), round(throughput(c, request.sizes), 1), round(mfu(c, request.sizes, request.cluster), 4), c.step.limit,
+                " ".join(overrides(c, request)))  # fmt: skip
+        writer.writerow([csv_cell(value) for value in (*numbers, *rest)])
+    atomic_write_text(path, text.getvalue())
+    say(f"every candidate: {path}")
+
+
+def _impossible(request: Request, found: Sequence[Candidate]) -> ConfigError:
+    """The error for a request that nothing satisfies, with what would make it possible."""
+    cluster, batch = request.cluster, request.config["data"]["batch_size"]
+    ways = remedies(request)
+    fix = f"Cheapest first: {'; '.join(ways)}." if ways else "Use a smaller model, or a shorter data.context_length."
+    if not found:
+        return ConfigError(f"no layout divides it over {cluster.processes} cards with the settings given", "data.batch_size", batch, fix=fix)
+    least = min(found, key=lambda candidate: candidate.memory.total)
+    message = (
+        f"no layout fits in {100 * SPARE:.0f} % of {cluster.memory / 1e9:.0f} GB: the smallest, {degrees_text(least)} with "
+        f"strategy.activation_checkpointing={least.checkpointing}, would take {least.memory.total / 1e9:,.0f} GB a card"
+    )
+    return ConfigError(message, "cluster.nodes", cluster.nodes, fix=fix)
+
+
+def _apply(name: str, given: Sequence[str]) -> None:
+    """Write the overrides as an experiment of the user's own folder conf/experiment/."""
+    if not EXPERIMENT.fullmatch(name):
+        raise ConfigError("must be a name of letters, digits, - and _", "--apply", name)
+    folder = Path("conf")
+    path = folder / "experiment" / f"{name}.yaml"
+    if path.exists():
+        raise ConfigError(f"{path} exists already", "--apply", name, fix="Give another name.")
+    groups, settings = [], dict[str, Any]()
+    for override in given:
+        key, _, value = override.lstrip("+").partition("=")
+        if "." not in key and key in ("strategy", "model", "data", "optimizer", "schedule", "task", "trainer", "stage", "logger"):
+            groups.append(f"  - override /{key}: {value}")
+        else:
+            node = settings
+            *parents, last = key.split(".")
+            for part in parents:
+                node = node.setdefault(part, {})
+            node[last] = yaml.safe_load(value)
+    head = "# @package _global_\n# Chosen by `meshformer plan`.\n"
+    text = head + ("defaults:\n" + "\n".join(groups) + "\n\n" if groups else "") + yaml.safe_dump(settings, sort_keys=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write_text(path, text)
+    say(f"\nwritten: {path}; train with it: meshformer train --config-dir {folder} experiment={name}")
