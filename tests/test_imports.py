@@ -28,6 +28,7 @@ FLOORS = {
     "callbacks": 4,
     "job": 5,
     "runs": 6,
+    "plan": 6,  # predicts what the layouts of parallel would cost, and builds the job's own to count their memory
     "command": 7,
     "hydra_plugins": 7,
     "bench": 8,  # measures from outside, as a user would: nothing imports it

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from meshformer.bench import drawing, gpu, layouts, learning, prepare, runs, safety, speed, sweeps, transfer
+from meshformer.bench import drawing, gpu, layouts, learning, plan, prepare, runs, safety, speed, sweeps, transfer
 
 MEASUREMENTS = {
     "speed": speed.report,
@@ -24,6 +24,7 @@ MEASUREMENTS = {
     "pipeline": layouts.report_pipeline,
     "drawing": drawing.report_drawing,
     "runs": runs.report_runs,
+    "plan": plan.report_plan,
     "prepare": prepare.report_prepare,
     "sweep_overhead": sweeps.report_sweep_overhead,
     "grid": sweeps.report_grid,
@@ -49,6 +50,10 @@ def main(argv: list[str]) -> int:
     for_gpu.add_argument("--minutes", type=float, default=8.0, help="start no part after this many minutes")
     for_gpu.add_argument("--parts", nargs="+", metavar="PART", help=f"any of {', '.join(gpu.PARTS)}")
     for_gpu.add_argument("--json", type=Path, metavar="FILE", help="where the figures are saved, after each part")
+    for_plan = parser.add_argument_group("options of `plan`")
+    for_plan.add_argument("--write", action="store_true", help="store the fitted constants in plan/constants.json")
+    for_plan.add_argument("--fsdp", metavar="FILE", help="rows with the columns of bench/published/fsdp.csv, which are only predicted")
+    for_plan.add_argument("--products", metavar="FILE", help="the same with the columns of bench/published/products.csv")
     options = parser.parse_args(argv)
     unknown = [what for what in options.what if what not in MEASUREMENTS]
     if unknown:

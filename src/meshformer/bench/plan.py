@@ -94,8 +94,11 @@ def fsdp_rows(path: Path = PUBLISHED / "fsdp.csv") -> list[Row]:
 
 
 def product_rows(path: Path = PUBLISHED / "products.csv") -> list[Row]:
-    """Rows of torchtitan; `context`, `async`, `microbatches` and `gpu` are columns that a file may have. Its selective checkpointing repeats every second matrix product and no attention; its pipeline had as many micro-batches
-    as ranks unless told otherwise; with float8 both FSDP and tensor parallelism gather in float8 and reduce in bf16."""
+    """Rows of torchtitan; `context`, `async`, `microbatches` and `gpu` are columns that a file may have.
+
+    Its selective checkpointing repeats every second matrix product and no attention; its pipeline had as many micro-batches as ranks unless told
+    otherwise; with float8 both FSDP and tensor parallelism gather in float8 and reduce in bf16.
+    """
     rows = []
     for x in _table(path):
         layers, width, deep, heads = LLAMA[x["llama3"]]
@@ -218,7 +221,7 @@ def products_fitted(fitted: Fitted, of: dict[str, Cluster]) -> Constants:
     return fit_another(product_rows()[:3], fitted["h100_80gb"], of)
 
 
-def report(options: argparse.Namespace) -> None:
+def report_plan(options: argparse.Namespace) -> None:
     """Print the errors and the constants, and write them if asked."""
     of, rows = clusters(), fsdp_rows()
     print(f"{len(rows)} published rows of FSDP\n")
@@ -268,5 +271,8 @@ def _print_row(row: Row, fitted: Fitted, of: dict[str, Cluster], note: str = "")
 def to_store(fitted: Fitted) -> dict[str, Any]:
     """What constants.json holds: those of all cards, and those of each card where they differ."""
     common = asdict(next(iter(fitted.values())))
-    cards = {card: {name: round(value, 4) for name, value in asdict(found).items() if name in OF_CARD or value != common[name]} for card, found in fitted.items()}
+    cards = {
+        card: {name: round(value, 4) for name, value in asdict(found).items() if name in OF_CARD or value != common[name]}
+        for card, found in fitted.items()
+    }
     return {"common": {name: round(value, 4) for name, value in common.items() if name not in OF_CARD}, "cards": cards}

@@ -110,10 +110,11 @@ def _time_memory(rank: int, keeps: bool, threads: int, seconds: float) -> None:
 def report_trainer(options: argparse.Namespace) -> None:
     """Measure two sizes, each in five processes one after another, because memory placement varies between processes as much as the result.
 
-    At the first size nearly all of a step is Python, so that the Trainer's milliseconds stand out of the noise; at the second its share of a real step is seen.
+    At the first size nearly all of a step is Python, so that the Trainer's milliseconds stand out of the noise; the second shows their share of a
+    real step.
     """
-    small, size = next(iter(SIZES.items()))
-    for name, size, threads in (("4 layers, 2 heads, width 16, context 16, batch 2, one thread", TINY, 1), (small, size, options.threads)):
+    small = next(iter(SIZES))
+    for name, size, threads in (("4 layers, 2 heads, width 16, context 16, batch 2, one thread", TINY, 1), (small, SIZES[small], options.threads)):
         print(name)
         extra = []
         for _ in range(PROCESSES):

@@ -17,6 +17,7 @@ meshformer: train a Transformer on real text, every setting an override.
   meshformer export run=RUN format=FORMAT       the model for other programs: a Hugging Face folder, safetensors, ONNX, torch.export
   meshformer runs [FOLDER] [FILTERS]            a table of runs; runs show RUN, runs diff A B
   meshformer report RUN|FOLDER                  figures, results and settings as one HTML file
+  meshformer plan [OVERRIDES] cluster=NAME      which layout to choose: step time, memory and the override to type
   meshformer doctor                             what this machine can run, measured, and a short test of several processes
 
 RUN is a run folder, the end of its name, or `last`; where weights are read, a checkpoint RUN/checkpoints/step-… too.
@@ -74,6 +75,19 @@ Examples
   meshformer runs runs/shakespeare_char 'started>2026-11-24' --columns run,optimizer.lr,val/loss --csv
   meshformer runs show last
   meshformer runs diff 3f0a 81c2""",
+    "plan": """\
+Options: every setting of train, cluster=NAME, cluster.nodes=N and other cluster.KEY=VALUE
+  --why             five sentences on the choice
+  --tokens N        time and energy for that many tokens
+  --top N           rows of the table; --csv FILE: every candidate; --figure FILE: the parts of a step as bars
+  --scale A,B,C     throughput on so many cards, weak and strong; with --figure as curves
+  --apply NAME      write the choice as conf/experiment/NAME.yaml
+  --quick           do not count the memory of the best layouts, only estimate it
+  --measure         measure this machine again (cluster=this)
+Examples
+  meshformer plan model=small data.batch_size=256 cluster=h100x8 --why
+  meshformer plan model=llama3_8b data.context_length=8192 data.batch_size=512 cluster=h100x8 cluster.nodes=8
+  meshformer plan model=llama3_8b data.context_length=8192 data.batch_size=512 cluster=h100x8 --scale 8,64,512""",
     "report": """\
 Options
   --output FILE     where to write the page; else FOLDER/report.html
@@ -99,7 +113,7 @@ def overview(command: str | None = None) -> str:
     if command in (None, "train"):
         parts.append(_groups(described=command is not None))
     parts += [EXAMPLES[command]] if command in EXAMPLES else list(EXAMPLES.values())
-    if command not in ("runs", "report", "doctor"):
+    if command not in ("runs", "report", "plan", "doctor"):
         parts.append(FLAGS)
     return "\n\n".join(parts)
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import json
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,12 +22,12 @@ from meshformer.config import ConfigError, validate
 from meshformer.config.degrees import AXES
 from meshformer.config.signature import attribute
 from meshformer.model import check as model_check
-from meshformer.plan.answer import best_of_each, budget, degrees_text, duration, mfu, overrides, remedies, throughput, why
+from meshformer.plan.answer import best_of_each, budget, degrees_text, duration, gigabytes, mfu, overrides, remedies, throughput, why
 from meshformer.plan.candidates import SPARE, Candidate, Request, candidates
 from meshformer.plan.cluster import Cluster, read_cluster
 from meshformer.plan.scale import fastest, pays_up_to, read_counts, scaled
 from meshformer.plan.sizes import read_sizes
-from meshformer.plan.steptime import constants
+from meshformer.plan.steptime import Constants, constants
 from meshformer.printing import csv_cell, say
 from meshformer.record import atomic_write_text
 
@@ -33,15 +36,16 @@ ROWS, COUNTED = 10, 5  # rows of the table; layouts whose memory is counted
 # Bytes of optimizer state of a parameter, by the class that conf/optimizer/ names. Muon keeps one average, and AdamW's two of embeddings and norms.
 STATE_BYTES = {"adamw": 8.0, "muon": 4.0, "sgd": 4.0}
 FIXABLE = ("activation_checkpointing", "schedule", "stages_per_rank", "sequence_parallel", "loss_parallel")
+THIS = "this"
 EXPERIMENT = re.compile(r"[A-Za-z][\w-]*")
 
 
 def run_plan(argv: Sequence[str]) -> int:
     """Print the table, the memory of the best layouts, and the override to type; return the exit code."""
-    started = time.perf_counter()
     flags, typed = _parse(argv)
     mine, train = _separate(typed)
     request = _request(flags, mine, train)
+    started = time.perf_counter()
     found = candidates(request)
     fitting = [candidate for candidate in found if candidate.fits]
     say(_heading(request, found, time.perf_counter() - started))
@@ -76,6 +80,7 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.error = refuse
     parser.add_argument("--why", action="store_true")
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--measure", action="store_true")
     parser.add_argument("--apply", metavar="NAME")
     parser.add_argument("--csv", metavar="FILE")
     parser.add_argument("--figure", metavar="FILE")
@@ -104,7 +109,8 @@ def _request(flags: argparse.Namespace, mine: Sequence[str], train: Sequence[str
         if key in ("trainer.devices", "trainer.num_nodes"):
             where = "cards" if key == "trainer.devices" else "nodes"
             raise ConfigError("comes from the cluster", key, value, fix=f"Use cluster.{where}={value}.")
-    cluster = read_cluster(compose.plain(_composed(flags.config_dir, "plan", mine))["cluster"])
+    node, fitted = _cluster(compose.plain(_composed(flags.config_dir, "plan", mine)), flags.measure)
+    cluster = read_cluster(node)
     asked = [o for o in train if o.lstrip("+") != "strategy=auto"]
     cfg = _composed(flags.config_dir, "train", asked)
     config = validate(compose.plain(cfg))
@@ -114,7 +120,29 @@ def _request(flags: argparse.Namespace, mine: Sequence[str], train: Sequence[str
     names = [o.lstrip("+~").partition("=")[0] for o in asked]
     there = _for_cluster(config, cluster, names)
     state = STATE_BYTES.get(_optimizer(config), 8.0)
-    return Request(there, sizes, cluster, constants(cluster.card), _fixed(config, names), state)
+    return Request(there, sizes, cluster, fitted or constants(cluster.card), _fixed(config, names), state)
+
+
+def _cluster(composed: Config, again: bool) -> tuple[Config, Constants | None]:
+    """The cluster's settings, and its constants if they were measured: for `this` the measured ones, under those that the command gives."""
+    node = {key: value for key, value in composed["cluster"].items() if value is not None}
+    if node.get("card") != THIS:
+        return node, None
+    kept = Path(composed["paths"]["data"]).expanduser() / "cluster-this.json"
+    if again or not kept.is_file():
+        say("measuring this machine, once, for about ten seconds", error=True)
+        done = subprocess.run([sys.executable, "-m", "meshformer.plan.measure"], capture_output=True, text=True)
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
+            raise ConfigError(f"this machine could not be measured ({reason})", "cluster", THIS, fix="Name a cluster, such as cluster=h100x8.")
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write_text(kept, done.stdout)
+    try:
+        found = json.loads(kept.read_text(encoding="utf-8"))
+        fitted = found["constants"]
+        return {**found["cluster"], **node, "card": found["cluster"]["card"]}, None if fitted is None else Constants(**fitted)
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(f"{kept} is damaged", "cluster", THIS, fix="Measure again: meshformer plan --measure.") from None
 
 
 def _composed(config_dir: str | None, name: str, given: Sequence[str]) -> Any:
@@ -134,7 +162,7 @@ def _for_cluster(config: Config, cluster: Cluster, names: Sequence[str]) -> Conf
         trainer["precision"] = "bf16-mixed" if "bf16" in cluster.peak else "32-true"
     if "trainer.compile" not in names or trainer["compile"] == "auto":
         trainer["compile"] = "bf16" in cluster.peak and bool(attribute(config["model"]["_target_"], "one_graph"))
-    trainer |= {"accelerator": "gpu", "devices": cluster.cards, "num_nodes": cluster.nodes}
+    trainer |= {"accelerator": "cpu" if cluster.alone else "gpu", "devices": cluster.cards, "num_nodes": cluster.nodes}
     return {**config, "trainer": trainer}
 
 
@@ -166,7 +194,8 @@ def _heading(request: Request, found: Sequence[Candidate], seconds: float) -> st
     return (
         f"{_count(sizes.parameters)} parameters, {batch:,} samples of {sizes.length:,} tokens a step ({_count(batch * sizes.length)} tokens), "
         f"{cards}, {how}\n"
-        f"{fitting:,} of {len(found):,} ways to run it fit in {100 * SPARE:.0f} % of a card's {cluster.memory / 1e9:.0f} GB; predicted in {seconds:.1f} s\n"
+        f"{fitting:,} of {len(found):,} ways to run it fit in {100 * SPARE:.0f} % of a card's {cluster.memory / 1e9:.0f} GB; "
+        f"predicted in {seconds:.1f} s\n"
     )
 
 
@@ -186,7 +215,7 @@ def _row(candidate: Candidate, request: Request, tokens: float | None) -> list[s
     row = [
         degrees_text(candidate), str(layout.samples), str(layout.accumulation), candidate.checkpointing, pipeline, duration(candidate.step.total),
         f"{throughput(candidate, request.sizes):,.0f}", f"{100 * mfu(candidate, request.sizes, request.cluster):.0f} %",
-        f"{candidate.memory.total / 1e9:.3g} GB", candidate.step.limit,
+        gigabytes(candidate.memory.total), candidate.step.limit,
     ]  # fmt: skip
     if tokens is not None:
         seconds, energy = budget(candidate, request, tokens)
@@ -276,7 +305,7 @@ def _impossible(request: Request, found: Sequence[Candidate]) -> ConfigError:
     least = min(found, key=lambda candidate: candidate.memory.total)
     message = (
         f"no layout fits in {100 * SPARE:.0f} % of {cluster.memory / 1e9:.0f} GB: the smallest, {degrees_text(least)} with "
-        f"strategy.activation_checkpointing={least.checkpointing}, would take {least.memory.total / 1e9:,.0f} GB a card"
+        f"strategy.activation_checkpointing={least.checkpointing}, would take {gigabytes(least.memory.total)} a card"
     )
     return ConfigError(message, "cluster.nodes", cluster.nodes, fix=fix)
 

@@ -95,35 +95,37 @@ def why(candidate: Candidate, others: Sequence[Candidate], request: Request) -> 
     state = 16 * sizes.parameters
     if state > 0.9 * cluster.memory:
         sentences.append(
-            f"Weights, gradients and optimizer state take about {state / 1e9:,.0f} GB and a card has {cluster.memory / 1e9:,.0f} GB, "
+            f"Weights, gradients and optimizer state take about {gigabytes(state)} and a card has {gigabytes(cluster.memory)}, "
             f"so they are spread over {layout.parts * layout.tensor * layout.pipeline} cards."
         )
     else:
-        sentences.append(f"Weights, gradients and optimizer state take about {state / 1e9:,.2g} GB, which one card of {cluster.memory / 1e9:,.0f} GB holds.")
+        one = f"one card of {gigabytes(cluster.memory)} holds"
+        sentences.append(f"Weights, gradients and optimizer state take about {gigabytes(state)}, which {one}.")
     sentences.append(_why_axes(layout.tensor, layout.pipeline, cluster))
     sentences.append(_why_checkpointing(candidate, request))
     rival = next((c for c in best_of_each(others) if c.degrees != candidate.degrees), None)
     if rival is None:
         sentences.append("No other layout was possible.")
     elif not rival.fits:
-        sentences.append(f"The next layout, {degrees_text(rival)}, would need {rival.memory.total / 1e9:.0f} GB a card and does not fit.")
+        sentences.append(f"The next layout, {degrees_text(rival)}, would need {gigabytes(rival.memory.total)} a card and does not fit.")
     else:
         sentences.append(
-            f"The next layout, {degrees_text(rival)}, is predicted at {duration(rival.step.total)} ({100 * (rival.step.total / step.total - 1):+.0f} %); "
-            "differences below 3 % are less than the prediction's own error, and then fewer axes win."
+            f"The next layout, {degrees_text(rival)}, is predicted at {duration(rival.step.total)} "
+            f"({100 * (rival.step.total / step.total - 1):+.0f} %); differences below 3 % are less than the prediction's own error, "
+            "and then fewer axes win."
         )
     return sentences
 
 
 LIMITS = {
-    "compute": "the cards' matrix rate", "memory": "the bandwidth of the cards' memory", "launches": "the host, which starts too many small operations",
-    "link": "communication", "bubble": "the pipeline's bubble",
+    "compute": "the cards' matrix rate", "memory": "the bandwidth of the cards' memory", "link": "communication",
+    "launches": "the host, which starts too many small operations", "bubble": "the pipeline's bubble",
 }  # fmt: skip
 
 
 def _why_axes(tensor: int, pipeline: int, cluster: Cluster) -> str:
     if tensor == pipeline == 1:
-        return "Neither tensor nor pipeline parallelism is needed: data-parallel communication is cheap enough beside the computation of a micro-batch."
+        return "Neither tensor nor pipeline parallelism is needed: communication of parameters and gradients is cheap beside the computation."
     said = []
     if tensor > 1:
         said.append(f"tensor parallelism stays within {tensor} of the {cluster.cards} cards of a node, where links are fast")
@@ -136,13 +138,13 @@ def _why_axes(tensor: int, pipeline: int, cluster: Cluster) -> str:
 def _why_checkpointing(candidate: Candidate, request: Request) -> str:
     layout = candidate.layout
     if candidate.checkpointing == "none":
-        return f"Activations fit as they are ({candidate.memory.total / 1e9:.0f} GB a card in all), so nothing is computed twice."
+        return f"Activations fit as they are ({gigabytes(candidate.memory.total)} a card in all), so nothing is computed twice."
     without = replace(layout, recomputed=(0.0, 0.0, 0.0))
     memory = estimate(request.sizes, without, "none", request.optimizer_bytes, layout.precision == "bf16")
     slower = candidate.step.total / step_time(request.sizes, without, request.cluster, request.constants).total - 1
     return (
-        f"Without activation checkpointing a card would hold {memory.total / 1e9:.0f} GB; with strategy.activation_checkpointing="
-        f"{candidate.checkpointing} it holds {candidate.memory.total / 1e9:.0f} GB and the step takes {100 * slower:.0f} % longer."
+        f"Without activation checkpointing a card would hold {gigabytes(memory.total)}; with strategy.activation_checkpointing="
+        f"{candidate.checkpointing} it holds {gigabytes(candidate.memory.total)} and the step takes {100 * slower:.0f} % longer."
     )
 
 
@@ -183,6 +185,11 @@ def _changes(request: Request) -> Iterator[tuple[str, Request]]:
 def _larger(batch: int, processes: int) -> list[int]:
     """The next batch size that divides over all cards, if this one does not."""
     return [] if batch % processes == 0 else [-(-batch // processes) * processes]
+
+
+def gigabytes(size: float) -> str:
+    """Bytes as GB (10^9), with two digits or more."""
+    return f"{size / 1e9:,.0f} GB" if size >= 1e10 else f"{size / 1e9:.2g} GB"
 
 
 def duration(seconds: float) -> str:

@@ -60,7 +60,10 @@ class Request:
 
 def candidates(request: Request) -> list[Candidate]:
     """All candidates: those that fit first, each part sorted by predicted step time, in steps of 3 %."""
-    found = [_judged(request, layout, checkpointing) for layout, checkpointing in layouts(request)]
+    requests = [request]
+    if request.cluster.alone:
+        requests.append(replace(request, cluster=request.cluster.one_process()))
+    found = [_judged(one, layout, checkpointing) for one in requests for layout, checkpointing in layouts(one)]
     best = min((candidate.step.total for candidate in found if candidate.fits), default=1.0)
 
     def order(candidate: Candidate) -> tuple[bool, int, int, float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from meshformer.config.errors import ConfigError
@@ -19,7 +19,8 @@ class Cluster:
     """`nodes` nodes of `cards` equal cards, in SI units (bytes, bytes/s, FLOP/s, seconds, watts).
 
     `peak`: dense matrix rate by precision; `bandwidth`: of a card's memory; `link`: what a card sends to the others of its node, one way;
-    `network`: the same to other nodes; `host`: seconds the host needs to start one operation.
+    `network`: the same to other nodes; `host`: seconds the host needs to start one operation. `alone`: of CPU cores, how many times as fast as one
+    core a single process is that uses them all; 0 where cards are not cores.
     """
 
     card: str
@@ -34,13 +35,19 @@ class Cluster:
     network_latency: float
     power: float
     host: float
+    alone: float = 0.0
 
     def __hash__(self) -> int:  # `peak` is a dict
-        return hash((self.card, self.cards, self.nodes))
+        return hash((self.card, self.cards, self.nodes, self.bandwidth))
 
     @property
     def processes(self) -> int:
         return self.cards * self.nodes
+
+    def one_process(self) -> Cluster:
+        """The cores of a CPU as one card, that of a single process which uses them all."""
+        rates = {name: rate * self.alone for name, rate in self.peak.items()}
+        return replace(self, cards=1, nodes=1, memory=self.memory * self.cards, peak=rates, bandwidth=self.bandwidth * self.alone, alone=0.0)
 
 
 def read_cluster(node: dict[str, Any]) -> Cluster:
@@ -53,7 +60,7 @@ def read_cluster(node: dict[str, Any]) -> Cluster:
         if key not in known:
             raise ConfigError("a cluster has no such setting", f"cluster.{key}", fix=did_you_mean(str(key), known))
     for key in known:
-        if node.get(key) is None:
+        if node.get(key) is None and key != "alone":
             raise ConfigError("a cluster needs it", f"cluster.{key}", fix=f"Add cluster.{key}=…, or start from cluster=h100x8.")
     for key in ("cards", "nodes"):
         if not isinstance(node[key], int) or isinstance(node[key], bool) or node[key] < 1:

@@ -1,13 +1,12 @@
 """Measures the machine at hand for `cluster=this`: rates of matrix products, attention and memory, and of collectives between its processes.
 
-`python -m meshformer.plan.measure` prints the cluster and its constants as JSON. On a CPU every core is a card: all measure at the same time with one
-thread each, as the processes of a job would run. On GPUs only the card's name and memory are read: its rates are those of the datasheet in conf/cluster/.
+`python -m meshformer.plan.measure` prints the cluster and its constants as JSON. On a CPU every core is a card: all measure at the same time with
+one thread each, as the processes of a job would run. Of a GPU only the name is read, and its rates are those of its datasheet in conf/cluster/.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -21,8 +20,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 import torch.nn.functional as F
+import yaml
 from torch import Tensor
 
+from meshformer.config.paths import conf_dir
 from meshformer.config.resolve import cores, cpu_multiplies_bf16
 from meshformer.model import Transformer
 from meshformer.parallel.memory import machine_memory
@@ -32,22 +33,62 @@ from meshformer.plan.steptime import Constants, Layout, step_time
 
 # (tokens, inputs, outputs) of the products that are timed; the smallest show what small dimensions cost.
 PRODUCTS = ((512, 128, 128), (512, 128, 512), (1024, 256, 256), (1024, 256, 1024), (1024, 1024, 256), (2048, 512, 512), (1024, 1024, 1024))
-MODEL = {"n_layers": 2, "n_heads": 4, "d_model": 256}
+LAYERS, HEADS, WIDTH = 2, 4, 256
 SAMPLES, LENGTH, VOCABULARY = 8, 128, 100
 BYTES = (2**16, 2**20, 2**23)  # of the collectives that are timed
 REPEATS = 7
 MOST = 8  # processes
+# Words in the name that CUDA reports -> a file of conf/cluster/.
+CARDS = {"B200": "b200x8", "H200": "h200x8", "H100": "h100x8", "A100 80GB": "a100x8", "A100 40GB": "a100_40gx8"}
 
 
 def measure() -> dict[str, Any]:
-    """{"cluster": settings of a cluster node, "constants": fitted constants} of this machine's CPU cores."""
+    """{"cluster": settings of a cluster node, "constants": fitted constants, or null for a card with published ones} of this machine."""
+    if torch.cuda.is_available():
+        return {"cluster": of_gpu(torch.cuda.get_device_name(), torch.cuda.device_count()), "constants": None}
     processes = min(cores(), MOST)
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(_rank, (processes, folder), nprocs=processes)
         ranks = [json.loads(Path(folder, str(rank)).read_text(encoding="utf-8")) for rank in range(processes)]
+        alone = _alone(folder, 1) / _alone(folder, cores())
     slowest = {key: max(rank[key] for rank in ranks) for key in ranks[0]}  # seconds, so the slowest rank, for which the others wait
     cluster, constants = fitted(slowest, processes)
-    return {"cluster": cluster, "constants": constants}
+    return {"cluster": {**cluster, "alone": alone}, "constants": constants}
+
+
+def of_gpu(name: str, count: int) -> dict[str, Any]:
+    """The settings of the cluster in conf/cluster/ that has this card, with `count` cards a node. ValueError for a card without a file."""
+    for words, file in CARDS.items():
+        if all(word in name for word in words.split()):
+            node = yaml.safe_load((conf_dir() / "cluster" / f"{file}.yaml").read_text(encoding="utf-8"))
+            return {**node, "cards": count}
+    raise ValueError(f"conf/cluster/ has no file for the card {name}: copy cluster/h100x8.yaml and give its numbers")
+
+
+def _alone(folder: str, threads: int) -> float:
+    """Seconds of a step of the small model in one process with that many threads."""
+    torch.multiprocessing.spawn(_one, (folder, threads), nprocs=1)
+    return float(Path(folder, "alone").read_text(encoding="utf-8"))
+
+
+def _one(rank: int, folder: str, threads: int) -> None:
+    torch.set_num_threads(threads)
+    store = dist.FileStore(f"{folder}/alone-{threads}", 1)
+    dist.init_process_group("gloo", rank=0, world_size=1, store=store)
+    Path(folder, "alone").write_text(str(_timed(_model_step())), encoding="utf-8")
+    dist.destroy_process_group()
+
+
+def _model_step() -> Callable[[], None]:
+    """One forward and backward pass of the small model."""
+    model = Transformer(VOCABULARY, LAYERS, HEADS, WIDTH, LENGTH, qk_norm=False, zero_init=False)
+    tokens = torch.randint(VOCABULARY, (SAMPLES, LENGTH))
+
+    def step() -> None:
+        logits: Tensor = model(tokens)
+        F.cross_entropy(logits.flatten(0, 1), tokens.flatten()).backward()
+
+    return step
 
 
 def fitted(seconds: dict[str, float], processes: int) -> tuple[dict[str, Any], dict[str, float]]:
@@ -60,7 +101,7 @@ def fitted(seconds: dict[str, float], processes: int) -> tuple[dict[str, Any], d
     rows = np.stack([np.ones(len(small)), np.array(small)], axis=1) / per_flop[:, None]
     slope = np.linalg.lstsq(rows, np.ones(len(small)), rcond=None)[0]
     rate, again = 1 / float(slope[0]), max(0.0, float(slope[1] / slope[0]))
-    sizes = Sizes(MODEL["n_layers"], MODEL["d_model"], MODEL["n_heads"], 64, 256, 1024, False, VOCABULARY, True, LENGTH)
+    sizes = Sizes(LAYERS, WIDTH, HEADS, 64, WIDTH, 4 * WIDTH, False, VOCABULARY, True, LENGTH)
     attention = 3.5 * 4 * sizes.query_width * sizes.keys_seen * SAMPLES * LENGTH / seconds["attention"] / rate
     gathered = [seconds[f"gather {size}"] for size in BYTES]
     share = (processes - 1) / processes
@@ -100,7 +141,6 @@ def _traffic(sizes: Sizes, node: dict[str, Any], constants: dict[str, float]) ->
 
 def _rank(rank: int, processes: int, folder: str) -> None:
     torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1"}
     store = dist.FileStore(f"{folder}/store", processes)
     dist.init_process_group("gloo", rank=rank, world_size=processes, store=store)
     torch.manual_seed(rank)
@@ -108,19 +148,13 @@ def _rank(rank: int, processes: int, folder: str) -> None:
     for M, K, N in PRODUCTS:
         x, weight = torch.randn(M, K), torch.randn(N, K)
         found[f"product {M} {K} {N}"] = _timed(lambda x=x, weight=weight: F.linear(x, weight))
-    q, k, v = (torch.randn(SAMPLES, MODEL["n_heads"], LENGTH, 64, requires_grad=True) for _ in range(3))
+    q, k, v = (torch.randn(SAMPLES, HEADS, LENGTH, 64, requires_grad=True) for _ in range(3))
     found["attention"] = _timed(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True).sum().backward())
-    model = Transformer(VOCABULARY, context_length=LENGTH, qk_norm=False, zero_init=False, **MODEL)
-    tokens = torch.randint(VOCABULARY, (SAMPLES, LENGTH))
-
-    def step() -> None:
-        logits: Tensor = model(tokens)
-        F.cross_entropy(logits.flatten(0, 1), tokens.flatten()).backward()
-
-    found["model"] = _timed(step)
+    found["model"] = _timed(_model_step())
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # torch 2.13 renamed it
     for size in BYTES:
         part, whole = torch.zeros(size // 4 // processes), torch.zeros(size // 4 // processes * processes)
-        found[f"gather {size}"] = _timed(lambda part=part, whole=whole: dist.all_gather_into_tensor(whole, part))
+        found[f"gather {size}"] = _timed(lambda part=part, whole=whole: gather(whole, part))
     Path(folder, str(rank)).write_text(json.dumps(found), encoding="utf-8")
     dist.destroy_process_group()
 

@@ -66,7 +66,8 @@ def _rank(
     if parts > 1:
         gathered = 2 * block if layout.reshard else blocks * block  # a block and the next one, whose gather overlaps with it
         # The root unit, embedding and head, stays gathered; a block's gradient is whole before it is reduced.
-        communication = (gathered + ends / n) * layout.gather_bytes + block * (layout.gather_bytes + layout.reduce_bytes) + ends / n * layout.reduce_bytes
+        communication = (gathered + ends / n) * layout.gather_bytes
+        communication += block * (layout.gather_bytes + layout.reduce_bytes) + ends / n * layout.reduce_bytes
     elif mixed:
         communication = held * 2  # autocast keeps bf16 copies of the weights
     else:

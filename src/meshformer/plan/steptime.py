@@ -29,7 +29,8 @@ RECOMPUTED_EXCHANGES = 2  # of them again, if the block is recomputed
 @dataclass(frozen=True)
 class Layout:
     """One way to run a step. `samples`: of one micro-batch on one replica; a pipeline runs `microbatches` of them for each of the
-    `accumulation` passes of a step. `recomputed`: shares of a block's matrix products, attention and other operations that the backward pass repeats."""
+    `accumulation` passes of a step. `recomputed`: shares of a block's matrix products, attention and other operations that the backward pass
+    repeats."""
 
     samples: int
     replicate: int = 1
@@ -189,7 +190,7 @@ class _Work(NamedTuple):
         return cls(*_work(layout))
 
 
-_work = attrgetter(*_Work._fields)
+_work = attrgetter(*_Work.__annotations__)
 
 
 @cache
