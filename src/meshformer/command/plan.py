@@ -22,7 +22,7 @@ from meshformer.config import ConfigError, validate
 from meshformer.config.degrees import AXES
 from meshformer.config.signature import attribute
 from meshformer.model import check as model_check
-from meshformer.plan.answer import best_of_each, budget, degrees_text, duration, gigabytes, mfu, overrides, remedies, throughput, why
+from meshformer.plan.answer import NAMED, best_of_each, budget, degrees_text, duration, gigabytes, mfu, overrides, remedies, throughput, why
 from meshformer.plan.candidates import SPARE, Candidate, Request, candidates
 from meshformer.plan.cluster import Cluster, read_cluster
 from meshformer.plan.scale import fastest, pays_up_to, read_counts, scaled
@@ -43,16 +43,16 @@ EXPERIMENT = re.compile(r"[A-Za-z][\w-]*")
 def run_plan(argv: Sequence[str]) -> int:
     """Print the table, the memory of the best layouts, and the override to type; return the exit code."""
     flags, typed = _parse(argv)
-    mine, train = _separate(typed)
-    request = _request(flags, mine, train)
+    _, train = separated(typed)
+    request = request_of(typed, flags.config_dir, flags.measure)
     started = time.perf_counter()
+    if flags.scale:
+        return _scale(flags, request)
     found = candidates(request)
     fitting = [candidate for candidate in found if candidate.fits]
     say(_heading(request, found, time.perf_counter() - started))
     if flags.csv:
         _write_csv(Path(flags.csv), found, request)
-    if flags.scale:
-        return _scale(flags, request)
     if not fitting:
         raise _impossible(request, found)
     rows = best_of_each(fitting)
@@ -97,22 +97,24 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     return flags, flags.settings
 
 
-def _separate(typed: Sequence[str]) -> tuple[list[str], list[str]]:
+def separated(typed: Sequence[str]) -> tuple[list[str], list[str]]:
     """The overrides of the cluster, and those of the training configuration."""
     mine = [o for o in typed if o.lstrip("+~").partition("=")[0].partition(".")[0] == "cluster"]
     return mine, [o for o in typed if o not in mine]
 
 
-def _request(flags: argparse.Namespace, mine: Sequence[str], train: Sequence[str]) -> Request:
+def request_of(typed: Sequence[str], config_dir: str | None = None, measure: bool = False) -> Request:
+    """The request that a command's overrides make. Raises ConfigError for settings that are wrong by themselves."""
+    mine, train = separated(typed)
     for override in train:
         key, _, value = override.lstrip("+").partition("=")
         if key in ("trainer.devices", "trainer.num_nodes"):
             where = "cards" if key == "trainer.devices" else "nodes"
             raise ConfigError("comes from the cluster", key, value, fix=f"Use cluster.{where}={value}.")
-    node, fitted = _cluster(compose.plain(_composed(flags.config_dir, "plan", mine)), flags.measure)
+    node, fitted = _cluster(compose.plain(_composed(config_dir, "plan", mine)), measure)
     cluster = read_cluster(node)
     asked = [o for o in train if o.lstrip("+") != "strategy=auto"]
-    cfg = _composed(flags.config_dir, "train", asked)
+    cfg = _composed(config_dir, "train", asked)
     config = validate(compose.plain(cfg))
     sizes = read_sizes(config)
     for problem in model_check.problems(config["model"], attribute):
@@ -263,7 +265,7 @@ def _scale(flags: argparse.Namespace, request: Request) -> int:
             samples = f"{best.candidate.layout.batch:,}"
             rows.append((f"{count:,}", samples, degrees_text(best.candidate), tokens, f"{100 * rate:.0f} %", best.candidate.step.limit))
         say(_aligned(rows))
-        for kind in dict.fromkeys(point.kind for point in points):
+        for kind in dict.fromkeys(point.kind for point in points if point.kind in NAMED):
             end = pays_up_to(points, kind, strong)
             if end is not None and end < counts[-1]:
                 say(f"  {' × '.join(kind) or 'one card'} pays up to {end:,} cards")

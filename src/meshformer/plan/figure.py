@@ -18,6 +18,7 @@ PARTS = {
     "host": ("starting operations", "#999999"), "optimizer": ("optimizer", "#E69F00"), "data": ("FSDP and DDP", "#D55E00"),
     "tensor": ("tensor parallelism", "#CC79A7"), "context": ("context parallelism", "#882255"), "bubble": ("pipeline bubble", "#DDDDDD"),
 }  # fmt: skip
+USUAL = (("replicate",), ("shard",), ("replicate", "shard"), ("shard", "tensor"), ("shard", "pipeline"), ("shard", "context"))
 LINES = ("o-", "s--", "^-.", "D:", "v-", "P--", "X-.", "<:")
 
 
@@ -44,9 +45,9 @@ def draw_scale(points: Sequence[Point], request: Request, path: Path) -> None:
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     both = figure.subplots(1, 2, sharey=True)
     kinds = list(dict.fromkeys(point.kind for point in points))
-    shown = {kind for kind in kinds if _is_ever_best(points, kind)} | {("shard",), ("replicate",)}
+    shown = [kind for kind in kinds if kind in USUAL or _is_ever_best(points, kind)]
     for axes, strong in zip(both, (False, True), strict=True):
-        for index, kind in enumerate(kind for kind in kinds if kind in shown):
+        for index, kind in enumerate(shown):
             own = sorted((p for p in points if p.kind == kind and p.strong == strong), key=lambda point: point.cards)
             rates = [request.sizes.length * point.tokens_per_second / point.cards for point in own]
             axes.plot([point.cards for point in own], rates, LINES[index % len(LINES)], label=" × ".join(kind) or "one card", markersize=4)
