@@ -175,7 +175,7 @@ def test_a_model_without_the_usual_settings_is_refused():
     config = compose(["model=nano"])
     with pytest.raises(ConfigError, match="usual_settings"):
         read_sizes({**config, "model": {"_target_": "torch.nn.Linear"}})
-    with pytest.raises(ConfigError, match="model.d_model: needs a value"):
+    with pytest.raises(ConfigError, match=r"model\.d_model: needs a value"):
         read_sizes({**config, "model": {**config["model"], "d_model": None}})
 
 

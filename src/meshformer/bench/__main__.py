@@ -54,6 +54,7 @@ def main(argv: list[str]) -> int:
     for_plan.add_argument("--write", action="store_true", help="store the fitted constants in plan/constants.json")
     for_plan.add_argument("--fsdp", metavar="FILE", help="rows with the columns of bench/published/fsdp.csv, which are only predicted")
     for_plan.add_argument("--products", metavar="FILE", help="the same with the columns of bench/published/products.csv")
+    for_plan.add_argument("--figure", metavar="FILE", help="draw predictions against measurements")
     options = parser.parse_args(argv)
     unknown = [what for what in options.what if what not in MEASUREMENTS]
     if unknown:

@@ -18,9 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
-from scipy.optimize import least_squares
 
 from meshformer.config.paths import conf_dir
 from meshformer.plan import steptime
@@ -126,6 +124,8 @@ def predicted(row: Row, fitted: Fitted, of: dict[str, Cluster]) -> float:
 
 def fit(rows: Sequence[Row], of: dict[str, Cluster]) -> Fitted:
     """The constants of every card in `rows`, by least squares of log errors with a Cauchy loss, since some rows are outliers (memory almost full)."""
+    from scipy.optimize import least_squares  # not where `bench gpu` runs
+
     cards = sorted({row.card for row in rows})
     names = [(None, name) for name in COMMON] + [(card, name) for card in cards for name in OF_CARD]
     prior = {**COMMON, **OF_CARD}
@@ -140,11 +140,13 @@ def fit(rows: Sequence[Row], of: dict[str, Cluster]) -> Fitted:
         away = [PRIOR * value / prior[name][1] for value, (_, name) in zip(x, names, strict=True)]
         return [math.log(predicted(row, fitted, of) / row.measured) for row in rows] + away
 
-    return unpack(least_squares(errors, np.zeros(len(names)), loss="cauchy", f_scale=SCALE).x)
+    return unpack(least_squares(errors, [0.0] * len(names), loss="cauchy", f_scale=SCALE).x)
 
 
 def fit_another(rows: Sequence[Row], base: Constants, of: dict[str, Cluster]) -> Constants:
     """The constants of a card with few rows: `base` is those of its sister; products, attention and the compiler's share are fitted."""
+    from scipy.optimize import least_squares
+
     names = {"products": 0.3, "attention": 0.5, "compiled": 0.5}
 
     def unpack(x: Any) -> Constants:
@@ -257,10 +259,44 @@ def report_plan(options: argparse.Namespace) -> None:
             print(f"  {path}: mean error {100 * statistics.mean(found):.1f} %, worst {100 * max(found):.1f} %\n")
     stored = to_store(fitted)
     print(json.dumps(stored, indent=1))
+    if options.figure:
+        draw(rows, product_rows() + later, {**fitted, "h200_141gb": fitted["h100_80gb"]}, of, Path(options.figure))
     if options.write:
         path = Path(steptime.__file__).parent / "constants.json"
         path.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
         print(f"written to {path}")
+
+
+def draw(rows: Sequence[Row], others: Sequence[Row], fitted: Fitted, of: dict[str, Cluster], path: Path) -> None:
+    """Predicted against measured tokens a second of a card, every published row."""
+    import matplotlib.pyplot as plt  # not where `bench gpu` runs
+    from matplotlib.ticker import NullFormatter, StrMethodFormatter
+
+    from meshformer.runs import figures
+
+    with plt.rc_context(figures.STYLE):
+        figure, both = plt.subplots(1, 2, figsize=(8.4, 3.6), layout="constrained")
+        cards = (("h100_80gb", "H100 80 GB"), ("a100_80gb", "A100 80 GB"), ("a100_40gb", "A100 40 GB"))
+        for (card, name), marker, colour in zip(cards, figures.MARKERS, figures.COLOURS, strict=False):
+            own = [row for row in rows if row.card == card]
+            both[0].plot([r.measured for r in own], [predicted(r, fitted, of) for r in own], marker, color=colour, label=name, alpha=0.8)
+        for index, model in enumerate(LLAMA):
+            own = [row for row in others if row.model == model]
+            found = [predicted(row, fitted, of) for row in own]
+            both[1].plot([r.measured for r in own], found, figures.MARKERS[index], color=figures.COLOURS[index], label=f"Llama 3.1 {model.upper()}")
+        titles = ("FSDP, 8 to 512 cards: 144 rows, all fitted", "Several axes, 8 to 512 cards: 21 rows, 3 fitted")
+        for axes, shown, title in zip(both, (rows, others), titles, strict=True):
+            ends = [0.8 * min(r.measured for r in shown), 1.25 * max(r.measured for r in shown)]
+            axes.plot(ends, ends, color=figures.GREY, linewidth=1)
+            axes.fill_between(ends, [0.85 * end for end in ends], [1.15 * end for end in ends], color=figures.GREY, alpha=0.15, label="within 15 %")
+            axes.set(xscale="log", yscale="log", xlabel="measured tokens/s of a card", ylabel="predicted", title=title, xlim=ends, ylim=ends)
+            for axis in (axes.xaxis, axes.yaxis):
+                axis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+                axis.set_minor_formatter(NullFormatter())
+            axes.legend()
+    plt.close(figure)
+    plt.rcParams["svg.hashsalt"] = path.stem  # the same file from the same rows
+    figures.save(figure, path.with_suffix(""), (path.suffix[1:],))
 
 
 def _print_row(row: Row, fitted: Fitted, of: dict[str, Cluster], note: str = "") -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from meshformer.command import compose
 from meshformer.command.conversion import export_source_and_target, source_and_target
 from meshformer.command.explain import explain_errors
 from meshformer.command.folders import claim_folder, forget_folder, shared_folder, write_settings
+from meshformer.command.plan import AUTO, CHOICE, choose
 from meshformer.command.recipe import FirstRun, pretraining
 from meshformer.command.recorded import read_overrides, write_overrides
 from meshformer.command.slurm import MARK, earlier_start, job_mark
@@ -44,6 +46,11 @@ def run_command(command: str, argv: Sequence[str]) -> int:
         run_of, overrides = compose.take(overrides, "resume", "fork")
     if run_of:
         return _train_from(args, run_of, overrides)
+    plan: Config | None = None
+    if command == "train" and AUTO in overrides and not any(getattr(args, name) for name in SHOWING):
+        if args.multirun:
+            raise ConfigError("it chooses for one run, not for a sweep", "strategy", "auto", fix="Ask `meshformer plan` once, and use its answer.")
+        overrides, plan = choose(overrides, args.config_dir)
     hydra = compose.make_hydra(args.config_dir)
     with explain_errors(hydra, config_name, overrides):
         if any(getattr(args, name) for name in SHOWING):
@@ -69,7 +76,7 @@ def run_command(command: str, argv: Sequence[str]) -> int:
             config = compose.settle(config, overrides)
     if first is not None:
         return _train_both(argv, first)
-    return _train(args, hydra, cfg, config, write_overrides(overrides, args.config_dir, args.config_name))
+    return _train(args, hydra, cfg, config, write_overrides(overrides, args.config_dir, args.config_name), plan=plan)
 
 
 def _train_both(argv: Sequence[str], first: FirstRun) -> int:
@@ -86,7 +93,9 @@ def _train_both(argv: Sequence[str], first: FirstRun) -> int:
     return run_command("train", [*argv, f"stage.init_from={compose.quoted(str(found[0]))}", "stage.pretrain=null"])
 
 
-def _train(args: argparse.Namespace, hydra: Hydra, cfg: DictConfig, config: Config, overrides: str, run: Path | None = None) -> int:
+def _train(
+    args: argparse.Namespace, hydra: Hydra, cfg: DictConfig, config: Config, overrides: str, run: Path | None = None, plan: Config | None = None
+) -> int:
     """Train in one folder: `run` if given (resume), else that of an earlier start of this SLURM job, else hydra.run.dir or a new one."""
     external = external_launcher()
     _refuse_missing_nodes(config)
@@ -116,6 +125,8 @@ def _train(args: argparse.Namespace, hydra: Hydra, cfg: DictConfig, config: Conf
             atomic_write_text(folder / MARK, mark)
         if run is None:
             write_settings(folder, config, overrides)
+            if plan is not None:
+                atomic_write_text(folder / CHOICE, json.dumps(plan, indent=1))
         else:  # a resumed run's files change only at its first step: until then the job may still fail
             atomic_write_text(folder / PENDING, overrides)
         if run is None and cfg.trainer.compile == "auto" and config["trainer"]["progress"]:

@@ -9,8 +9,8 @@ import json
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +45,11 @@ def run_plan(argv: Sequence[str]) -> int:
     flags, typed = _parse(argv)
     _, train = separated(typed)
     request = request_of(typed, flags.config_dir, flags.measure)
-    started = time.perf_counter()
     if flags.scale:
         return _scale(flags, request)
     found = candidates(request)
     fitting = [candidate for candidate in found if candidate.fits]
-    say(_heading(request, found, time.perf_counter() - started))
+    say(_heading(request, found))
     if flags.csv:
         _write_csv(Path(flags.csv), found, request)
     if not fitting:
@@ -147,6 +146,37 @@ def _cluster(composed: Config, again: bool) -> tuple[Config, Constants | None]:
         raise ConfigError(f"{kept} is damaged", "cluster", THIS, fix="Measure again: meshformer plan --measure.") from None
 
 
+AUTO = "strategy=auto"
+CHOICE = "plan.json"  # in the run folder: what strategy=auto chose, why, and the predicted step time
+
+
+def choose(typed: Sequence[str], config_dir: str | None) -> tuple[list[str], Config]:
+    """The overrides with the layout that `plan` chooses for this machine in place of strategy=auto, and what to record about it."""
+    given = [override for override in typed if override.lstrip("+") != AUTO]
+    counts = {"trainer.devices": "cluster.cards", "trainer.num_nodes": "cluster.nodes"}
+    where, rest = [], []
+    for override in given:
+        key, _, value = override.lstrip("+").partition("=")
+        if key not in counts:
+            rest.append(override)
+        elif value != "auto":
+            where.append(f"{counts[key]}={value}" if key == "trainer.num_nodes" else f"+{counts[key]}={value}")
+    request = request_of([*rest, *where], config_dir)
+    found = candidates(request)
+    fitting = best_of_each([candidate for candidate in found if candidate.fits])
+    if not fitting:
+        raise _impossible(request, found)
+    best, reasons = fitting[0], why(fitting[0], found, request)
+    chosen = overrides(best, request)
+    say(f"strategy=auto: {' '.join(chosen)}; predicted {duration(best.step.total)} a step. {reasons[0]}", error=True)
+    record = {
+        "layout": degrees_text(best), "overrides": chosen, "cluster": request.cluster.card, "predicted_step_seconds": best.step.total,
+        "predicted_memory_bytes": best.memory.total, "parts": asdict(best.step), "why": reasons,
+    }  # fmt: skip
+    names = {override.partition("=")[0] for override in chosen}
+    return [*(o for o in given if o.lstrip("+").partition("=")[0] not in {*names, *counts}), *chosen], record
+
+
 def _composed(config_dir: str | None, name: str, given: Sequence[str]) -> Any:
     hydra = compose.make_hydra(config_dir)
     with explain_errors(hydra, name, given):
@@ -186,7 +216,7 @@ def _fixed(config: Config, names: Sequence[str]) -> dict[str, Any]:
     return {key: value for key, value in fixed.items() if value not in (-1, "auto")}
 
 
-def _heading(request: Request, found: Sequence[Candidate], seconds: float) -> str:
+def _heading(request: Request, found: Sequence[Candidate]) -> str:
     sizes, cluster, data = request.sizes, request.cluster, request.config["data"]
     cards = f"{cluster.processes} × {cluster.card}" + (f" ({cluster.nodes} nodes of {cluster.cards})" if cluster.nodes > 1 else "")
     batch = data["batch_size"]
@@ -196,8 +226,7 @@ def _heading(request: Request, found: Sequence[Candidate], seconds: float) -> st
     return (
         f"{_count(sizes.parameters)} parameters, {batch:,} samples of {sizes.length:,} tokens a step ({_count(batch * sizes.length)} tokens), "
         f"{cards}, {how}\n"
-        f"{fitting:,} of {len(found):,} ways to run it fit in {100 * SPARE:.0f} % of a card's {cluster.memory / 1e9:.0f} GB; "
-        f"predicted in {seconds:.1f} s\n"
+        f"{fitting:,} of {len(found):,} ways to run it fit in {100 * SPARE:.0f} % of a card's {cluster.memory / 1e9:.0f} GB\n"
     )
 
 
