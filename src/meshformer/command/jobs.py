@@ -123,15 +123,10 @@ def _train(
             claim_folder(folder)
         if mark is not None:
             atomic_write_text(folder / MARK, mark)
-        if run is None:
-            write_settings(folder, config, overrides)
-            if plan is not None:
-                atomic_write_text(folder / CHOICE, json.dumps(plan, indent=1))
-        else:  # a resumed run's files change only at its first step: until then the job may still fail
+        if run is not None:  # a resumed run's files change only at its first step: until then the job may still fail
             atomic_write_text(folder / PENDING, overrides)
-        if run is None and cfg.trainer.compile == "auto" and config["trainer"]["progress"]:
-            chosen, reason = compiles(config)
-            say(f"compile: {'yes' if chosen else 'no'}, {reason}", error=True)
+        else:
+            _write_start(folder, config, overrides, plan, chooses=cfg.trainer.compile == "auto")
     with read_write(cfg.hydra.run):
         cfg.hydra.run.dir = str(folder)
     callbacks = Callbacks(cfg)
@@ -155,6 +150,16 @@ def _train(
             forget_folder(folder, Path(config["paths"]["runs"]).absolute() if wanted == "auto" else None)
         raise raised[0]
     return 0
+
+
+def _write_start(folder: Path, config: Config, overrides: str, plan: Config | None, chooses: bool) -> None:
+    """Write the settings of a new run, and say what was chosen for it (`chooses`: trainer.compile was auto)."""
+    write_settings(folder, config, overrides)
+    if plan is not None:
+        atomic_write_text(folder / CHOICE, json.dumps(plan, indent=1))
+    if chooses and config["trainer"]["progress"]:
+        chosen, reason = compiles(config)
+        say(f"compile: {'yes' if chosen else 'no'}, {reason}", error=True)
 
 
 def _check_start(config: Config) -> None:
