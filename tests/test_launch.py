@@ -54,21 +54,29 @@ def start(command: list[str], **environment: str) -> subprocess.CompletedProcess
 CLI = [sys.executable, "-m", "meshformer.cli", "train"]
 
 
-def test_two_ranks_from_one_command_leave_one_folder(work: Path) -> None:
+@pytest.fixture(scope="module")
+def agent(work: Path) -> tuple[Path, str]:
+    """The folder of a run of two ranks from one command, and what the command printed."""
     done = start([*CLI, *settings(work, "strategy=ddp", "trainer.devices=2", f"hydra.run.dir={work}/agent")])
     assert done.returncode == 0, done.stderr
-    assert [r["step"] for r in read_metrics(work / "agent" / "metrics.csv")] == [1, 2, 3, 4]
-    assert json.loads((work / "agent" / "run.json").read_text())["layout"]["processes"] == 2
-    assert done.stdout.count("run folder") == 1
-    assert not (work / "agent" / ".ranks").exists()
+    return work / "agent", done.stdout
 
 
-def test_a_run_of_two_ranks_is_evaluated_in_one_process(work: Path) -> None:
-    done = start([sys.executable, "-m", "meshformer.cli", "evaluate", f"run={work}/agent"])
+def test_two_ranks_from_one_command_leave_one_folder(agent: tuple[Path, str]) -> None:
+    folder, printed = agent
+    assert [r["step"] for r in read_metrics(folder / "metrics.csv")] == [1, 2, 3, 4]
+    assert json.loads((folder / "run.json").read_text())["layout"]["processes"] == 2
+    assert printed.count("run folder") == 1
+    assert not (folder / ".ranks").exists()
+
+
+def test_a_run_of_two_ranks_is_evaluated_in_one_process(agent: tuple[Path, str]) -> None:
+    folder, _ = agent
+    done = start([sys.executable, "-m", "meshformer.cli", "evaluate", f"run={folder}"])
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("val/loss") == 1
     shown = float(done.stdout.split("val/loss")[1].split()[0])
-    last: dict[str, Any] = read_metrics(work / "agent" / "metrics.csv")[-1]
+    last: dict[str, Any] = read_metrics(folder / "metrics.csv")[-1]
     assert abs(shown - last["val/loss"]) < 1e-5
 
 
@@ -104,12 +112,12 @@ def test_a_killed_rank_is_recorded_as_a_failure(work: Path) -> None:
 
 
 @pytest.mark.slow
-def test_torchrun_from_outside_trains_in_one_folder(work: Path) -> None:
+def test_torchrun_from_outside_trains_in_one_folder(work: Path, agent: tuple[Path, str]) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "meshformer.cli", "train"]
     done = start([*torchrun, *settings(work, "strategy=ddp", "trainer.devices=2", f"hydra.run.dir={work}/torchrun")])
     assert done.returncode == 0, done.stderr
-    agent, outside = read_metrics(work / "agent" / "metrics.csv"), read_metrics(work / "torchrun" / "metrics.csv")
-    assert [r["train/loss"] for r in outside] == [r["train/loss"] for r in agent]
+    inside, outside = read_metrics(agent[0] / "metrics.csv"), read_metrics(work / "torchrun" / "metrics.csv")
+    assert [r["train/loss"] for r in outside] == [r["train/loss"] for r in inside]
     assert done.stdout.count("run folder") == 1
 
 
