@@ -27,6 +27,7 @@ FLOORS = {
     "tasks": 4,
     "callbacks": 4,
     "job": 5,
+    "plan": 6,
     "runs": 6,
     "command": 7,
     "hydra_plugins": 7,

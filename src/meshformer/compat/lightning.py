@@ -29,3 +29,9 @@ class MicroBatches(pl.LightningModule):
 def micro_batch_to_device(task: Any, batch: Any) -> Any:
     """Moves a micro-batch, with the hooks on_before_batch_transfer, transfer_batch_to_device and on_after_batch_transfer."""
     return task.trainer.strategy.batch_to_device(task._on_before_batch_transfer(batch))
+
+
+def without_transfer(task: Any) -> None:
+    """Leaves batches as they are, for a task outside of `Trainer.fit`: Lightning looks for transfer hooks in a data module that is attached there."""
+    task._on_before_batch_transfer = lambda batch, dataloader_idx=0: batch
+    task._apply_batch_transfer_handler = lambda batch, device=None, dataloader_idx=0: batch

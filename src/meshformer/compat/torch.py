@@ -37,3 +37,11 @@ def swap_parameters(module: nn.Module, values: dict[str, Any]) -> dict[str, Any]
     before = dict(module._parameters)
     module._parameters.update(values)
     return before
+
+
+def fake_tensor_mode() -> Any:
+    """A context in which tensors have sizes, types and storages, but no memory and no values: new ones, and what operations return.
+
+    Real tensors are accepted as inputs, because process groups and meshes keep some of their own.
+    """
+    return torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True)

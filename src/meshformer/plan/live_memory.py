@@ -1,0 +1,232 @@
+"""The bytes that one optimizer step of a run needs on one rank, counted without running it.
+
+The run's own objects (model, strategy, optimizer, step) work on fake tensors, which have sizes and no memory, in a process group that
+communicates with nobody. Counted is every tensor that is alive, as in torch's `memory_allocated`. Not counted: the fragmentation of an allocator,
+the context of a driver, NCCL's buffers, memory that a kernel uses inside, callbacks (an EMA is one more copy of the weights). A run with
+trainer.compile is counted as if it were not compiled, which needs more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from meshformer.compat.lightning import without_transfer
+from meshformer.compat.torch import fake_tensor_mode
+from meshformer.compat.torch_distributed import fake_store
+from meshformer.config.degrees import Degrees
+from meshformer.config.errors import ConfigError
+from meshformer.job.build import build_task, build_trainer, task_class
+from meshformer.job.train import Start, configure_model, quiet_libraries
+from meshformer.model.layout import retie, ties
+from meshformer.parallel.sharded import reshard
+from meshformer.parallel.strategy import MeshStrategy
+
+from .live_bytes import LiveBytes
+
+Config = dict[str, Any]
+REFUSED = 2  # exit code of a ConfigError
+STEPS = 2  # from the second step on the optimizer has its state
+
+
+@dataclass(frozen=True)
+class LiveMemory:
+    """Live bytes of one rank during its second step. `where`: the phase of the peak, such as "backward of blocks.3", "loss" or "optimizer".
+
+    `kinds`: the bytes of the peak by kind (live_bytes.KINDS). Communication is what FSDP gathers and buffers of collectives; DDP's buckets are its
+    gradients and count as these. `start`, `end`: live before and after the step; `seconds`: what the computation took.
+    """
+
+    rank: int
+    peak: int
+    where: str
+    kinds: dict[str, int]
+    start: int
+    end: int
+    seconds: float
+
+
+def live_memory(config: Config, rank: int = 0) -> LiveMemory:
+    """`config`: a resolved configuration of any number of processes. Once a process, without a process group: see `live_memory_apart`.
+
+    ConfigError for what cannot be counted: cpu_offload, 16-mixed, an unknown vocabulary.
+    """
+    began = time.perf_counter()
+    quiet_libraries()
+    config = countable(config)
+    world = config["trainer"]["devices"] * config["trainer"]["num_nodes"]
+    dist.init_process_group("fake", rank=rank, world_size=world, store=fake_store())
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            task = build(config, rank, Path(folder))
+        with fake_tensor_mode(), LiveBytes() as live:
+            optimizer = allocate(task, config)
+            live.watch(task.model, optimizer)
+            start = 0
+            for _ in range(STEPS):
+                live.at = "forward"
+                batches = [batch(config) for _ in range(config["trainer"]["accumulate_grad_batches"])]
+                live.find_gradients()
+                live.reset()
+                start = live.now
+                task.training_step(batches, 0)
+            end = live.now
+    finally:
+        dist.destroy_process_group()
+    return LiveMemory(rank, live.peak, live.where, live.kinds, start, end, time.perf_counter() - began)
+
+
+def countable(config: Config) -> Config:
+    """A copy of `config` for this machine: on the CPU, with the attention kernel and the vocabulary that the run would use."""
+    config = deepcopy(config)
+    for key, value, message in (
+        ("strategy.cpu_offload", True, "weights on the host cannot be told from those on the device"),
+        ("trainer.precision", "16-mixed", "the loss scaling reads numbers, and a plan has none"),
+    ):
+        room, _, name = key.partition(".")
+        if config[room].get(name) == value:
+            raise ConfigError(message, key, value)
+    model, data = config["model"], config["data"]
+    on_gpu, config["trainer"]["accelerator"] = config["trainer"]["accelerator"] == "gpu", "cpu"
+    config["trainer"]["compile"] = False
+    if on_gpu and (model.get("attention") or {}).get("_target_", "").endswith(".attend_auto"):  # which would choose for the CPU
+        model["attention"]["_target_"] = model["attention"]["_target_"].replace("attend_auto", "attend_fused")
+    if data["kind"] != "images" and "vocab_size" in model and model["vocab_size"] is None:
+        if data["tokenizer"] != "bpe":
+            raise ConfigError("only the data says how many tokens there are", "model.vocab_size", None, fix="Give a number.")
+        model["vocab_size"] = data["vocab_size"]
+    return config
+
+
+def build(config: Config, rank: int, folder: Path) -> Any:
+    """The task with its model cut for `rank` on the meta device, and a Trainer that is not run."""
+    trainer = build_trainer(config, folder, STEPS, [], [])
+    strategy: Any = trainer.strategy
+    task: Any = build_task(config, STEPS)
+    with torch.device("meta"):  # here for all strategies
+        configure_model(config, task, strategy, Start(None, False, None))
+    task.trainer = trainer
+    without_transfer(task)
+    strategy.connect(task)
+    if hasattr(strategy, "cluster_environment") and strategy.cluster_environment is not None:
+        strategy.cluster_environment.set_global_rank(rank)
+        strategy.cluster_environment.set_world_size(dist.get_world_size())
+    if isinstance(strategy, MeshStrategy):
+        strategy.make_mesh()
+        strategy.parallelize(task)
+    else:
+        task.model = strategy.precision_plugin.convert_module(task.model)
+    return task
+
+
+def allocate(task: Any, config: Config) -> Any:
+    """Gives the parameters (fake) memory and makes the optimizer."""
+    trainer, strategy = task.trainer, task.trainer.strategy
+    if isinstance(strategy, MeshStrategy):
+        strategy.allocate(task.model)
+        strategy.weigh_shards(task)
+        strategy.open_loss_parallel()
+        if strategy.pipeline is not None:
+            strategy.pipeline.shapes = partial(shapes, strategy, config)
+    else:
+        tied = ties(task.model)
+        task.model.to_empty(device="cpu")
+        retie(task.model, tied)
+        if config["strategy"]["name"] == "ddp":
+            strategy.configure_ddp()
+    strategy.setup_optimizers(trainer)
+    task.train()
+    task.on_train_start()
+    return strategy.optimizers[0]
+
+
+def local_batch(config: Config) -> int:
+    """Samples of one micro-batch on one data rank (before a pipeline cuts it once more)."""
+    slices = config["trainer"]["accumulate_grad_batches"] * Degrees.from_config(config["strategy"]).data
+    return max(1, config["data"]["batch_size"] // slices)
+
+
+def batch(config: Config) -> dict[str, Tensor]:
+    """One micro-batch, as large as the data module would make it at most; the values do not matter."""
+    data, model, B, T = config["data"], config["model"], local_batch(config), config["data"]["context_length"]
+    if data["kind"] == "images":
+        size, colours = model["image_size"], model.get("colours") or 1
+        pixels = (B, size, size) if colours == 1 else (B, size, size, colours)
+        return {"images": torch.empty(pixels), "labels": torch.zeros(B, dtype=torch.long)}
+
+    def numbers(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.long)
+
+    if data["kind"] == "corpus":
+        return {"tokens": numbers(B, T), "targets": numbers(B, T)}
+    objective = task_class(config).objective
+    B = 2 * B if objective == "pairs" else B
+    found = {"tokens": numbers(B, T), "documents": numbers(B, T)}
+    if data["packing"]:
+        found["positions"] = numbers(B, T)
+    return found | ({"labels": numbers(B)} if objective == "label" else {} if objective == "pairs" else {"targets": numbers(B, T)})
+
+
+def shapes(strategy: Any, config: Config, number: int) -> dict[str, Any]:
+    """What stage `number` of a pipeline receives and returns for one micro-batch; in a run, the ranks tell each other."""
+    pipeline, settings, degrees = strategy.pipeline, config["strategy"], strategy.degrees
+    B, T = local_batch(config) // settings["microbatches"], config["data"]["context_length"] // degrees.context
+    between = T // degrees.tensor if settings["sequence_parallel"] else T
+    precision = config["trainer"]["precision"]
+    short = precision == "bf16-true" or (settings["param_dtype"] == "bfloat16" and not precision.endswith("mixed"))
+    hidden = torch.empty(B, between, config["model"]["d_model"], dtype=torch.bfloat16 if short else torch.float32, requires_grad=True)
+    stage = pipeline.stages[pipeline.numbers.index(number)]
+    received = torch.zeros(B, T, dtype=torch.long) if number == 0 else hidden
+    if number + 1 < pipeline.n_stages:
+        return {"input_args": received, "output_args": hidden}
+    with torch.no_grad():
+        output = stage(received, torch.zeros((), dtype=torch.long))
+    reshard(stage)
+    return {"input_args": received, "output_args": output.detach().requires_grad_()}
+
+
+def live_memory_apart(config: Config, rank: int = 0, timeout: float = 600.0) -> LiveMemory:
+    """`live_memory` in a process of its own, so that several can run side by side. Raises ConfigError, or RuntimeError if it fails."""
+    launched = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "TORCHELASTIC_", "SLURM_")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(launched)}
+    command = [sys.executable, "-m", "meshformer.plan.live_memory", "--rank", str(rank)]
+    done = subprocess.run(command, input=json.dumps(config), env=environment, capture_output=True, text=True, timeout=timeout, check=False)
+    last = done.stderr.strip().splitlines()[-1:] or ["it said nothing"]
+    if done.returncode == REFUSED:
+        raise ConfigError(**json.loads(last[0]))
+    if done.returncode:
+        raise RuntimeError(f"the memory of this layout could not be counted: {last[0]}")
+    return LiveMemory(**json.loads(done.stdout.strip().splitlines()[-1]))
+
+
+def main() -> int:
+    """Reads a configuration as JSON from standard input and prints a LiveMemory as JSON."""
+    parser = argparse.ArgumentParser(prog="python -m meshformer.plan.live_memory", description=main.__doc__)
+    parser.add_argument("--rank", type=int, default=0)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    try:
+        found = live_memory(json.load(sys.stdin), options.rank)
+    except ConfigError as error:
+        print(json.dumps({"message": error.message, "key": error.key, "value": str(error.value), "fix": error.fix}), file=sys.stderr)
+        return REFUSED
+    print(json.dumps(asdict(found)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
