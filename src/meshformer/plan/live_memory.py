@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -23,7 +24,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from meshformer.compat.lightning import without_transfer
 from meshformer.compat.torch import fake_tensor_mode
@@ -124,7 +125,7 @@ def build(config: Config, rank: int, folder: Path) -> Any:
     strategy.connect(task)
     if hasattr(strategy, "cluster_environment") and strategy.cluster_environment is not None:
         strategy.cluster_environment.set_global_rank(rank)
-        strategy.cluster_environment.set_world_size(dist.get_world_size())
+        strategy.cluster_environment.set_world_size((dist.get_world_size() if dist.is_initialized() else 1))
     if isinstance(strategy, MeshStrategy):
         strategy.make_mesh()
         strategy.parallelize(task)
@@ -146,12 +147,36 @@ def allocate(task: Any, config: Config) -> Any:
         tied = ties(task.model)
         task.model.to_empty(device="cpu")
         retie(task.model, tied)
-        if config["strategy"]["name"] == "ddp":
-            strategy.configure_ddp()
+        strategy.model = Replica(task) if config["strategy"]["name"] == "ddp" else task
     strategy.setup_optimizers(trainer)
     task.train()
     task.on_train_start()
     return strategy.optimizers[0]
+
+
+class Replica(nn.Module):
+    """Holds gradients as DDP with gradient_as_bucket_view does: a new gradient is copied into its place in a bucket, and the bucket lives on.
+
+    DDP itself reads the memory of its tensors when it is made, and fake ones have none. One bucket here stands for all.
+    """
+
+    def __init__(self, task: nn.Module):
+        super().__init__()
+        self.task, self.no_sync = task, nullcontext
+        trained = [p for p in task.parameters() if p.requires_grad]
+        buckets = {dtype: torch.zeros(sum(p.numel() for p in trained if p.dtype == dtype), dtype=dtype) for dtype in {p.dtype for p in trained}}
+        for dtype, bucket in buckets.items():
+            own = [p for p in trained if p.dtype == dtype]
+            for p, place in zip(own, bucket.split([p.numel() for p in own]), strict=True):
+                p.register_post_accumulate_grad_hook(partial(self.move, place=place.view_as(p)))
+
+    @staticmethod
+    def move(p: Tensor, place: Tensor) -> None:
+        if p.grad is not place:
+            p.grad = place.copy_(p.grad) if p.grad is not None else None
+
+    def forward(self, *arguments: Any) -> Any:
+        return self.task(*arguments)
 
 
 def local_batch(config: Config) -> int:
