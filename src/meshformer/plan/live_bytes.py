@@ -14,6 +14,8 @@ from torch.utils._pytree import tree_leaves
 from meshformer.model.layout import blocks_name
 from meshformer.parallel.pipeline import local_tensor
 
+from .reserve import Reserve
+
 KINDS = ("weights", "gradients", "optimizer", "activations", "communication")
 # Operations that write into buffers of collectives. The functional collectives (tensor and context parallelism) are not among them: autograd keeps
 # their results like any other activation.
@@ -24,7 +26,7 @@ class LiveBytes(TorchDispatchMode):
     """Inside, `now` is the number of bytes in storages that are alive, `peak` its largest value since `reset`, `where` and `kinds` that moment.
 
     A storage counts once, however many views it has, from the first operation that takes or returns it (or from `hold`) until it is freed.
-    Memory that an operation uses only inside its kernel is not seen.
+    Memory that an operation uses only inside its kernel is not seen. `reserved`: what PyTorch's allocator would have reserved since the beginning.
     """
 
     def __init__(self) -> None:
@@ -35,6 +37,8 @@ class LiveBytes(TorchDispatchMode):
         self.kinds = dict(self.by_kind)
         self._held: dict[int, tuple[int, str]] = {}  # id of a storage -> bytes, kind
         self._parameters: dict[int, Any] = {}
+        self.pools = (Reserve(), Reserve())  # the second for communication, which has streams of its own on a GPU, so its blocks are not shared
+        self._pool: dict[int, Reserve] = {}  # id of a storage -> where its block is
 
     def __enter__(self) -> LiveBytes:
         self._resize = torch.UntypedStorage.resize_
@@ -76,38 +80,52 @@ class LiveBytes(TorchDispatchMode):
             storage = local_tensor(x).untyped_storage()
             key = id(storage)
             self._set(key, storage.nbytes(), kind, storage)
-            size, before = self._held[key]
-            if before != kind and before not in ("weights", "optimizer"):
-                self._held[key] = size, kind
-                self.by_kind[before] -= size
-                self.by_kind[kind] += size
+            if self._held[key][1] not in (kind, "weights", "optimizer"):
+                self._rename(key, kind)
 
     def _set(self, key: int, size: int, kind: str, storage: Any = None) -> None:
-        held = self._held.get(key)
-        if held is None:
+        """Counts `size` bytes for the storage `key`. `kind` matters if it is new, or if an activation turns out to be a buffer."""
+        if key not in self._held:
             if storage is None:
                 return
             weakref.finalize(storage, self._gone, key)
-            before = 0
-        else:
-            before, old = held
-            if before == size and not (old == "activations" and kind == "communication"):
-                return
-            if old == "activations" and kind == "communication":
-                self.by_kind[old] -= before
-                self.by_kind[kind] += before
-            else:
-                kind = old
+            self._held[key] = 0, kind
+        before, old = self._held[key]
+        if old != "activations" or kind != "communication":
+            kind = old
+        elif old != kind:
+            self._rename(key, kind)
+        if before == size:
+            return
         self._held[key] = size, kind
         self.by_kind[kind] += size - before
         self.now += size - before
+        self._reserve(key, size, kind)
         if self.now > self.peak:
             self._highest()
+
+    def _rename(self, key: int, kind: str) -> None:
+        size, before = self._held[key]
+        self._held[key] = size, kind
+        self.by_kind[before] -= size
+        self.by_kind[kind] += size
+
+    def _reserve(self, key: int, size: int, kind: str) -> None:
+        if key in self._pool:
+            self._pool.pop(key).give(key)
+        if size:
+            self._pool[key] = self.pools[kind == "communication"]
+            self._pool[key].take(key, size)
 
     def _gone(self, key: int) -> None:
         size, kind = self._held.pop(key)
         self.by_kind[kind] -= size
         self.now -= size
+        self._reserve(key, 0, kind)
+
+    @property
+    def reserved(self) -> int:
+        return sum(pool.reserved for pool in self.pools)
 
     def _highest(self) -> None:
         self.peak, self.where = self.now, self.at

@@ -1,7 +1,7 @@
 """The bytes that one optimizer step of a run needs on one rank, counted without running it.
 
 The run's own objects (model, strategy, optimizer, step) work on fake tensors, which have sizes and no memory, in a process group that
-communicates with nobody. Counted is every tensor that is alive, as in torch's `memory_allocated`. Not counted: the fragmentation of an allocator,
+communicates with nobody. Counted is every tensor that is alive, as in torch's `memory_allocated`, and what its allocator would reserve for them. Not counted:
 the context of a driver, NCCL's buffers, memory that a kernel uses inside, callbacks (an EMA is one more copy of the weights). A run with
 trainer.compile is counted as if it were not compiled, which needs more.
 """
@@ -49,7 +49,8 @@ class LiveMemory:
     """Live bytes of one rank during its second step. `where`: the phase of the peak, such as "backward of blocks.3", "loss" or "optimizer".
 
     `kinds`: the bytes of the peak by kind (live_bytes.KINDS). Communication is what FSDP gathers and buffers of collectives; DDP's buckets are its
-    gradients and count as these. `start`, `end`: live before and after the step; `seconds`: what the computation took.
+    gradients and count as these. `start`, `end`: live before and after the step. `reserved`: what PyTorch's allocator on a GPU would reserve for these
+    two steps (reserve.py), as `max_memory_reserved` and nvidia-smi show it. `seconds`: what the computation took.
     """
 
     rank: int
@@ -58,6 +59,7 @@ class LiveMemory:
     kinds: dict[str, int]
     start: int
     end: int
+    reserved: int
     seconds: float
 
 
@@ -88,7 +90,7 @@ def live_memory(config: Config, rank: int = 0) -> LiveMemory:
             end = live.now
     finally:
         dist.destroy_process_group()
-    return LiveMemory(rank, live.peak, live.where, live.kinds, start, end, time.perf_counter() - began)
+    return LiveMemory(rank, live.peak, live.where, live.kinds, start, end, live.reserved, time.perf_counter() - began)
 
 
 def countable(config: Config) -> Config:
