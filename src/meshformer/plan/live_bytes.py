@@ -37,12 +37,17 @@ class LiveBytes(TorchDispatchMode):
         self.kinds = dict(self.by_kind)
         self._held: dict[int, tuple[int, str]] = {}  # id of a storage -> bytes, kind
         self._parameters: dict[int, Any] = {}
-        self.pools = (Reserve(), Reserve())  # the second for communication, which has streams of its own on a GPU, so its blocks are not shared
+        self.pools = (
+            Reserve(),
+            Reserve(),
+        )  # the second for communication, which has streams of its own on a GPU, so its blocks are not shared
         self._pool: dict[int, Reserve] = {}  # id of a storage -> where its block is
 
     def __enter__(self) -> LiveBytes:
         self._resize = torch.UntypedStorage.resize_
-        torch.UntypedStorage.resize_ = resizing(self, self._resize)  # FSDP frees and allocates gathered parameters that way, not by an operation
+        torch.UntypedStorage.resize_ = resizing(
+            self, self._resize
+        )  # FSDP frees and allocates gathered parameters that way, not by an operation
         super().__enter__()
         return self
 

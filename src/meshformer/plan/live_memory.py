@@ -127,7 +127,7 @@ def build(config: Config, rank: int, folder: Path) -> Any:
     strategy.connect(task)
     if hasattr(strategy, "cluster_environment") and strategy.cluster_environment is not None:
         strategy.cluster_environment.set_global_rank(rank)
-        strategy.cluster_environment.set_world_size((dist.get_world_size() if dist.is_initialized() else 1))
+        strategy.cluster_environment.set_world_size(dist.get_world_size() if dist.is_initialized() else 1)
     if isinstance(strategy, MeshStrategy):
         strategy.make_mesh()
         strategy.parallelize(task)
@@ -166,7 +166,9 @@ class Replica(nn.Module):
         super().__init__()
         self.task, self.no_sync = task, nullcontext
         trained = [p for p in task.parameters() if p.requires_grad]
-        buckets = {dtype: torch.zeros(sum(p.numel() for p in trained if p.dtype == dtype), dtype=dtype) for dtype in {p.dtype for p in trained}}
+        buckets = {
+            dtype: torch.zeros(sum(p.numel() for p in trained if p.dtype == dtype), dtype=dtype) for dtype in {p.dtype for p in trained}
+        }
         for dtype, bucket in buckets.items():
             own = [p for p in trained if p.dtype == dtype]
             for p, place in zip(own, bucket.split([p.numel() for p in own]), strict=True):
