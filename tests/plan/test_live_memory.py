@@ -28,7 +28,8 @@ LAYOUTS: list[tuple[str, int, list[str]]] = [
     ("ddp", 2, ["strategy=ddp"]),
     ("fsdp", 2, ["strategy=fsdp"]),
     ("fsdp, full", 2, ["strategy=fsdp", "strategy.activation_checkpointing=full"]),
-    ("fsdp, selective, bf16", 2, ["strategy=fsdp", "strategy.activation_checkpointing=selective", "trainer.precision=bf16-mixed", "strategy.param_dtype=bfloat16"]),
+    ("fsdp, selective, bf16", 2,
+        ["strategy=fsdp", "strategy.activation_checkpointing=selective", "trainer.precision=bf16-mixed", "strategy.param_dtype=bfloat16"]),
     ("tensor", 2, ["strategy=tensor"]),
     ("tensor, no sequence parallel, loss parallel, full", 2,
         ["strategy=tensor", "strategy.sequence_parallel=false", "strategy.loss_parallel=true", "strategy.activation_checkpointing=full"]),
@@ -110,7 +111,8 @@ def fsdp_sizes(config: Any) -> tuple[int, int, int]:
 
 @pytest.mark.parametrize(
     ("change", "key"),
-    [({"strategy": {"cpu_offload": True}}, "strategy.cpu_offload"), ({"trainer": {"precision": "16-mixed"}}, "trainer.precision"), ({"model": {"vocab_size": None}}, "model.vocab_size")],
+    [({"strategy": {"cpu_offload": True}}, "strategy.cpu_offload"), ({"trainer": {"precision": "16-mixed"}}, "trainer.precision"),
+     ({"model": {"vocab_size": None}}, "model.vocab_size")],
 )  # fmt: skip
 def test_what_cannot_be_counted_is_refused(tmp_path: Path, change: dict[str, Any], key: str) -> None:
     text_file(tmp_path)

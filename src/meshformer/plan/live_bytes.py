@@ -16,7 +16,7 @@ from meshformer.parallel.pipeline import local_tensor
 
 from .reserve import Reserve
 
-KINDS = ("weights", "gradients", "optimizer", "activations", "communication")
+KINDS: tuple[str, ...] = ("weights", "gradients", "optimizer", "activations", "communication")
 # Operations that write into buffers of collectives. The functional collectives (tensor and context parallelism) are not among them: autograd keeps
 # their results like any other activation.
 BUFFERS = ("c10d.", "fsdp.")

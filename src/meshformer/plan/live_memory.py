@@ -1,9 +1,11 @@
 """The bytes that one optimizer step of a run needs on one rank, counted without running it.
 
 The run's own objects (model, strategy, optimizer, step) work on fake tensors, which have sizes and no memory, in a process group that
-communicates with nobody. Counted is every tensor that is alive, as in torch's `memory_allocated`, and what its allocator would reserve for them. Not counted:
-the context of a driver, NCCL's buffers, memory that a kernel uses inside, callbacks (an EMA is one more copy of the weights). A run with
-trainer.compile is counted as if it were not compiled, which needs more.
+communicates with nobody. Counted is every tensor that is alive, as in torch's `memory_allocated`, and what its allocator would reserve for them.
+
+Not counted: the context of a driver, NCCL's buffers, memory that a kernel uses inside, callbacks (an EMA is one more copy of the weights).
+The operations are those of a CPU, also for a run on GPUs: there fused kernels make a chunk of the head's loss (model/head.py) and, with tensor
+parallelism, norms that are not recomputed smaller. A run with trainer.compile is counted as if it were not compiled, which needs more.
 """
 
 from __future__ import annotations
@@ -49,8 +51,8 @@ class LiveMemory:
     """Live bytes of one rank during its second step. `where`: the phase of the peak, such as "backward of blocks.3", "loss" or "optimizer".
 
     `kinds`: the bytes of the peak by kind (live_bytes.KINDS). Communication is what FSDP gathers and buffers of collectives; DDP's buckets are its
-    gradients and count as these. `start`, `end`: live before and after the step. `reserved`: what PyTorch's allocator on a GPU would reserve for these
-    two steps (reserve.py), as `max_memory_reserved` and nvidia-smi show it. `seconds`: what the computation took.
+    gradients and count as these. `start`, `end`: live before and after the step. `reserved`: what PyTorch's allocator on a GPU would reserve
+    for these two steps (reserve.py), as `max_memory_reserved` shows it. `seconds`: what the computation took.
     """
 
     rank: int
