@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Iterator
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from meshformer.compat.torch import DispatchMode
 from meshformer.model.layout import blocks_name
 from meshformer.parallel.pipeline import local_tensor
 
@@ -22,7 +22,7 @@ KINDS: tuple[str, ...] = ("weights", "gradients", "optimizer", "activations", "c
 BUFFERS = ("c10d.", "fsdp.")
 
 
-class LiveBytes(TorchDispatchMode):
+class LiveBytes(DispatchMode):
     """Inside, `now` is the number of bytes in storages that are alive, `peak` its largest value since `reset`, `where` and `kinds` that moment.
 
     A storage counts once, however many views it has, from the first operation that takes or returns it (or from `hold`) until it is freed.
@@ -36,7 +36,7 @@ class LiveBytes(TorchDispatchMode):
         self.by_kind = dict.fromkeys(KINDS, 0)
         self.kinds = dict(self.by_kind)
         self._held: dict[int, tuple[int, str]] = {}  # id of a storage -> bytes, kind
-        self._parameters: dict[int, Any] = {}
+        self._trained: dict[int, Any] = {}
         self.pools = (
             Reserve(),
             Reserve(),
@@ -56,18 +56,15 @@ class LiveBytes(TorchDispatchMode):
         torch.UntypedStorage.resize_ = self._resize
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(hasattr(kind, "to_local") or hasattr(kind, "trigger_wait") for kind in types):
+        if any(map(wraps_others, types)):
             return NotImplemented  # DTensors and pending collectives: they call operations on plain tensors, and these are counted
-        if function is torch.ops.aten._local_scalar_dense.default and is_fake(args[0]):
-            return number_in(args[0])
-        if function is torch.ops.aten.equal.default and is_fake(args[0]):
-            return True
+        name = name_of(function)
+        if name in READS and is_fake(args[0]):
+            return READS[name](args[0])
         result = function(*args, **(kwargs or {}))
-        name = str(function)
         kind = "communication" if name.startswith(BUFFERS) else "optimizer" if self.at == "optimizer" else "activations"
-        for x in tree_leaves((result, args, kwargs)):
-            if isinstance(x, Tensor):
-                self.see(x, kind)
+        for x in tensors_in((result, args, kwargs)):
+            self.see(x, kind)
         if name.startswith("fsdp.chunk_cat"):  # its inputs are the gradients of the gathered parameters
             self.hold(args[0], "gradients")
         return result
@@ -140,7 +137,7 @@ class LiveBytes(TorchDispatchMode):
 
     @torch.no_grad()
     def find_gradients(self) -> None:
-        self.hold((p.grad for p in self._parameters.values() if p.grad is not None), "gradients")
+        self.hold((p.grad for p in self._trained.values() if p.grad is not None), "gradients")
 
     def reset(self) -> None:
         self.peak = 0
@@ -149,7 +146,7 @@ class LiveBytes(TorchDispatchMode):
     def watch(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Follows the phases of a step: the forward and backward passes of the parts of `model`, the loss and the optimizer."""
         self.hold((p.detach() for p in model.parameters()), "weights")
-        self._parameters = {id(p): p for p in model.parameters()}
+        self._trained = {id(p): p for p in model.parameters()}
         for name, part in parts_of(model):
             part.register_forward_pre_hook(self._entering(name))
             part.register_forward_hook(self._leaving(name))
@@ -159,8 +156,8 @@ class LiveBytes(TorchDispatchMode):
         def enter(part: nn.Module, inputs: Any) -> None:
             self.at = f"forward of {name}"
             for p in part.parameters():  # with FSDP these are now the gathered ones
-                if id(p) not in self._parameters:
-                    self._parameters[id(p)] = p
+                if id(p) not in self._trained:
+                    self._trained[id(p)] = p
                     self.hold([p.detach()], "communication")
 
         return enter
@@ -171,8 +168,8 @@ class LiveBytes(TorchDispatchMode):
 
         def leave(part: nn.Module, inputs: Any, output: Any) -> None:
             self.at = "loss"  # until the next part begins, so after the last one
-            for x in tree_leaves(output):
-                if isinstance(x, Tensor) and x.requires_grad:
+            for x in tensors_in(output):
+                if x.requires_grad:
                     x.register_hook(backward)
 
         return leave
@@ -187,6 +184,27 @@ def resizing(live: LiveBytes, original: Any) -> Any:
     return resize_
 
 
+@cache
+def wraps_others(kind: type) -> bool:
+    return hasattr(kind, "to_local") or hasattr(kind, "trigger_wait")
+
+
+@cache
+def name_of(function: Any) -> str:
+    return str(function)
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for x in value:
+            yield from tensors_in(x)
+    elif isinstance(value, dict):
+        for x in value.values():
+            yield from tensors_in(x)
+
+
 def is_fake(x: Any) -> bool:
     return hasattr(x, "fake_mode")
 
@@ -195,6 +213,10 @@ def number_in(x: Tensor) -> int:
     """The number that the host reads from a fake tensor. A step reads two kinds: the number of a micro-batch, a view of an `arange`, so that its
     place is its value; and the vote (int32) by which the ranks of a pipeline learn whether all know their shapes: they do."""
     return 1 if x.dtype == torch.int32 else int(x.storage_offset())
+
+
+# The operations by which the host reads a tensor. The checks that all ranks of a pipeline have the same batch pass.
+READS: dict[str, Any] = {"aten._local_scalar_dense.default": number_in, "aten.equal.default": lambda x: True}
 
 
 def parts_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
 
 from meshformer.compat.lightning import without_transfer
@@ -127,7 +128,7 @@ def build(config: Config, rank: int, folder: Path) -> Any:
     task.trainer = trainer
     without_transfer(task)
     strategy.connect(task)
-    if hasattr(strategy, "cluster_environment") and strategy.cluster_environment is not None:
+    if isinstance(strategy, ParallelStrategy) and strategy.cluster_environment is not None:
         strategy.cluster_environment.set_global_rank(rank)
         strategy.cluster_environment.set_world_size(dist.get_world_size() if dist.is_initialized() else 1)
     if isinstance(strategy, MeshStrategy):
