@@ -26,7 +26,7 @@ from meshformer.compat.lightning import disable_signal_handling
 ROOT = Path(meshformer.__file__).parent
 OF_MODULES = {"_modules", "_parameters", "_buffers"}  # nn.Module's, whoever else may have such a name
 PUBLIC = {"os._exit", "_target_", "_replace"}  # documented: the standard library's, a node's in Hydra, a named tuple's
-MOST = 25
+MOST = 27
 
 
 def is_private(name: str) -> bool:
@@ -133,7 +133,6 @@ NAMES: list[tuple[str, Any, str, str]] = [
     ("torch", ColwiseParallel, "_prepare_output_fn", "for a head that returns a loss"),
     ("torch", torch, "_subclasses", "for tensors without memory"),
     ("torch", torch.utils, "_python_dispatch", "to see every operation"),
-    ("lightning", pl.LightningModule, "_apply_batch_transfer_handler", "to leave batches as they are"),
     ("lightning", pl.LightningModule, "_on_before_batch_transfer", "to call transfer hooks for each micro-batch"),
 ]
 

@@ -31,7 +31,6 @@ def micro_batch_to_device(task: Any, batch: Any) -> Any:
     return task.trainer.strategy.batch_to_device(task._on_before_batch_transfer(batch))
 
 
-def without_transfer(task: Any) -> None:
-    """Leaves batches as they are, for a task outside of `Trainer.fit`: Lightning looks for transfer hooks in a data module that is attached there."""
+def without_transfer_hook(task: Any) -> None:
+    """For a task outside of `Trainer.fit`, which attaches the data module in which Lightning looks for the hook."""
     task._on_before_batch_transfer = lambda batch, dataloader_idx=0: batch
-    task._apply_batch_transfer_handler = lambda batch, device=None, dataloader_idx=0: batch

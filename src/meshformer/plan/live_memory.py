@@ -29,7 +29,7 @@ import torch.distributed as dist
 from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
 
-from meshformer.compat.lightning import without_transfer
+from meshformer.compat.lightning import without_transfer_hook
 from meshformer.compat.torch import fake_tensor_mode
 from meshformer.compat.torch_distributed import fake_store
 from meshformer.config.degrees import Degrees
@@ -126,7 +126,8 @@ def build(config: Config, rank: int, folder: Path) -> Any:
     with torch.device("meta"):  # here for all strategies
         configure_model(config, task, strategy, Start(None, False, None))
     task.trainer = trainer
-    without_transfer(task)
+    cut: Any = lambda batch: batch  # noqa: E731
+    without_transfer_hook(task)
     strategy.connect(task)
     if isinstance(strategy, ParallelStrategy) and strategy.cluster_environment is not None:
         strategy.cluster_environment.set_global_rank(rank)
@@ -134,8 +135,10 @@ def build(config: Config, rank: int, folder: Path) -> Any:
     if isinstance(strategy, MeshStrategy):
         strategy.make_mesh()
         strategy.parallelize(task)
+        cut = strategy.context.cut if strategy.context is not None else cut
     else:
         task.model = strategy.precision_plugin.convert_module(task.model)
+    strategy.batch_to_device = cut  # without Lightning's transfer to the device, which needs an attached data module
     return task
 
 
