@@ -3,7 +3,8 @@
 The run's own objects (model, strategy, optimizer, step) work on fake tensors, which have sizes and no memory, in a process group that
 communicates with nobody. Counted is every tensor that is alive, as in torch's `memory_allocated`, and what its allocator would reserve for them.
 
-Not counted: the context of a driver, NCCL's buffers, memory that a kernel uses inside, callbacks (an EMA is one more copy of the weights).
+Not counted: the context of a driver, NCCL's buffers, memory that a kernel uses inside, what a pipeline has
+sent and not yet let go of, callbacks (an EMA is one more copy of the weights).
 The operations are those of a CPU, also for a run on GPUs: there fused kernels make a chunk of the head's loss (model/head.py) and, with tensor
 parallelism, norms that are not recomputed smaller. A run with trainer.compile is counted as if it were not compiled, which needs more.
 """
