@@ -26,7 +26,7 @@ from meshformer.compat.lightning import disable_signal_handling
 ROOT = Path(meshformer.__file__).parent
 OF_MODULES = {"_modules", "_parameters", "_buffers"}  # nn.Module's, whoever else may have such a name
 PUBLIC = {"os._exit", "_target_", "_replace"}  # documented: the standard library's, a node's in Hydra, a named tuple's
-MOST = 25
+MOST = 27
 
 
 def is_private(name: str) -> bool:
@@ -131,6 +131,8 @@ NAMES: list[tuple[str, Any, str, str]] = [
     ("torch", ColwiseParallel, "_partition_linear_fn", "to cut adapters with their layer"),
     ("torch", RowwiseParallel, "_partition_linear_fn", "to cut adapters with their layer"),
     ("torch", ColwiseParallel, "_prepare_output_fn", "for a head that returns a loss"),
+    ("torch", torch, "_subclasses", "for tensors without memory"),
+    ("torch", torch.utils, "_python_dispatch", "to see every operation"),
     ("lightning", pl.LightningModule, "_on_before_batch_transfer", "to call transfer hooks for each micro-batch"),
 ]
 
@@ -161,6 +163,12 @@ def test_parameters_can_be_exchanged_for_tensors() -> None:
     assert layer.weight is plain, told("torch", "_parameters", "for local tensors")
     compat_torch.swap_parameters(layer, before)
     assert layer.weight is before["weight"]
+
+
+def test_fake_tensors_have_sizes_and_no_values() -> None:
+    with compat_torch.fake_tensor_mode():
+        x = torch.ones(2**40, 8)
+        assert hasattr(x, "fake_mode") and (x + x).untyped_storage().nbytes() == 2**45, told("torch", "_subclasses", "to plan memory")
 
 
 def test_flex_attention_has_its_operator() -> None:

@@ -20,11 +20,13 @@ from meshformer.command import compose
 from meshformer.command.explain import explain_errors
 from meshformer.config import ConfigError, validate
 from meshformer.config.degrees import AXES
+from meshformer.config.resolve import cores, resolve
 from meshformer.config.signature import attribute
 from meshformer.model import check as model_check
 from meshformer.plan.answer import NAMED, best_of_each, budget, degrees_text, duration, gigabytes, mfu, overrides, remedies, throughput, why
 from meshformer.plan.candidates import SPARE, Candidate, Request, candidates
 from meshformer.plan.cluster import Cluster, read_cluster
+from meshformer.plan.counted import count_all
 from meshformer.plan.scale import fastest, pays_up_to, read_counts, scaled
 from meshformer.plan.sizes import read_sizes
 from meshformer.plan.steptime import Constants, constants
@@ -56,7 +58,7 @@ def run_plan(argv: Sequence[str]) -> int:
         raise _impossible(request, found)
     rows = best_of_each(fitting)
     say(_table(rows[: flags.top], request, flags.tokens))
-    best = rows[0]
+    best = rows[0] if flags.quick else _counted(rows[:COUNTED], request, train, flags.config_dir)
     say("\nType this" + (" on every node:" if request.cluster.nodes > 1 else ":"))
     chosen = [*train, *_types(request, train), *overrides(best, request)]
     say("  meshformer train " + " ".join(chosen))
@@ -196,6 +198,45 @@ def _for_cluster(config: Config, cluster: Cluster, names: Sequence[str]) -> Conf
         trainer["compile"] = "bf16" in cluster.peak and bool(attribute(config["model"]["_target_"], "one_graph"))
     trainer |= {"accelerator": "cpu" if cluster.alone else "gpu", "devices": cluster.cards, "num_nodes": cluster.nodes}
     return {**config, "trainer": trainer}
+
+
+def _counted(rows: Sequence[Candidate], request: Request, train: Sequence[str], config_dir: str | None) -> Candidate:
+    """Print the memory that is counted for the rows; return the first that leaves 10 % free."""
+    say(f"\nMemory of the first {len(rows)}, counted on the model itself (--quick leaves this out)")
+    configs = [(config_of(row, request, train, config_dir), _fullest_ranks(row)) for row in rows]
+    found = count_all(configs, cores())
+    cells = [("layout", "counted", "weights", "gradients", "optimizer", "activations", "communication", "peak in")]
+    fits: list[Candidate] = []
+    for row, memory in zip(rows, found, strict=True):
+        if isinstance(memory, str):
+            cells.append((degrees_text(row), "", "", "", "", "", "", memory))
+            continue
+        kinds = [gigabytes(memory.kinds.get(kind, 0)) for kind in cells[0][2:7]]
+        cells.append((degrees_text(row), gigabytes(memory.peak), *kinds, memory.where))
+        if memory.peak <= SPARE * request.cluster.memory:
+            fits.append(row)
+    say(_aligned(cells))
+    if not fits:
+        say(f"None of them leaves {100 - 100 * SPARE:.0f} % of a card free; the command below is the first that was estimated to.")
+    return fits[0] if fits else rows[0]
+
+
+def config_of(candidate: Candidate, request: Request, train: Sequence[str], config_dir: str | None) -> Config:
+    """The resolved configuration of a candidate on the cluster, which this machine need not be able to run."""
+    asked = [o for o in train if o.lstrip("+") != AUTO]
+    given = [*asked, *_types(request, asked), *overrides(candidate, request)]
+    config = validate(compose.plain(_composed(config_dir, "train", given)))
+    config["trainer"] |= {"accelerator": request.config["trainer"]["accelerator"], "threads": 1}
+    config["model"]["vocab_size"] = request.sizes.vocabulary
+    config = resolve(config)
+    config["trainer"]["compile"] = False
+    return config
+
+
+def _fullest_ranks(candidate: Candidate) -> list[int]:
+    """Of a pipeline the first stage, which has most micro-batches in flight, and the last, which has the head; else any rank."""
+    layout = candidate.layout
+    return [0] if layout.pipeline == 1 else [0, layout.processes - layout.processes // layout.pipeline]
 
 
 def _types(request: Request, typed: Sequence[str]) -> list[str]:

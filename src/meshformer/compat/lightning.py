@@ -29,3 +29,8 @@ class MicroBatches(pl.LightningModule):
 def micro_batch_to_device(task: Any, batch: Any) -> Any:
     """Moves a micro-batch, with the hooks on_before_batch_transfer, transfer_batch_to_device and on_after_batch_transfer."""
     return task.trainer.strategy.batch_to_device(task._on_before_batch_transfer(batch))
+
+
+def without_transfer_hook(task: Any) -> None:
+    """For a task outside of `Trainer.fit`, which attaches the data module in which Lightning looks for the hook."""
+    task._on_before_batch_transfer = lambda batch, dataloader_idx=0: batch

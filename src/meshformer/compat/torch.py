@@ -7,12 +7,15 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _python_dispatch
 
 # Multi-tensor operations: one kernel launch for many parameters. torch's optimizers and `clip_grad_norm_` use them, but they have no
 # public names.
 foreach_norm = torch._foreach_norm
 foreach_div_ = torch._foreach_div_
 foreach_lerp_ = torch._foreach_lerp_
+
+DispatchMode = _python_dispatch.TorchDispatchMode  # a context that sees every operation; torch's documentation names it, its module is private
 
 
 def flex_operator() -> Any:
@@ -37,3 +40,11 @@ def swap_parameters(module: nn.Module, values: dict[str, Any]) -> dict[str, Any]
     before = dict(module._parameters)
     module._parameters.update(values)
     return before
+
+
+def fake_tensor_mode() -> Any:
+    """A context in which tensors have sizes, types and storages, but no memory and no values: new ones, and what operations return.
+
+    Real tensors are accepted as inputs, because process groups and meshes keep some of their own.
+    """
+    return torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True)

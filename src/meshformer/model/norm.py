@@ -23,9 +23,13 @@ class RMSNorm(nn.RMSNorm):
         if x.device.type != "cpu" or not self.elementwise_affine or len(self.normalized_shape) > 1:
             return super().forward(x)
         eps = torch.finfo(_wide(x)).eps if self.eps is None else self.eps
-        if type(x) is Tensor and type(self.weight) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling():
+        if _is_plain(x) and _is_plain(self.weight) and not torch.compiler.is_compiling():
             return _ByLayerNormKernel.apply(x, self.weight, eps)
         return x * _inverse_rms(x, eps).to(x.dtype) * self.weight.to(x.dtype)
+
+
+def _is_plain(x: Tensor) -> bool:
+    return type(x) in (Tensor, nn.Parameter) or hasattr(x, "fake_mode")  # a fake tensor stands for a plain one (plan/live_memory.py)
 
 
 def _wide(x: Tensor) -> torch.dtype:

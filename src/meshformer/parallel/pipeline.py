@@ -67,6 +67,8 @@ class Pipeline:
         self._loss_sums: dict[int, Tensor] = {}  # number of a micro-batch -> its loss sum and count
         self._scale = 1.0
         self._checked = False
+        # Stage number -> arguments of PipelineStage. plan/live_memory.py knows the shapes that the ranks of a run send each other first.
+        self.shapes: Callable[[int], dict[str, Any]] = lambda number: {}
 
     def losses(self, batch: dict[str, Tensor], phase: str) -> tuple[Tensor, Tensor]:
         """(loss sum, count) of the batch, the same on every rank of the pipeline, without gradients. A collective."""
@@ -110,7 +112,10 @@ class Pipeline:
         if key not in self._schedules:
             multi = issubclass(self.schedule, PipelineScheduleMulti)
             device = self.task.device
-            stages = [PipelineStage(s, i, self.n_stages, device, group=self.group) for s, i in zip(self.stages, self.numbers, strict=True)]
+            stages = [
+                PipelineStage(s, i, self.n_stages, device, group=self.group, **self.shapes(i))
+                for s, i in zip(self.stages, self.numbers, strict=True)
+            ]
             make: Any = self.schedule if train else ScheduleLoopedBFS if multi else ScheduleGPipe
             # The losses are sums, and scale_grads=True would divide the accumulated gradients by n at every call.
             self._schedules[key] = make(stages if multi else stages[0], n_microbatches=n, loss_fn=self._loss, scale_grads=False)

@@ -122,15 +122,33 @@ class MeshStrategy(StepStrategy, ModelParallelStrategy):
         if not self._built:
             self._build(self.lightning_module)
             self._built = True
-        if self.degrees.tensor > 1 and self.settings["loss_parallel"]:  # open until teardown, because backward passes need it too
-            self._loss_parallel = loss_parallel()
-            self._loss_parallel.__enter__()
+        self.open_loss_parallel()
         self.barrier()
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
 
+    def open_loss_parallel(self) -> None:
+        """Opens torch's `loss_parallel` if the layout has it, until `teardown`, because backward passes need it too."""
+        if self.degrees.tensor > 1 and self.settings["loss_parallel"]:
+            self._loss_parallel = loss_parallel()
+            self._loss_parallel.__enter__()
+
     def _build(self, task: Any) -> None:
+        model, whole = self.parallelize(task)
+        if any(p.is_meta for p in model.parameters()):
+            self.allocate(model)
+            fill(model, task.seed, self.aliases)
+        else:
+            self.model_to_device()
+        if self.init_from is not None:
+            partial = self.pipeline is not None
+            load_weights(model, self.init_from, partial, self.aliases, new=self.new_parts, reinit=self.reinit, whole=whole)
+        self.model = self.lightning_module
+        self.weigh_shards(task)
+
+    def parallelize(self, task: Any) -> tuple[Any, set[str]]:
+        """Splits and shards the task's model in place; returns it and the names of the whole model's tensors. Allocates nothing if it is on meta."""
         settings, degrees = self.settings, self.degrees
         model: Any = self.precision_plugin.convert_module(task.model)
         self.ties = ties(model)
@@ -169,18 +187,13 @@ class MeshStrategy(StepStrategy, ModelParallelStrategy):
         if degrees.pipeline > 1:
             self.pipeline = Pipeline(task, stages, numbers, n_stages, self.axis("pipeline"), settings)
             task.pipeline, task.aliases = self.pipeline.losses, self.aliases
-        if any(p.is_meta for p in model.parameters()):
-            model.to_empty(device="cpu" if settings["cpu_offload"] else self.root_device)
-            if not self._uses_fsdp:
-                retie(model, self.ties)  # to_empty gave each tied name a tensor of its own
-            fill(model, task.seed, self.aliases)
-        else:
-            self.model_to_device()
-        if self.init_from is not None:
-            partial = self.pipeline is not None
-            load_weights(model, self.init_from, partial, self.aliases, new=self.new_parts, reinit=self.reinit, whole=whole)
-        self.model = self.lightning_module
-        self._weigh_shards(task)
+        return model, whole
+
+    def allocate(self, model: Any) -> None:
+        """Gives every parameter of a model on meta memory of its own, without values."""
+        model.to_empty(device="cpu" if self.settings["cpu_offload"] else self.root_device)
+        if not self._uses_fsdp:
+            retie(model, self.ties)  # to_empty gave each tied name a tensor of its own
 
     def _check_plan(self, model: Any, n_stages: int) -> None:
         """ConfigError if the model has no Plan for an axis of this layout, or cannot be split that way."""
@@ -210,7 +223,7 @@ class MeshStrategy(StepStrategy, ModelParallelStrategy):
             expected = expected.chunk(self.degrees.context, dim=1)[self.axis("context").get_local_rank()]
         check_same_output(model, task, batch, expected, axis, getattr(self.degrees, axis))
 
-    def _weigh_shards(self, task: Any) -> None:
+    def weigh_shards(self, task: Any) -> None:
         """Weights for the global gradient norm: 1 / (number of ranks with the same shard), for each trained parameter; 0 for a tied duplicate."""
         ranks = self.world_size // self.degrees.pipeline
         self._trained: list[tuple[Any, float]] = []
