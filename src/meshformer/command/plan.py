@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -205,7 +205,7 @@ def _counted(rows: Sequence[Candidate], request: Request, train: Sequence[str], 
     say(f"\nMemory of the first {len(rows)}, counted on the model itself (--quick leaves this out)")
     configs = [(config_of(row, request, train, config_dir), _fullest_ranks(row)) for row in rows]
     found = count_all(configs, cores())
-    cells = [("layout", "counted", "weights", "gradients", "optimizer", "activations", "communication", "peak in")]
+    cells: list[tuple[str, ...]] = [("layout", "counted", "weights", "gradients", "optimizer", "activations", "communication", "peak in")]
     fits: list[Candidate] = []
     for row, memory in zip(rows, found, strict=True):
         if isinstance(memory, str):
@@ -222,12 +222,20 @@ def _counted(rows: Sequence[Candidate], request: Request, train: Sequence[str], 
 
 
 def config_of(candidate: Candidate, request: Request, train: Sequence[str], config_dir: str | None) -> Config:
-    """The resolved configuration of a candidate on the cluster, which this machine need not be able to run."""
+    """The resolved configuration of a candidate on the cluster, which this machine need not be able to run.
+
+    Of an accumulation two micro-batches are enough: from the second on, all need the same memory. So are four times as many in a pipeline as it
+    has ranks, which are more than it has in flight.
+    """
+    layout = candidate.layout
+    fewer = replace(layout, accumulation=min(2, layout.accumulation), microbatches=min(layout.microbatches, 4 * layout.pipeline))
+    candidate = replace(candidate, layout=fewer)
     asked = [o for o in train if o.lstrip("+") != AUTO]
     given = [*asked, *_types(request, asked), *overrides(candidate, request)]
     config = validate(compose.plain(_composed(config_dir, "train", given)))
     config["trainer"] |= {"accelerator": request.config["trainer"]["accelerator"], "threads": 1}
     config["model"]["vocab_size"] = request.sizes.vocabulary
+    config["data"]["batch_size"] = fewer.batch
     config = resolve(config)
     config["trainer"]["compile"] = False
     return config
@@ -254,6 +262,8 @@ def _fixed(config: Config, names: Sequence[str]) -> dict[str, Any]:
     fixed = {key: strategy[key] for key in (*AXES, *FIXABLE) if (whole and key in AXES) or f"strategy.{key}" in names}
     if "trainer.accumulate_grad_batches" in names:
         fixed["accumulation"] = config["trainer"]["accumulate_grad_batches"]
+    if "strategy.reduce_gradients" in names:
+        fixed["reduce_every"] = strategy["reduce_gradients"] == "every"
     return {key: value for key, value in fixed.items() if value not in (-1, "auto")}
 
 

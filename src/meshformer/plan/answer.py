@@ -48,6 +48,8 @@ def overrides(candidate: Candidate, request: Request) -> list[str]:
             found.append(f"trainer.num_nodes={nodes}")
     if layout.accumulation > 1:
         found.append(f"trainer.accumulate_grad_batches={layout.accumulation}")
+    if layout.reduce_every:
+        found.append("strategy.reduce_gradients=every")
     if candidate.checkpointing != "none":
         found.append(f"strategy.activation_checkpointing={candidate.checkpointing}")
     if layout.pipeline > 1:

@@ -112,7 +112,6 @@ def _base(request: Request) -> Layout:
         sequence_parallel=strategy.get("sequence_parallel", True),
         loss_parallel=strategy.get("loss_parallel", False),
         async_tensor=strategy.get("async_tensor_parallel", False),
-        reduce_every=strategy.get("reduce_gradients") == "every",
     )
 
 
@@ -170,8 +169,12 @@ def _counts(request: Request, layout: Layout, samples: int) -> Iterator[Layout]:
     accumulations = _choices(request, "accumulation", tuple(_divisors(samples)))
     if layout.pipeline == 1:
         for accumulation in accumulations:
-            if samples % accumulation == 0:
-                yield replace(layout, samples=samples // accumulation, accumulation=accumulation)
+            if samples % accumulation:
+                continue
+            counted = replace(layout, samples=samples // accumulation, accumulation=accumulation)
+            every = (False, True) if accumulation > 1 and layout.fsdp else (False,)
+            for reduce_every in _choices(request, "reduce_every", every):
+                yield replace(counted, reduce_every=reduce_every)
         return
     accumulation = request.fixed.get("accumulation", 1)  # a pipeline's micro-batches do what accumulation does
     if samples % accumulation:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple
 
 from meshformer.plan.sizes import Sizes
 from meshformer.plan.steptime import Layout, stage_blocks
 
 FP32 = 4
 LOGITS_AT_ONCE, LARGE = 2**25, 2**26  # of the loss in chunks (model/head.py), and from how many logits on it is computed so
-CHUNK_COPIES = 3  # of a chunk's logits
+LOGIT_COPIES = 2  # of the logits at once: themselves and their gradient
 
 
 @dataclass(frozen=True)
@@ -35,11 +37,18 @@ def estimate(sizes: Sizes, layout: Layout, checkpointing: str, optimizer_bytes: 
     """
     blocks, last = stage_blocks(sizes, layout.pipeline, layout.stages)
     ends = sizes.vocabulary * sizes.width
+    small = 2 if mixed else FP32
+    saved = saved_by_block(sizes, layout, checkpointing, small)
+    stream = FP32 * sizes.width / (layout.tensor if layout.sequence_parallel else 1)
+    # The backward pass of a block holds the gradients of its input and output and, if it is computed again, all that it saves.
+    working = 2 * stream + (saved_by_block(sizes, layout, "none", small) if checkpointing != "none" else 0.0)
     if layout.pipeline == 1:
-        return _rank(sizes, layout, checkpointing, optimizer_bytes, mixed, last, (1 if sizes.tied else 2) * ends, 1, True)
-    first = _rank(sizes, layout, checkpointing, optimizer_bytes, mixed, blocks, ends, in_flight(layout), False)
-    end = _rank(sizes, layout, checkpointing, optimizer_bytes, mixed, last, ends, min(in_flight(layout), layout.stages), True)
-    return max(first, end, key=lambda memory: memory.total)
+        both = (1 if sizes.tied else 2) * ends
+        return _rank(sizes, layout, _Part(last, both, 1.0, True, saved, working, small, optimizer_bytes))
+    flying = in_flight(layout)
+    first = _rank(sizes, layout, _Part(blocks, ends, flying, False, saved, working, small, optimizer_bytes))
+    end = _rank(sizes, layout, _Part(last, ends, min(flying, layout.stages), True, saved, working, small, optimizer_bytes))
+    return first if first.total > end.total else end
 
 
 def in_flight(layout: Layout) -> float:
@@ -52,49 +61,64 @@ def in_flight(layout: Layout) -> float:
     return min(layout.microbatches, layout.pipeline)
 
 
-def _rank(
-    sizes: Sizes, layout: Layout, checkpointing: str, optimizer_bytes: float, mixed: bool, blocks: int, ends: float, flying: float, head: bool
-) -> Memory:
+class _Part(NamedTuple):
+    """What one rank has: blocks, parameters of embedding and head, micro-batches in flight, and bytes that a block takes for a token."""
+
+    blocks: int
+    ends: float
+    flying: float
+    head: bool
+    saved: float
+    working: float
+    small: int
+    optimizer_bytes: float
+
+
+def _rank(sizes: Sizes, layout: Layout, part: _Part) -> Memory:
+    """The larger of two moments: the loss, when all activations are there, and the backward pass of the last block after it."""
     n, parts = layout.tensor, layout.parts
-    block = sizes.block_parameters / n
-    held = blocks * block + (ends + sizes.position_table) / n
-    weights = held * FP32 / parts
+    block, ends = sizes.block_parameters / n, (part.ends + sizes.position_table) / n
+    held = part.blocks * block + ends
     tokens = layout.samples * sizes.length / layout.context
-    small = 2 if mixed else FP32
-    saved, whole = _saved(sizes, layout, checkpointing, small), _saved(sizes, layout, "none", small)
-    activations = flying * blocks * tokens * saved + tokens * (whole if checkpointing != "none" else 0)
-    if parts > 1:
-        gathered = 2 * block if layout.reshard else blocks * block  # a block and the next one, whose gather overlaps with it
-        # The root unit, embedding and head, stays gathered; a block's gradient is whole before it is reduced.
-        communication = (gathered + ends / n) * layout.gather_bytes
-        communication += block * (layout.gather_bytes + layout.reduce_bytes) + ends / n * layout.reduce_bytes
-    elif mixed:
-        communication = held * 2  # autocast keeps bf16 copies of the weights
-    else:
-        communication = 0.0
-    if layout.replicate > 1 and not layout.fsdp:
-        communication += 25 * 2**20 if layout.parts > 1 else held * 0.0
+    weights, optimizer = held * FP32 / parts, held * part.optimizer_bytes / parts
+    several = layout.accumulation * layout.microbatches > 1
+    if parts == 1:
+        gradients = held * FP32
+    elif not several:
+        gradients = 0.0  # each is reduced to a shard before the next one is whole, when most activations are gone
+    else:  # summed over micro-batches as shards, or whole if they are reduced after the last one
+        gradients = held * FP32 / (parts if layout.reduce_every else 1)
+    activations = part.flying * part.blocks * tokens * part.saved
+    if parts == 1 and part.small < FP32:
+        activations += held * part.small  # autocast keeps bf16 copies of the weights
+    root = ends * layout.gather_bytes if parts > 1 else 0.0
+    gathered = block * layout.gather_bytes if layout.reshard else part.blocks * block * layout.gather_bytes
+    gathered = gathered if parts > 1 else 0.0
     logits = tokens * sizes.vocabulary / (n if layout.loss_parallel else 1)
-    loss = 0.0
-    if head:
-        loss = CHUNK_COPIES * FP32 * min(logits, LOGITS_AT_ONCE) if logits >= LARGE else CHUNK_COPIES * FP32 * logits
-        loss += 2 * tokens * sizes.width * FP32
-    return Memory(weights, weights, held * optimizer_bytes / parts, activations, communication, loss)
+    loss = 2 * tokens * sizes.width * FP32 + LOGIT_COPIES * FP32 * min(logits, LOGITS_AT_ONCE if logits >= LARGE else logits)
+    at_loss = Memory(weights, gradients, optimizer, activations, root + gathered, loss if part.head else 0.0)
+    # FSDP gathers the next block while it computes with one, and reduces a gradient in a buffer of its own.
+    sent = root * 2 + gathered + block * (2 * layout.gather_bytes + layout.reduce_bytes) if parts > 1 else 0.0
+    backward = Memory(weights, gradients, optimizer, activations + tokens * part.working, sent, 0.0)
+    return max(at_loss, backward, key=lambda memory: memory.total)
 
 
-def _saved(sizes: Sizes, layout: Layout, checkpointing: str, small: int) -> float:
-    """Bytes that the forward pass of a block keeps for its backward pass, for a token."""
-    n = layout.tensor
-    along = n if layout.sequence_parallel else 1
+@cache
+def _saved(sizes: Sizes, n: int, along: int, context: int, checkpointing: str, small: int) -> float:
     stream = FP32 * sizes.width / along
     if checkpointing == "full":
         return stream
-    heads = (sizes.query_width + 2 * sizes.key_width) / n
+    query, keys = sizes.query_width / n, sizes.key_width / n
     deep = sizes.feed_forward * (2 if sizes.gated else 1) / n
-    products = small * (heads + sizes.query_width / n + deep + 2 * sizes.width / along)
+    products = query + 2 * keys + query + deep  # results of the products for q, k and v, attention, and the feed-forward's first products
+    turned = query + keys  # with positions
+    elsewhere = 2 * keys * (context - 1)  # keys and values gathered from the other ranks of the context axis
     if checkpointing == "selective":
-        return stream + products
-    normed = 2 * (stream + small * sizes.width)  # the norms' inputs in fp32, and their outputs, gathered along time
-    turned = small * (sizes.query_width + sizes.key_width) / n
-    activated = small * sizes.feed_forward * (2 if sizes.gated else 1) / n
-    return stream + normed + products + turned + activated
+        return stream + small * (products + turned + 2 * sizes.width / along + elsewhere + 2 * keys * (context > 1))
+    normed = 2 * sizes.width  # gathered along time
+    return 2 * stream + small * (products + turned + normed + deep + elsewhere)
+
+
+def saved_by_block(sizes: Sizes, layout: Layout, checkpointing: str, small: int) -> float:
+    """Bytes that the forward pass of a block keeps for its backward pass, for a token."""
+    return _saved(sizes, layout.tensor, layout.tensor if layout.sequence_parallel else 1, layout.context, checkpointing, small)
