@@ -37,7 +37,7 @@ from meshformer.training.protocol import StepStrategy
 
 from .context import ContextAxis
 from .memory_options import apply_memory_options
-from .mesh import make_mesh
+from .mesh import AXES, GROUPS_OF_AXES, make_mesh
 from .output_check import check_same_output, output_of, trial_batch
 from .pipeline import Pipeline, Stage, local_tensor
 from .products import overlap
@@ -89,6 +89,13 @@ class MeshStrategy(StepStrategy, ModelParallelStrategy):
     def axis(self, name: str) -> DeviceMesh:
         """One mesh axis, or a named group of them (see mesh.py)."""
         return self.device_mesh[name]
+
+    def process_groups(self) -> dict[str, Any]:
+        named: dict[str, tuple[str, Any]] = {}
+        for name in (*AXES, *GROUPS_OF_AXES):
+            group = self.axis(name).get_group()
+            named.setdefault(group.group_name, (name, group))  # a group of axes may be one axis's own, where the other degrees are 1
+        return super().process_groups() | dict(named.values())
 
     holds_whole_model = False
 
