@@ -17,7 +17,7 @@ from torch.profiler import record_function
 
 from meshformer.compat.lightning import FETCH
 from meshformer.parallel.table import local_sizes
-from meshformer.printing import say
+from meshformer.printing import argument, say
 from meshformer.profile.check import check_steps
 from meshformer.profile.figure import draw_all
 from meshformer.profile.parts import FOLDER, analyse
@@ -138,6 +138,7 @@ class Profile(Callback):
             try:
                 analyse(self.folder)
                 draw_all(self.folder)
+                say(f"recorded steps {self.steps}: meshformer profile {argument('run', self.folder.parent)}", error=True)
             except (OSError, ValueError) as error:  # a run must not end because its profile cannot be read
                 say(f"warning: the recorded steps could not be analysed: {error}", error=True)
 

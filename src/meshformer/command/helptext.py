@@ -16,6 +16,7 @@ meshformer: train a Transformer on real text, every setting an override.
   meshformer convert run=RUN to=FORMAT          a checkpoint as one file, as weights for other programs, or as a folder again
   meshformer export run=RUN format=FORMAT       the model for other programs: a Hugging Face folder, safetensors, ONNX, torch.export
   meshformer runs [FOLDER] [FILTERS]            a table of runs; runs show RUN, runs diff A B
+  meshformer profile run=RUN                    where the time of recorded steps went, and which setting to change
   meshformer report RUN|FOLDER                  figures, results and settings as one HTML file
   meshformer doctor                             what this machine can run, measured, and a short test of several processes
 
@@ -74,6 +75,11 @@ Examples
   meshformer runs runs/shakespeare_char 'started>2026-11-24' --columns run,optimizer.lr,val/loss --csv
   meshformer runs show last
   meshformer runs diff 3f0a 81c2""",
+    "profile": """\
+Needs a run trained with callbacks.profile.steps=[FIRST,LAST], which records these steps on every rank.
+Examples
+  meshformer train strategy=fsdp trainer.devices=2 callbacks.profile.steps=[20,24]
+  meshformer profile run=last""",
     "report": """\
 Options
   --output FILE     where to write the page; else FOLDER/report.html
@@ -99,7 +105,7 @@ def overview(command: str | None = None) -> str:
     if command in (None, "train"):
         parts.append(_groups(described=command is not None))
     parts += [EXAMPLES[command]] if command in EXAMPLES else list(EXAMPLES.values())
-    if command not in ("runs", "report", "doctor"):
+    if command not in ("runs", "profile", "report", "doctor"):
         parts.append(FLAGS)
     return "\n\n".join(parts)
 

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .parts import (
     BACKWARD,
@@ -86,11 +86,11 @@ def pictures(folder: Path) -> dict[str, str]:
     return found
 
 
-def _rows(file: Path, kind: type) -> Iterator[Pass | Point]:
-    readers = {"int": int, "float": float, "str": str}
+def _rows(file: Path, kind: Any) -> Iterator[Any]:
+    whole = {"rank", "stage", "microbatch"}
     for row in csv.DictReader(io.StringIO(file.read_text(encoding="utf-8"))):
         try:
-            values = [readers[annotation](row[name]) for name, annotation in kind.__annotations__.items()]
+            values = [row[name] if name == "kind" else int(row[name]) if name in whole else float(row[name]) for name in kind._fields]
         except (KeyError, TypeError, ValueError):
             raise ValueError(f"{file} is damaged") from None
         if not all(math.isfinite(value) for value in values if isinstance(value, float)):
@@ -159,7 +159,8 @@ def timeline(passes: Sequence[Pass]) -> str:
             if width > 12:
                 out.append(_text(x + width / 2, y + BAR / 2 + 4, f"{one.microbatch + 1}", anchor="middle", colour=_ink(KINDS[one.kind])))
     bottom = top + len(ranks) * ROW
-    out += _axis(bottom, ended - began, "milliseconds from the first forward pass of a step to its last backward pass")
+    paler = "; paler: a rank's further stages" if len({one.stage for one in passes}) > len({one.rank for one in passes}) else ""
+    out += _axis(bottom, ended - began, f"milliseconds from the first forward pass of a step to its last backward pass{paler}")
     return _svg(out, bottom + 44)
 
 
