@@ -66,7 +66,7 @@ def _typed(settings: Settings) -> str:
     """As on the command line."""
 
     def text(value: Any) -> str:
-        return str(value).lower() if isinstance(value, bool) else str(value).replace(" ", "")
+        return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value).replace(" ", "")
 
     return " ".join(f"{key}={text(value)}" for key, value in settings.items())
 
@@ -151,7 +151,8 @@ def _bubble(of_rank: Any, config: Config, usable: Any) -> Found:
     more = next((n for n in range(2 * count, 8 * count + 1, stages) if usable({"strategy.microbatches": n})), None)
     tries: list[Settings] = [{"strategy.microbatches": more}] if more else []
     if not strategy["schedule"].startswith("interleaved"):
-        tries.append({"strategy.schedule": "interleaved_1f1b", "strategy.stages_per_rank": 2})
+        blocks: Settings = {"strategy.blocks_per_stage": None} if strategy["blocks_per_stage"] else {}  # they are for another number of stages
+        tries.append({"strategy.schedule": "interleaved_1f1b", "strategy.stages_per_rank": 2} | blocks)
     if not more:
         tries.append({"data.batch_size": 2 * config["data"]["batch_size"], "strategy.microbatches": 2 * count})
     compute = {rank: mean({rank: values}, [FORWARD, BACKWARD]) for rank, values in of_rank.items()}

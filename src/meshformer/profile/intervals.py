@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 
 Interval = tuple[float, float]
@@ -58,8 +58,8 @@ def length(intervals: Iterable[Interval]) -> float:
 
 
 def gap_around(busy: Sequence[Interval], time: float) -> Interval | None:
-    """The interval between two members of `busy` that holds `time`; None if `time` is inside one of them."""
-    after = bisect_right(busy, (time, float("inf")))
+    """The interval between two members of `busy` that holds `time` or ends there; None if `time` is inside one of them."""
+    after = bisect_left(busy, (time, float("-inf")))
     if after and busy[after - 1][1] > time:
         return None
     return (busy[after - 1][1] if after else float("-inf"), busy[after][0] if after < len(busy) else float("inf"))
