@@ -10,7 +10,7 @@ import pytest
 from jobs import TINY, text_file
 from meshformer.command.compose import compose
 from meshformer.profile.advice import SHARES, advise, compared, sentences
-from meshformer.profile.parts import BACKWARD, BUBBLE, CHECKPOINT, DATA, EXPOSED, FORWARD, IDLE, PARTS, WAITING
+from meshformer.profile.parts import BUBBLE, CHECKPOINT, DATA, EXPOSED, FORWARD, IDLE, PARTS, WAITING
 from meshformer.runs.profile import usable
 
 LAYOUTS = {
@@ -57,7 +57,7 @@ def test_every_setting_that_is_recommended_starts_that_run(text: Path, layout: s
 
 def test_nothing_is_said_below_the_shares(text: Path):
     config = config_of(text)
-    quiet = step(forward=100, **{"data": 4, "checkpoint": 4, "idle": 10})
+    quiet = step(forward=100, data=4, checkpoint=4, idle=10)
     assert told(config, quiet) == "Nothing stands out: 85% of a step is forward, backward and optimizer."
     assert all(0.02 < share < 0.5 for share in SHARES.values())
 

@@ -20,13 +20,13 @@ from meshformer.parallel.table import local_sizes
 from meshformer.printing import argument, say
 from meshformer.profile.check import check_steps
 from meshformer.profile.figure import draw_all
-from meshformer.profile.parts import FOLDER, analyse
+from meshformer.profile.parts import analyse
 from meshformer.profile.trace import PREFIX
 
 if TYPE_CHECKING:
     PositiveInt = int
 
-TRIALS = 8  # transfers of each group at once, so that each of its two threads takes some
+TRIALS = 32  # transfers of each group at once, so that each of its two threads takes some
 
 
 class Profile(Callback):

@@ -127,7 +127,8 @@ def _waiting(of_rank: Any, config: Config, usable: Any) -> Found:
 
 def _lighter(slow: int, of_rank: Any, config: Config) -> tuple[Settings, ...]:
     """One block moved from the slow rank's stage to the lightest one, where the present numbers are known."""
-    blocks, ranks = list(config["strategy"]["blocks_per_stage"] or ()), len(of_rank)
+    blocks: list[int] = list(config["strategy"]["blocks_per_stage"] or ())
+    ranks = len(of_rank)
     pipeline = config["strategy"]["pipeline"]
     if len(blocks) != pipeline or ranks % pipeline:
         return ()

@@ -25,7 +25,7 @@ CHECKPOINT, VALIDATION, IDLE = "checkpoint", "validation", "host idle"
 HIDDEN = "communication hidden"
 SUM = (DATA, FORWARD, BACKWARD, OPTIMIZER, EXPOSED, WAITING, BUBBLE, CHECKPOINT, VALIDATION, IDLE)  # these add up to a step
 PARTS = (*SUM, HIDDEN)  # hidden communication runs beneath the others
-OF_MARK = dict(zip(MARKS, (VALIDATION, CHECKPOINT, DATA, FORWARD, BACKWARD, OPTIMIZER), strict=True))
+OF_MARK: dict[str, str] = dict(zip(MARKS, (VALIDATION, CHECKPOINT, DATA, FORWARD, BACKWARD, OPTIMIZER), strict=True))
 SAME_CLOCK = 5.0  # ms: below it, ends of collectives differ by the scheduling of processes, not by their machines' clocks
 
 

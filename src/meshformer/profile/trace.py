@@ -126,7 +126,7 @@ def parse(content: dict[str, Any]) -> Trace:
         found = [Collective(event["name"], groups.get(event["tid"]), *span(event)) for event in transfers]
         trace.busy = _computing((event for event in spans if event["tid"] == main and event.get("cat") == "cpu_op"), span)
     else:
-        found = [Collective(event["name"], _group(event), *span(event)) for event in spans if is_nccl(event)]
+        found = [Collective(event["name"], _group(event), span(event)[0], span(event)[1]) for event in spans if is_nccl(event)]
         trace.kernels = _kernels(spans, span, trace.marks)
     found = sorted((c for c in found if c.start >= began), key=lambda c: c.start)  # without those that found the groups out
     trace.point_to_point = [c for c in found if POINT_TO_POINT.match(c.name)]
@@ -165,7 +165,7 @@ def _group(event: dict[str, Any]) -> Group | None:
 def _groups_of_threads(own: list[Any], spans: list[Any], span: Any, main: int) -> dict[int, Group]:
     """Thread -> the process group whose transfers it runs: gloo's events name none, so the recorder had each group transfer something once.
 
-    A group has threads of its own, made together: one that the trial did not meet belongs to the group of the nearest met one.
+    A group has two threads of its own, made one after the other: one that the trial did not meet belongs to the nearest group of which it met one.
     """
     trials = [(name.split(), where) for name, where, _ in own if name.startswith("group ")]
     found: dict[int, Group] = {}
@@ -176,9 +176,11 @@ def _groups_of_threads(own: list[Any], spans: list[Any], span: Any, main: int) -
                 if where[0] <= start <= where[1]:
                     found[event["tid"]] = Group(name, tuple(map(int, ranks.split(","))))
     others = {event["tid"] for event in spans if event["name"].startswith(GLOO)} - set(found) - {main}
-    met = dict(found)
-    for thread in others if met else ():
-        found[thread] = met[min(met, key=lambda other: abs(other - thread))]
+    met = list(found.values())
+    single = {thread: group for thread, group in found.items() if met.count(group) == 1}
+    for thread in sorted(others):
+        if single:
+            found[thread] = single.pop(min(single, key=lambda other: abs(other - thread)))
     return found
 
 
@@ -208,8 +210,8 @@ def _kernels(spans: list[dict[str, Any]], span: Any, marks: dict[str, Intervals]
         if event.get("cat") in DEVICE_WORK and not is_nccl(event):
             where = span(event)
             launched = launches.get(event.get("args", {}).get("correlation"), where[0])
-            found.append(Kernel(*where, mark_at(marks, launched)))
-    return sorted(found)
+            found.append(Kernel(where[0], where[1], mark_at(marks, launched)))
+    return sorted(found, key=lambda one: one.start)
 
 
 def mark_at(marks: dict[str, Intervals], time: float) -> str | None:
