@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import Callback
 from torch.distributed.pipelining import PipelineStage
 from torch.profiler import record_function
 
+from meshformer.callbacks.preemption import Preemption
 from meshformer.compat.lightning import FETCH
 from meshformer.parallel.table import local_sizes
 from meshformer.printing import argument, say
@@ -88,9 +89,7 @@ class Profile(Callback):
         self._restore()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
-        if self._profiler is not None:
-            self._profiler.stop()
-            self._profiler = None
+        self._profiler = None  # not stopped: transfers may be in flight, and the run ends
         self._restore()
 
     # --- the window
@@ -110,23 +109,27 @@ class Profile(Callback):
         }
         self._profiler.add_metadata_json("meshformer", json.dumps(about))
         if device == "cpu":
-            self._find_groups(trainer.strategy)
+            self._find_groups(trainer)
         self._put_marks(trainer, task)
 
-    def _find_groups(self, strategy: Any) -> None:
+    def _find_groups(self, trainer: Any) -> None:
         """Has each process group transfer something inside a mark. gloo's events do not name their group, but each group has its own threads."""
-        for name, group in strategy.process_groups().items():
+        groups = trainer.strategy.process_groups()
+        for callback in _preemption(trainer):
+            groups |= {"signals": callback.group} if callback.group is not None else {}
+        for name, group in groups.items():
             ranks = dist.get_process_group_ranks(group)
-            if len(ranks) > 1:
-                with record_function(f"{PREFIX}group {name} {','.join(map(str, ranks))}"):
-                    works = [dist.all_reduce(torch.zeros(1), group=group, async_op=True) for _ in range(TRIALS)]
-                    for work in works:
-                        work.wait()  # pyright: ignore[reportOptionalMemberAccess]
+            with record_function(f"{PREFIX}group {name} {','.join(map(str, ranks))}"):
+                for work in [dist.all_reduce(torch.zeros(1), group=group, async_op=True) for _ in range(TRIALS)]:
+                    assert work is not None, "this rank is in its own groups"
+                    work.wait()
 
     def _end(self, trainer: pl.Trainer) -> None:
         profiler, self._profiler = self._profiler, None
         self._restore()
         assert profiler is not None and self.folder is not None, "job/build.py sets Profile.folder"
+        for callback in _preemption(trainer):
+            callback.settle()  # a transfer that ends after the profiler has stopped would write into its freed memory: a segmentation fault
         profiler.stop()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -208,6 +211,10 @@ class Profile(Callback):
                 delattr(owner, name)
             else:
                 setattr(owner, name, before)
+
+
+def _preemption(trainer: Any) -> list[Preemption]:
+    return [callback for callback in trainer.callbacks if isinstance(callback, Preemption)]
 
 
 def _mark(name: str) -> record_function:

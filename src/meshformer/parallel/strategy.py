@@ -91,11 +91,11 @@ class MeshStrategy(StepStrategy, ModelParallelStrategy):
         return self.device_mesh[name]
 
     def process_groups(self) -> dict[str, Any]:
+        groups = super().process_groups() | {name: self.axis(name).get_group() for name in (*AXES, *GROUPS_OF_AXES)}
         named: dict[str, tuple[str, Any]] = {}
-        for name in (*AXES, *GROUPS_OF_AXES):
-            group = self.axis(name).get_group()
-            named.setdefault(group.group_name, (name, group))  # a group of axes may be one axis's own, where the other degrees are 1
-        return super().process_groups() | dict(named.values())
+        for name, group in groups.items():  # an axis of all ranks has the world's own group, a group of axes may have that of one axis
+            named.setdefault(group.group_name, (name, group))
+        return dict(named.values())
 
     holds_whole_model = False
 

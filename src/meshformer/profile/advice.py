@@ -187,7 +187,7 @@ def _idle(of_rank: Any, config: Config, usable: Any) -> Found:
     if accumulate > 1 and accumulate % 2 == 0:
         larger = {"trainer.accumulate_grad_batches": accumulate // 2}
     if config["trainer"].get("accelerator") != "gpu":
-        return "This is Python between the operators, outside of forward, backward and optimizer; a larger micro-batch makes its share smaller.", (larger,)
+        return "This is Python outside of forward, backward and optimizer; a larger micro-batch makes its share smaller.", (larger,)
     text = "The GPU waits while the host launches kernels that are too short (launch-bound): compile the blocks, or give each kernel more work."
     return text, (*([] if config["trainer"]["compile"] else [{"trainer.compile": True}]), larger)
 

@@ -83,7 +83,7 @@ def _on_cpu(trace: Trace, arrivals: Arrivals) -> tuple[list[tuple[str, Intervals
 
 
 def _on_gpu(trace: Trace, arrivals: Arrivals) -> tuple[list[tuple[str, Intervals]], Intervals]:
-    """The same of a GPU's time: its kernels by the mark of their launch, then communication beneath no kernel, then what the idle device waits for."""
+    """The same of a GPU's time: kernels by the mark of their launch, communication beneath no kernel, then what the idle device waits for."""
     by_mark: dict[str, Intervals] = defaultdict(list)
     for kernel in trace.kernels:
         by_mark[OF_MARK.get(kernel.mark or "", IDLE)].append((kernel.start, kernel.end))
@@ -104,10 +104,11 @@ def _on_gpu(trace: Trace, arrivals: Arrivals) -> tuple[list[tuple[str, Intervals
 
 def matches(traces: Sequence[Trace]) -> list[dict[int, int]]:
     """Each collective as {position of a trace: the collective's number there}: the k-th of a process group on each of its ranks."""
-    by_group: dict[Group | None, dict[int, list[int]]] = defaultdict(dict)
+    by_group: dict[Group, dict[int, list[int]]] = defaultdict(dict)
     for position, trace in enumerate(traces):
         for number, collective in enumerate(trace.collectives):
-            by_group[collective.group].setdefault(position, []).append(number)
+            if collective.group is not None:
+                by_group[collective.group].setdefault(position, []).append(number)
     found = []
     for numbers in by_group.values():
         for together in zip(*numbers.values(), strict=False):

@@ -52,7 +52,8 @@ def recorded(run: Path) -> Recorded | None:
         parts = _parts(folder)
         drawn = pictures(folder)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"the recorded steps cannot be read: {error}", fix=f"Delete {folder / TABLE} to have it made anew from the traces.") from None
+        fix = f"Delete {folder / TABLE} to have it made anew from the traces."
+        raise ConfigError(f"the recorded steps cannot be read: {error}", fix=fix) from None
     of_rank, config = means(parts), read_config(run)
     try:
         advice = advise(of_rank, _complete(config), lambda settings: usable(config, settings))
