@@ -1,0 +1,50 @@
+"""Measure what recording steps costs: steps of the same run with and without callbacks.profile's recorder."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from meshformer.record.metrics_csv import read_metrics
+
+ROUNDS = 2
+SETTINGS = [
+    "trainer.max_steps=60", "trainer.limit_val_batches=1", "trainer.log_every_n_steps=10", "trainer.progress=false", "trainer.compile=false", "~callbacks.samples",
+    "callbacks.profile.steps=[25,45]",
+]  # fmt: skip
+SIZES = {
+    "default recipe, one process": ["model=nano"],
+    "default recipe, fsdp on two processes": ["model=nano", "strategy=fsdp", "trainer.devices=2", "trainer.threads=1"],
+}
+
+
+def report_profile(options: argparse.Namespace) -> None:
+    """Print ms a step before, during and after the recorded steps of one run: rows 20, 40 and 60, whose ten steps are of one kind each."""
+    for name, settings in SIZES.items():
+        shares, steps = [], []
+        for memory in (True, False):
+            for _ in range(ROUNDS):
+                before, during, after = _milliseconds([*settings, f"callbacks.profile.memory={str(memory).lower()}"], options.threads)
+                plain = (before + after) / 2
+                steps.append(plain)
+                shares.append((memory, during / plain - 1))
+        with_memory, without = (statistics.median(share for kind, share in shares if kind is memory) for memory in (True, False))
+        plain = statistics.median(steps)
+        print(f"  {name:<40}{plain:7.1f} ms a step; recorded {with_memory:+.1%}, without allocations {without:+.1%}")
+
+
+def _milliseconds(settings: list[str], threads: int) -> list[float]:
+    with tempfile.TemporaryDirectory() as scratch:
+        run = Path(scratch) / "run"
+        threads_of = [] if any(word.startswith("trainer.threads") for word in settings) else [f"trainer.threads={threads}"]
+        command = [sys.executable, "-m", "meshformer.cli", "train", *SETTINGS, *threads_of, *settings, f"hydra.run.dir={run}"]
+        subprocess.run(command, check=True, capture_output=True)
+        rows = {row["step"]: row for row in read_metrics(run / "metrics.csv")}
+        tokens = rows[60]["samples"] / 60
+        per_sample = [rows[step]["train/tokens_per_second"] for step in (20, 40, 60)]
+        length = int(next(line.split(":")[1] for line in (run / "config.yaml").read_text().splitlines() if "context_length" in line))
+        return [1e3 * tokens * length / rate for rate in per_sample]
