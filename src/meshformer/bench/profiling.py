@@ -9,11 +9,13 @@ import sys
 import tempfile
 from pathlib import Path
 
+from meshformer.config.foreign import read_config
 from meshformer.record.metrics_csv import read_metrics
 
 ROUNDS = 2
 SETTINGS = [
-    "trainer.max_steps=60", "trainer.limit_val_batches=1", "trainer.log_every_n_steps=10", "trainer.progress=false", "trainer.compile=false", "~callbacks.samples",
+    "trainer.max_steps=60", "trainer.limit_val_batches=1",
+    "trainer.log_every_n_steps=10", "trainer.progress=false", "trainer.compile=false", "~callbacks.samples",
     "callbacks.profile.steps=[25,45]",
 ]  # fmt: skip
 SIZES = {
@@ -44,7 +46,6 @@ def _milliseconds(settings: list[str], threads: int) -> list[float]:
         command = [sys.executable, "-m", "meshformer.cli", "train", *SETTINGS, *threads_of, *settings, f"hydra.run.dir={run}"]
         subprocess.run(command, check=True, capture_output=True)
         rows = {row["step"]: row for row in read_metrics(run / "metrics.csv")}
-        tokens = rows[60]["samples"] / 60
-        per_sample = [rows[step]["train/tokens_per_second"] for step in (20, 40, 60)]
-        length = int(next(line.split(":")[1] for line in (run / "config.yaml").read_text().splitlines() if "context_length" in line))
-        return [1e3 * tokens * length / rate for rate in per_sample]
+        data = read_config(run)["data"]
+        tokens = data["batch_size"] * data["context_length"]
+        return [1e3 * tokens / float(rows[step]["train/tokens_per_second"]) for step in (20, 40, 60)]
