@@ -12,11 +12,11 @@ from pathlib import Path
 from meshformer.config.foreign import read_config
 from meshformer.record.metrics_csv import read_metrics
 
-ROUNDS = 2
+ROUNDS = 3
 SETTINGS = [
-    "trainer.max_steps=60", "trainer.limit_val_batches=1",
-    "trainer.log_every_n_steps=10", "trainer.progress=false", "trainer.compile=false", "~callbacks.samples",
-    "callbacks.profile.steps=[25,45]",
+    "trainer.max_steps=30", "trainer.limit_val_batches=1",
+    "trainer.log_every_n_steps=5", "trainer.progress=false", "trainer.compile=false", "~callbacks.samples",
+    "callbacks.profile.steps=[13,22]",
 ]  # fmt: skip
 SIZES = {
     "default recipe, one process": ["model=nano"],
@@ -25,7 +25,7 @@ SIZES = {
 
 
 def report_profile(options: argparse.Namespace) -> None:
-    """Print ms a step before, during and after the recorded steps of one run: rows 20, 40 and 60, whose ten steps are of one kind each."""
+    """Print ms a step before, during and after the recorded steps of one run: rows 10, 20 and 30, whose five steps are of one kind each."""
     for name, settings in SIZES.items():
         shares, steps = [], []
         for memory in (True, False):
@@ -36,7 +36,7 @@ def report_profile(options: argparse.Namespace) -> None:
                 shares.append((memory, during / plain - 1))
         with_memory, without = (statistics.median(share for kind, share in shares if kind is memory) for memory in (True, False))
         plain = statistics.median(steps)
-        print(f"  {name:<40}{plain:7.1f} ms a step; recorded {with_memory:+.1%}, without allocations {without:+.1%}")
+        print(f"  {name:<40}{plain:7.1f} ms a step; recorded {with_memory:+.1%}, without allocations {without:+.1%}", flush=True)
 
 
 def _milliseconds(settings: list[str], threads: int) -> list[float]:
@@ -48,4 +48,4 @@ def _milliseconds(settings: list[str], threads: int) -> list[float]:
         rows = {row["step"]: row for row in read_metrics(run / "metrics.csv")}
         data = read_config(run)["data"]
         tokens = data["batch_size"] * data["context_length"]
-        return [1e3 * tokens / float(rows[step]["train/tokens_per_second"]) for step in (20, 40, 60)]
+        return [1e3 * tokens / float(rows[step]["train/tokens_per_second"]) for step in (10, 20, 30)]
