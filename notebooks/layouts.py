@@ -2,6 +2,7 @@
 # jupyter:
 #   jupytext:
 #     formats: py:percent,ipynb
+#     notebook_metadata_filter: jupytext,kernelspec,-jupytext.text_representation.jupytext_version,-jupytext.text_representation.format_version
 #     text_representation:
 #       extension: .py
 #       format_name: percent
@@ -46,6 +47,22 @@ figures.parity(metrics)
 
 # %%
 figures.speed_and_memory(runs)
+
+# %% [markdown]
+# Where a step's time goes on each rank, in the runs that recorded some steps (`callbacks.profile.steps`), and one step of the real pipeline.
+
+# %%
+from pathlib import Path
+
+from IPython.display import SVG, Markdown, display
+
+from meshformer.profile.figure import pictures
+
+for run, folder in zip(runs["run"], runs["folder"], strict=True):
+    profile = Path(folder) / "profile"
+    for name, svg in pictures(profile).items() if (profile / "parts.csv").is_file() else ():
+        if name != "memory":
+            display(Markdown(f"**{run}**"), SVG(svg))
 
 # %% [markdown]
 # What the pipeline schedules do when stages cost the same and communication is free. `python -m meshformer.bench pipeline` measures the idle

@@ -85,7 +85,7 @@ def workplace(folder: Path) -> None:
     (folder / "used" / "notes.txt").write_text("mine")
     run = folder / "runs" / "my_sweep" / "2026-11-24_10-00-00-3f0a"
     as_llama = ["model.qk_norm=false", "model.activation=swiglu", "model.zero_init=false", "model.context_length=128"]
-    train(folder, run, "callbacks.checkpoint.every_n_steps=2", *as_llama)
+    train(folder, run, "callbacks.checkpoint.every_n_steps=2", "callbacks.profile.steps=[2,3]", *as_llama)
     for name in ("runs/my_sweep/2026-11-24_10-00-05-81c2", "runs/shakespeare_char/2026-11-24_11-00-00-5e1d", *(f"damaged/{n}" for n in DAMAGED)):
         shutil.copytree(run, folder / name)
     damaged = folder / "damaged"

@@ -282,6 +282,8 @@ PLACES = {
     "job/train.py": "here", "job/build.py": "here",
     "command/sweep/local.py": "which GPUs a job of a sweep is shown (tests/test_sweep_parts.py)", "command/sweep/run.py": "the same",
     "parallel/check.py": "words of a message",
+    "callbacks/profile.py": "which device is recorded; the split is tested on traces made by hand (tests/profile/test_parts.py)",
+    "profile/trace.py": "the same",
     "parallel/products.py": "refused without a GPU (tests/parallel/test_products.py)",
 }  # fmt: skip
 

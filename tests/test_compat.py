@@ -15,17 +15,18 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.loops import training_epoch_loop
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
 
 import meshformer
 from meshformer.compat import torch as compat_torch
-from meshformer.compat.lightning import disable_signal_handling
+from meshformer.compat.lightning import FETCH, disable_signal_handling
 
 ROOT = Path(meshformer.__file__).parent
 OF_MODULES = {"_modules", "_parameters", "_buffers"}  # nn.Module's, whoever else may have such a name
-PUBLIC = {"os._exit", "_target_", "_replace"}  # documented: the standard library's, a node's in Hydra, a named tuple's
+PUBLIC = {"os._exit", "_target_", "_replace", "_fields"}  # documented: the standard library's, a node's in Hydra, a named tuple's
 MOST = 27
 
 
@@ -140,6 +141,13 @@ NAMES: list[tuple[str, Any, str, str]] = [
 @pytest.mark.parametrize(("library", "owner", "name", "doing"), NAMES, ids=[f"{case[0]} {case[2]}" for case in NAMES])
 def test_the_name_is_still_there(library: str, owner: Any, name: str, doing: str) -> None:
     assert hasattr(owner, name), told(library, name, doing)
+
+
+def test_lightning_tells_its_profiler_before_it_fetches_a_batch() -> None:
+    source = inspect.getsource(training_epoch_loop)
+    doing = told("lightning", "the name of a fetch", "to know where a recorded step begins")
+    assert f"[{training_epoch_loop._TrainingEpochLoop.__name__}].train_dataloader_next" == FETCH, doing
+    assert 'profiler.start(f"[{self.__class__.__name__}].train_dataloader_next")' in source, doing
 
 
 def test_multi_tensor_functions_do_what_their_names_say() -> None:

@@ -24,6 +24,7 @@ FLOORS = {
     "huggingface": 2,  # adds its formats to the readers of checkpoint
     "training": 2,  # one step: tasks call it, strategies take part in it
     "parallel": 3,
+    "profile": 3,  # reads what callbacks/profile.py recorded
     "tasks": 4,
     "callbacks": 4,
     "job": 5,

@@ -136,7 +136,7 @@ def agreements(slow: float) -> tuple[int, list[int]]:
     dist.init_process_group("gloo")
     signals, begun = StopSignals(by_agent=False), []
     stopping, rank, exchange = Preemption(signals), dist.get_rank(), dist.all_reduce
-    stopping._group = dist.group.WORLD
+    stopping.group = dist.group.WORLD
     dist.all_reduce = lambda *args, **kwargs: (begun.append(1), exchange(*args, **kwargs))[1]
     heard: list[int] = []
     for _ in range(250):

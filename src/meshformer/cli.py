@@ -1,4 +1,4 @@
-"""The command `meshformer`: train, evaluate, generate, convert, export, runs, report, plan, doctor.
+"""The command `meshformer`: plan, train, evaluate, generate, convert, export, runs, profile, report, doctor.
 
 All checks run before a folder is made or a process is started, without importing torch.
 
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from meshformer.printing import escape_unencodable, say
 
-COMMANDS = ("train", "evaluate", "generate", "convert", "export", "runs", "report", "plan", "doctor")
+COMMANDS = ("plan", "train", "evaluate", "generate", "convert", "export", "runs", "profile", "report", "doctor")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -95,6 +95,12 @@ def _dispatch(arguments: list[str]) -> int:
         from meshformer.command.plan import run_plan
 
         return run_plan(arguments[1:])
+    if command == "profile":
+        if completing:
+            return 0
+        from meshformer.command.profile import profile
+
+        return profile(arguments[1:])
     from meshformer.command.jobs import run_command
 
     return run_command(command, arguments[1:])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from meshformer.bench import drawing, gpu, layouts, learning, memory_plan, plan, prepare, runs, safety, speed, sweeps, transfer
+from meshformer.bench import drawing, gpu, layouts, learning, memory_plan, plan, prepare, profiling, runs, safety, speed, sweeps, transfer
 
 MEASUREMENTS = {
     "speed": speed.report,
@@ -31,6 +31,7 @@ MEASUREMENTS = {
     "grid": sweeps.report_grid,
     "saving": safety.report_saving,
     "checks": safety.report_checks,
+    "profile": profiling.report_profile,
     "sentiment": transfer.report_sentiment,
     "adapters": transfer.report_adapters,
     "images": transfer.report_images,

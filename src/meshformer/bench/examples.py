@@ -54,8 +54,9 @@ def runs_of(name: str, steps: int) -> Iterator[tuple[str, list[str]]]:
         for rate, seed in product(rates, (1, 2, 3) if more else (1, 2)):
             yield f"lr-{rate}-seed-{seed}", [*common, f"optimizer.lr={rate}", f"seed={seed}"]
     elif name == "layouts":  # clipped SGD: AdamW and Muon hide errors in the scale of gradients
+        own = ["optimizer=sgd", "optimizer.lr=0.03", "trainer.log_every_n_steps=1", "callbacks.profile.steps=[11,14]"]
         for layout in LAYOUTS:
-            yield layout, [*common, "optimizer=sgd", "optimizer.lr=0.03", "trainer.log_every_n_steps=1", f"strategy={layout}"]
+            yield layout, [*common, *own, f"strategy={layout}"]
     elif name == "attention":
         for position in (*POSITIONS, "none", "positional_attention") if more else POSITIONS:
             yield position, [*common, f"model/position={position}"]

@@ -74,7 +74,7 @@ def _check_steps(rank: int, ranks: int, file: str) -> None:
     stopping = Preemption(StopSignals(by_agent=False))
     if ranks > 1:
         dist.init_process_group("gloo", init_method=f"file://{file}.meet", rank=rank, world_size=ranks)
-        stopping._group = dist.new_group(backend="gloo")
+        stopping.group = dist.new_group(backend="gloo")
     guard = Guard(torch.device("cpu"), (0.0, 0.0), 0.0, None)
     norms, loss, count, matrix = torch.rand(60), torch.rand(()), torch.ones(()), torch.rand(512, 512)
 

@@ -87,15 +87,15 @@ class Preemption(Callback):
     def __init__(self, signals: StopSignals):
         self.signals = signals
         self._pending: tuple[Any, torch.Tensor] | None = None
-        self._group: Any = None
+        self.group: Any = None
         self._reason: str | None = None
         self._wait, self._steps, self._since = 1, 0, 0.0  # steps between exchanges, steps since the last one, and its time
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._reason, self._pending = None, None
         self._wait, self._steps, self._since = 1, 0, time.monotonic()
-        if trainer.world_size > 1 and self._group is None:
-            self._group = dist.new_group(backend="gloo")
+        if trainer.world_size > 1 and self.group is None:
+            self.group = dist.new_group(backend="gloo")
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._reason = self._reason or self._agreed()
@@ -111,7 +111,7 @@ class Preemption(Callback):
 
     def _agreed(self) -> str | None:
         """The stop reason that all ranks know from the last exchange, or None. In a single process: the signal received so far."""
-        if self._group is None:
+        if self.group is None:
             return self.signals.requested
         agreed = 0
         if self._pending is not None:
@@ -126,9 +126,14 @@ class Preemption(Callback):
             fit = int(EXCHANGE_SECONDS * self._steps / max(now - self._since, 1e-6))
             # The maximum over ranks of the reason, and of LONGEST_WAIT − wait, which gives the minimum of the waits.
             numbers = torch.tensor([REASONS.index(self.signals.requested), LONGEST_WAIT - min(max(fit, 1), LONGEST_WAIT)])
-            self._pending = (dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=self._group, async_op=True), numbers)
+            self._pending = (dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=self.group, async_op=True), numbers)
             self._steps, self._since = 0, now
         return REASONS[agreed]
+
+    def settle(self) -> None:
+        """Waits until no all-reduce is in flight; the next step still reads the result of the last one."""
+        if self._pending is not None:
+            self._pending[0].wait()
 
     def _finish(self) -> None:
         """Completes a pending all-reduce, so that no rank exits while another still waits for it."""

@@ -22,6 +22,7 @@ from meshformer.model import check as model_check
 from meshformer.parallel.check import check_batch, check_cut, check_precision, check_processes, check_settings
 from meshformer.parallel.compilation import check_compile, compiles
 from meshformer.parallel.memory import check_memory
+from meshformer.profile.check import check_profile
 from meshformer.tasks.check import check_task, has_own_head
 
 Config = dict[str, Any]
@@ -74,6 +75,7 @@ def check(config: Config) -> None:
         _start,
         _commands,
         _saving,
+        check_profile,
     ):
         part(config)
 

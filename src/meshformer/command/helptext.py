@@ -10,14 +10,15 @@ WIDTH = 118
 COMMANDS = """\
 meshformer: train a Transformer on real text, every setting an override.
 
+  meshformer plan [OVERRIDES] cluster=NAME      which layout to choose: step time, memory and the override to type
   meshformer train [OVERRIDES]                  train; prints the run folder
   meshformer evaluate run=RUN [OVERRIDES]       loss, perplexity and bits per byte on a part of the data
   meshformer generate run=RUN prompt=TEXT       continue a text
   meshformer convert run=RUN to=FORMAT          a checkpoint as one file, as weights for other programs, or as a folder again
   meshformer export run=RUN format=FORMAT       the model for other programs: a Hugging Face folder, safetensors, ONNX, torch.export
   meshformer runs [FOLDER] [FILTERS]            a table of runs; runs show RUN, runs diff A B
+  meshformer profile run=RUN                    where the time of recorded steps went, and which setting to change
   meshformer report RUN|FOLDER                  figures, results and settings as one HTML file
-  meshformer plan [OVERRIDES] cluster=NAME      which layout to choose: step time, memory and the override to type
   meshformer doctor                             what this machine can run, measured, and a short test of several processes
 
 RUN is a run folder, the end of its name, or `last`; where weights are read, a checkpoint RUN/checkpoints/step-… too.
@@ -88,6 +89,11 @@ Examples
   meshformer plan model=small data.batch_size=256 cluster=h100x8 --why
   meshformer plan model=llama3_8b data.context_length=8192 data.batch_size=512 cluster=h100x8 cluster.nodes=8
   meshformer plan model=llama3_8b data.context_length=8192 data.batch_size=512 cluster=h100x8 --scale 8,64,512""",
+    "profile": """\
+Needs a run trained with callbacks.profile.steps=[FIRST,LAST], which records these steps on every rank.
+Examples
+  meshformer train strategy=fsdp trainer.devices=2 callbacks.profile.steps=[20,24]
+  meshformer profile run=last""",
     "report": """\
 Options
   --output FILE     where to write the page; else FOLDER/report.html
@@ -113,7 +119,7 @@ def overview(command: str | None = None) -> str:
     if command in (None, "train"):
         parts.append(_groups(described=command is not None))
     parts += [EXAMPLES[command]] if command in EXAMPLES else list(EXAMPLES.values())
-    if command not in ("runs", "report", "plan", "doctor"):
+    if command not in ("runs", "profile", "report", "plan", "doctor"):
         parts.append(FLAGS)
     return "\n\n".join(parts)
 

@@ -6,6 +6,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+# What Lightning's training loop calls its profiler with before it fetches a batch: the one moment between two steps.
+FETCH = "[_TrainingEpochLoop].train_dataloader_next"
+
 
 def disable_signal_handling(trainer: pl.Trainer) -> None:
     """Disables Lightning's signal handling, since callbacks.Preemption does it. Lightning communicates inside its handlers and broadcasts after

@@ -16,7 +16,7 @@ from hydra.errors import InstantiationException
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.profilers import PassThroughProfiler
 
-from meshformer.callbacks import EMA, Checkpoint, ExactResume, Layout, ProgressBar, Rows, Samples
+from meshformer.callbacks import EMA, Checkpoint, ExactResume, Layout, Profile, ProgressBar, Rows, Samples
 from meshformer.checkpoint.lightning_io import FolderCheckpointIO
 from meshformer.compat.lightning import disable_signal_handling
 from meshformer.config.allow import check_object, check_target
@@ -30,6 +30,7 @@ from meshformer.model.lora import ADAPTERS, add_adapters
 from meshformer.model.settings import HEAD_PARAMETERS
 from meshformer.optim.groups import LayerRates
 from meshformer.parallel.strategies import make_strategy
+from meshformer.profile.parts import FOLDER
 from meshformer.tasks.check import has_own_head, padding_multiple
 from meshformer.training.precision import LossScaling
 
@@ -211,6 +212,8 @@ def build_callbacks(config: Config, folder: Path, steps_per_epoch: int) -> list[
             callback.folder = folder / "checkpoints"
         if isinstance(callback, Samples):
             callback.folder = folder / "samples"
+        if isinstance(callback, Profile):
+            callback.folder = folder / FOLDER
     saving = [c for kind in (EMA, Checkpoint) for c in configured if isinstance(c, kind)]
     rows = Rows(folder, config["trainer"]["log_every_n_steps"])
     rows.tolerant = any(isinstance(c, Checkpoint) and c.on_failure == "warn" for c in configured)

@@ -17,6 +17,7 @@ from meshformer.compat.torch_distributed import flatten
 from meshformer.config.degrees import Degrees
 
 AXES = ("pipeline", "replicate", "shard", "context", "tensor")
+GROUPS_OF_AXES = {"data_parallel": ("replicate", "shard"), "sharded": ("shard", "context"), "tokens": ("replicate", "shard", "context")}
 
 
 def make_mesh(degrees: Degrees, device_type: str) -> DeviceMesh:
@@ -26,7 +27,6 @@ def make_mesh(degrees: Degrees, device_type: str) -> DeviceMesh:
     both, since context ranks would otherwise hold replicas. `tokens` = replicate × shard × context: losses and token counts are summed over it.
     """
     mesh = init_device_mesh(device_type, tuple(getattr(degrees, axis) for axis in AXES), mesh_dim_names=AXES)
-    flatten(mesh["replicate", "shard"], "data_parallel")
-    flatten(mesh["shard", "context"], "sharded")
-    flatten(mesh["replicate", "shard", "context"], "tokens")
+    for name, axes in GROUPS_OF_AXES.items():
+        flatten(mesh[axes], name)
     return mesh

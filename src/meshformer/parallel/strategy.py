@@ -37,7 +37,7 @@ from meshformer.training.protocol import StepStrategy
 
 from .context import ContextAxis
 from .memory_options import apply_memory_options
-from .mesh import make_mesh
+from .mesh import AXES, GROUPS_OF_AXES, make_mesh
 from .output_check import check_same_output, output_of, trial_batch
 from .pipeline import Pipeline, Stage, local_tensor
 from .products import overlap
@@ -89,6 +89,13 @@ class MeshStrategy(StepStrategy, ModelParallelStrategy):
     def axis(self, name: str) -> DeviceMesh:
         """One mesh axis, or a named group of them (see mesh.py)."""
         return self.device_mesh[name]
+
+    def process_groups(self) -> dict[str, Any]:
+        groups = super().process_groups() | {name: self.axis(name).get_group() for name in (*AXES, *GROUPS_OF_AXES)}
+        named: dict[str, tuple[str, Any]] = {}
+        for name, group in groups.items():  # an axis of all ranks has the world's own group, a group of axes may have that of one axis
+            named.setdefault(group.group_name, (name, group))
+        return dict(named.values())
 
     holds_whole_model = False
 

@@ -15,11 +15,13 @@ import pandas as pd
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from meshformer.config.errors import ConfigError
 from meshformer.config.paths import leads_out
 from meshformer.printing import visible
 from meshformer.record import atomic_write_text
 from meshformer.runs.figures import STYLE, all_figures
 from meshformer.runs.frames import compare, load_metrics, load_runs, plain, setting_columns
+from meshformer.runs.profile import CAPTIONS, recorded
 from meshformer.runs.table import shown
 
 CSS = """
@@ -67,6 +69,15 @@ PAGE = Environment(autoescape=True, finalize=_shown, undefined=StrictUndefined, 
 {% for figure in figures %}
 <figure><img alt="{{ figure.caption }}" src="{{ figure.data }}"><figcaption>{{ figure.caption }}</figcaption></figure>
 {% endfor %}
+{% if profile %}
+<h2>Recorded steps</h2>
+<p class="note">Milliseconds of a step, the mean of steps {{ profile.steps }}.</p>
+{{ draw(profile.table) }}
+<ul>{% for text in profile.told %}<li>{{ text }}</li>{% endfor %}</ul>
+{% for figure in profile.figures %}
+<figure><img alt="{{ figure.caption }}" src="{{ figure.data }}"><figcaption>{{ figure.caption }}</figcaption></figure>
+{% endfor %}
+{% endif %}
 {% if runs %}
 <h2>Runs</h2>
 {% if more %}
@@ -98,10 +109,16 @@ def write_report(source: Path | str, output: Path | str) -> None:
         metrics = load_metrics(runs)
         figures = list(all_figures(runs, metrics))
     problems = [str(warning.message) for warning in caught if warning.category is UserWarning]
-    atomic_write_text(output, page(Path(source), runs, figures, problems))
+    profile = None
+    if len(runs) == 1:
+        try:
+            profile = _profile(Path(runs.iloc[0]["folder"]))
+        except ConfigError as error:
+            problems.append(str(error))
+    atomic_write_text(output, page(Path(source), runs, figures, problems, profile))
 
 
-def page(source: Path, runs: pd.DataFrame, figures: list[Any], problems: list[str]) -> str:
+def page(source: Path, runs: pd.DataFrame, figures: list[Any], problems: list[str], profile: dict[str, Any] | None = None) -> str:
     single = len(runs) == 1
     commits = sorted({str(commit)[:10] for commit in runs["commit"].dropna()})
     done = runs[runs["state"] == "finished"]
@@ -124,11 +141,25 @@ def page(source: Path, runs: pd.DataFrame, figures: list[Any], problems: list[st
         single=single,
         results=results,
         figures=[{"caption": caption, "data": _data(figure)} for caption, figure in figures],
+        profile=profile,
         runs=None if single else _frame(listed.tail(LISTED)),
         more=f"The latest {LISTED} of {len(runs)}." if len(runs) > LISTED else "",
         latest=runs.iloc[-1]["run"],
         settings=_settings(Path(runs.iloc[-1]["folder"]), single),
     )
+
+
+def _profile(folder: Path) -> dict[str, Any] | None:
+    """The section about a run's recorded steps; None without. The pictures are drawn anew from the tables, so no foreign file is shown."""
+    found = recorded(folder)
+    if found is None:
+        return None
+    return {
+        "steps": ", ".join(map(str, found.steps)),
+        "table": _table([{column: row[column] for column in found.columns} for row in found.rows]),
+        "told": found.told,
+        "figures": [{"caption": CAPTIONS[name], "data": _data_url(svg.encode())} for name, svg in found.pictures.items()],
+    }
 
 
 def _settings(folder: Path, single: bool) -> list[dict[str, Any]]:
@@ -167,4 +198,8 @@ def _data(figure: Any) -> str:
     out = io.BytesIO()
     with plt.rc_context(STYLE):
         figure.savefig(out, format="svg", bbox_inches="tight", metadata={"Date": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(out.getvalue()).decode()
+    return _data_url(out.getvalue())
+
+
+def _data_url(svg: bytes) -> str:
+    return "data:image/svg+xml;base64," + base64.b64encode(svg).decode()

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from meshformer.compat.torch import foreach_norm
@@ -55,6 +56,10 @@ class StepStrategy(Base):
                 loss_sum, count = wrapped(batch, "train")
             self.backward(loss_sum * scale, None)
         return loss_sum.detach(), count
+
+    def process_groups(self) -> dict[str, Any]:
+        """Name -> process group of this rank, for those that training uses, in the same order on every rank."""
+        return {"world": dist.group.WORLD} if dist.is_initialized() else {}
 
     def without_reduction(self) -> AbstractContextManager[Any]:
         return nullcontext()
