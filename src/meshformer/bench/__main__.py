@@ -26,6 +26,7 @@ MEASUREMENTS = {
     "drawing": drawing.report_drawing,
     "runs": runs.report_runs,
     "plan": plan.report_plan,
+    "plan_here": plan.report_plan_here,
     "prepare": prepare.report_prepare,
     "sweep_overhead": sweeps.report_sweep_overhead,
     "grid": sweeps.report_grid,

@@ -50,21 +50,20 @@ def report_layouts(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for turn in range(ROUNDS):
             for index, (name, settings) in enumerate(LAYOUTS.items()):
-                folder = run(
-                    Path(scratch), f"{turn}-{index}", *COMMON, *SIZE, *settings,
-                    f"trainer.max_steps={STEPS}", f"trainer.log_every_n_steps={EVERY}",
-                )  # fmt: skip
-                rates = [
-                    float(row["train/tokens_per_second"])
-                    for row in read_metrics(folder / "metrics.csv")
-                    if "train/tokens_per_second" in row
-                ]
-                times[name].append(16 * 128 / statistics.median(rates[WARM_UP_ROWS:]))
+                times[name].append(timed(Path(scratch), f"{turn}-{index}", settings))
     print(f"  {', '.join(SIZE)}; 2 ranks, 1 thread each, gloo")
     for name, measured in times.items():
         ratios = [own / ddp for own, ddp in zip(measured, times["ddp"], strict=True)]
         median, low, high = statistics.median(ratios), min(ratios), max(ratios)
         print(f"  {name:<30}{1e3 * statistics.median(measured):8.1f} ms a step  {median:5.2f} times ddp ({low:.2f} to {high:.2f})")
+
+
+def timed(scratch: Path, name: str, settings: list[str]) -> float:
+    """Median seconds of a step of a short run with these settings."""
+    folder = run(scratch, name, *COMMON, *SIZE, *settings, f"trainer.max_steps={STEPS}", f"trainer.log_every_n_steps={EVERY}")
+    rows = read_metrics(folder / "metrics.csv")
+    rates = [float(row["train/tokens_per_second"]) for row in rows if "train/tokens_per_second" in row]
+    return 16 * 128 / statistics.median(rates[WARM_UP_ROWS:])
 
 
 class IdleClock(pl.Callback):

@@ -13,6 +13,7 @@ import json
 import math
 import random
 import statistics
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,10 +21,15 @@ from typing import Any
 
 import yaml
 
+from meshformer.bench.layouts import COMMON as SETTINGS
+from meshformer.bench.layouts import LAYOUTS, SIZE, timed
+from meshformer.command.compose import compose
 from meshformer.config.paths import conf_dir
 from meshformer.plan import steptime
+from meshformer.plan.candidates import layout_of
 from meshformer.plan.cluster import Cluster, read_cluster
-from meshformer.plan.sizes import Sizes
+from meshformer.plan.measure import measure
+from meshformer.plan.sizes import Sizes, read_sizes
 from meshformer.plan.steptime import Constants, Layout, step_time
 
 PUBLISHED = Path(__file__).parent / "published"
@@ -297,6 +303,32 @@ def draw(rows: Sequence[Row], others: Sequence[Row], fitted: Fitted, of: dict[st
     plt.close(figure)
     plt.rcParams["svg.hashsalt"] = path.stem  # the same file from the same rows
     figures.save(figure, path.with_suffix(""), (path.suffix[1:],))
+
+
+def report_plan_here(options: argparse.Namespace) -> None:
+    """Measure this machine, predict eight layouts on two of its cores, and time them: the order and the errors."""
+    from scipy.stats import spearmanr
+
+    found = measure()
+    cluster, own = read_cluster(found["cluster"]), Constants(**found["constants"])
+    figures = {**{k: v for k, v in found["cluster"].items() if k not in ("nodes", "network", "power")}, **found["constants"]}
+    print("  " + ", ".join(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in figures.items()))
+    both: list[tuple[float, float]] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for index, (name, settings) in enumerate(LAYOUTS.items()):
+            if "Ulysses" in name:  # its exchanges are not modelled
+                continue
+            config = compose([*SETTINGS, *SIZE, *settings])
+            sizes = read_sizes(config)
+            predicted = step_time(sizes, layout_of(config), cluster, own)
+            measured = timed(Path(scratch), str(index), settings)
+            both.append((measured, predicted.total))
+            parts = ", ".join(f"{key} {1e3 * value:.0f}" for key, value in asdict(predicted).items() if value > 5e-4)
+            error = 100 * (predicted.total / measured - 1)
+            print(f"  {name:<30}{1e3 * measured:7.1f} ms measured {1e3 * predicted.total:7.1f} predicted ({error:+.0f} %)  {parts}", flush=True)
+    errors = [abs(guess / true - 1) for true, guess in both]
+    order = spearmanr([true for true, _ in both], [guess for _, guess in both]).statistic
+    print(f"  rank correlation {order:.2f}, mean error {100 * statistics.mean(errors):.0f} %, worst {100 * max(errors):.0f} %")
 
 
 def _print_row(row: Row, fitted: Fitted, of: dict[str, Cluster], note: str = "") -> None:

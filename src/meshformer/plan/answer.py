@@ -89,7 +89,8 @@ def why(candidate: Candidate, others: Sequence[Candidate], request: Request) -> 
     parts = {
         "matrix products": step.products, "attention": step.attention, "moving activations": step.memory, "starting operations": step.host,
         "exchanges of tensor parallelism": step.tensor, "exchanges of context parallelism": step.context,
-        "gathers and reductions of parameters": step.data, "waiting in the pipeline": step.bubble, "the optimizer": step.optimizer,
+        "gathers and reductions of parameters": step.data, "waiting in the pipeline": step.bubble, "sends of the pipeline": step.sends,
+        "the optimizer": step.optimizer,
     }  # fmt: skip
     shares = sorted(((seconds / step.total, name) for name, seconds in parts.items()), reverse=True)
     said = ", ".join(f"{100 * share:.0f} % {name}" for share, name in shares[:3] if share >= 0.01)

@@ -81,7 +81,7 @@ def _judged(request: Request, layout: Layout, checkpointing: str) -> Candidate:
 
 def layouts(request: Request) -> Iterator[tuple[Layout, str]]:
     """Every (layout, activation checkpointing) that the checks of the configuration allow."""
-    base = _base(request)
+    base = _base(request.config)
     batch = request.config["data"]["batch_size"]
     allowed: dict[tuple[int, int, bool, bool], bool] = {}  # the checks take most of the time, and depend on these alone
     for axes in _products(request):
@@ -97,8 +97,21 @@ def layouts(request: Request) -> Iterator[tuple[Layout, str]]:
                 yield replace(counted, recomputed=RECOMPUTED[checkpointing]), checkpointing
 
 
-def _base(request: Request) -> Layout:
-    trainer, strategy = request.config["trainer"], request.config["strategy"]
+def layout_of(config: Config) -> Layout:
+    """The layout of a resolved configuration."""
+    strategy = config["strategy"]
+    axes = {axis: strategy[axis] for axis in AXES}
+    accumulation, microbatches = config["trainer"]["accumulate_grad_batches"], strategy["microbatches"]
+    return replace(
+        _base(config), **axes, fsdp=_shards(axes), reshard=axes["pipeline"] == 1, accumulation=accumulation, microbatches=microbatches,
+        samples=config["data"]["batch_size"] // (axes["replicate"] * axes["shard"] * accumulation * microbatches),
+        schedule=strategy["schedule"], stages=strategy["stages_per_rank"], recomputed=RECOMPUTED[strategy["activation_checkpointing"]],
+        reduce_every=strategy["reduce_gradients"] == "every",
+    )  # fmt: skip
+
+
+def _base(config: Config) -> Layout:
+    trainer, strategy = config["trainer"], config["strategy"]
     mixed = trainer["precision"].startswith("bf16")
     return Layout(
         samples=1,

@@ -11,6 +11,7 @@ from meshformer.config.suggest import did_you_mean
 TERA, GIGA, MICRO = 1e12, 1e9, 1e-6
 UNITS = {"memory": GIGA, "bandwidth": GIGA, "link": GIGA, "network": GIGA, "link_latency": MICRO, "network_latency": MICRO}
 MAY_BE_ZERO = ("link_latency", "network_latency", "power", "host")
+MEASURED = ("reduction", "sharded", "alone")
 PRECISIONS = ("fp32", "bf16", "fp8")
 
 
@@ -19,8 +20,9 @@ class Cluster:
     """`nodes` nodes of `cards` equal cards, in SI units (bytes, bytes/s, FLOP/s, seconds, watts).
 
     `peak`: dense matrix rate by precision; `bandwidth`: of a card's memory; `link`: what a card sends to the others of its node, one way;
-    `network`: the same to other nodes; `host`: seconds the host needs to start one operation. `alone`: of CPU cores, how many times as fast as one
-    core a single process is that uses them all; 0 where cards are not cores.
+    `network`: the same to other nodes; `host`: seconds the host needs to start one operation. Measured for the cores of a CPU: `reduction` and
+    `sharded`, how many times as long a reduction takes as a gather, and starting an operation on a DTensor as on a plain tensor; `alone`, how many
+    times as fast as one core a single process is that uses them all (0 where cards are not cores).
     """
 
     card: str
@@ -35,6 +37,8 @@ class Cluster:
     network_latency: float
     power: float
     host: float
+    reduction: float = 1.0
+    sharded: float = 1.0
     alone: float = 0.0
 
     def __hash__(self) -> int:  # `peak` is a dict
@@ -60,7 +64,7 @@ def read_cluster(node: dict[str, Any]) -> Cluster:
         if key not in known:
             raise ConfigError("a cluster has no such setting", f"cluster.{key}", fix=did_you_mean(str(key), known))
     for key in known:
-        if node.get(key) is None and key != "alone":
+        if node.get(key) is None and key not in MEASURED:
             raise ConfigError("a cluster needs it", f"cluster.{key}", fix=f"Add cluster.{key}=…, or start from cluster=h100x8.")
     for key in ("cards", "nodes"):
         if not isinstance(node[key], int) or isinstance(node[key], bool) or node[key] < 1:

@@ -16,7 +16,8 @@ from meshformer.plan.scale import Point, fastest
 PARTS = {
     "products": ("matrix products", "#0072B2"), "attention": ("attention", "#56B4E9"), "memory": ("memory traffic", "#009E73"),
     "host": ("starting operations", "#999999"), "optimizer": ("optimizer", "#E69F00"), "data": ("FSDP and DDP", "#D55E00"),
-    "tensor": ("tensor parallelism", "#CC79A7"), "context": ("context parallelism", "#882255"), "bubble": ("pipeline bubble", "#DDDDDD"),
+    "tensor": ("tensor parallelism", "#CC79A7"), "context": ("context parallelism", "#882255"), "sends": ("pipeline sends", "#AA4499"),
+    "bubble": ("pipeline bubble", "#DDDDDD"),
 }  # fmt: skip
 USUAL = (("replicate",), ("shard",), ("replicate", "shard"), ("shard", "tensor"), ("shard", "pipeline"), ("shard", "context"))
 LINES = ("o-", "s--", "^-.", "D:", "v-", "P--", "X-.", "<:")

@@ -22,6 +22,8 @@ import torch.multiprocessing
 import torch.nn.functional as F
 import yaml
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, distribute_tensor
 
 from meshformer.config.paths import conf_dir
 from meshformer.config.resolve import cores, cpu_multiplies_bf16
@@ -29,7 +31,7 @@ from meshformer.model import Transformer
 from meshformer.parallel.memory import machine_memory
 from meshformer.plan.cluster import Cluster
 from meshformer.plan.sizes import Sizes
-from meshformer.plan.steptime import Constants, Layout, step_time
+from meshformer.plan.steptime import HOST_OPERATIONS, Constants, Layout, step_time
 
 # (tokens, inputs, outputs) of the products that are timed; the smallest show what small dimensions cost.
 PRODUCTS = ((512, 128, 128), (512, 128, 512), (1024, 256, 256), (1024, 256, 1024), (1024, 1024, 256), (2048, 512, 512), (1024, 1024, 1024))
@@ -75,14 +77,14 @@ def _one(rank: int, folder: str, threads: int) -> None:
     torch.set_num_threads(threads)
     store = dist.FileStore(f"{folder}/alone-{threads}", 1)
     dist.init_process_group("gloo", rank=0, world_size=1, store=store)
-    Path(folder, "alone").write_text(str(_timed(_model_step())), encoding="utf-8")
+    Path(folder, "alone").write_text(str(_timed(_model_step(SAMPLES, LENGTH))), encoding="utf-8")
     dist.destroy_process_group()
 
 
-def _model_step() -> Callable[[], None]:
+def _model_step(samples: int, length: int) -> Callable[[], None]:
     """One forward and backward pass of the small model."""
     model = Transformer(VOCABULARY, LAYERS, HEADS, WIDTH, LENGTH, qk_norm=False, zero_init=False)
-    tokens = torch.randint(VOCABULARY, (SAMPLES, LENGTH))
+    tokens = torch.randint(VOCABULARY, (samples, length))
 
     def step() -> None:
         logits: Tensor = model(tokens)
@@ -109,11 +111,15 @@ def fitted(seconds: dict[str, float], processes: int) -> tuple[dict[str, Any], d
     node = {
         "card": "this", "cards": processes, "nodes": 1, "memory": (machine_memory() or 2**33) / processes / 1e9,
         "peak": {"fp32": rate / 1e12}, "bandwidth": 10.0, "link": 1 / max(float(beta), 1e-12) / 1e9, "network": 1.0,
-        "link_latency": max(0.0, float(alpha)) * 1e6 / max(1, processes - 1), "network_latency": 0.0, "power": 0.0, "host": 0.0,
+        "link_latency": max(0.0, float(alpha)) * 1e6 / max(1, processes - 1), "network_latency": 0.0, "power": 0.0,
+        # With four tokens nearly all of a step is starting operations.
+        "host": seconds["tiny model"] / (3 * HOST_OPERATIONS * LAYERS) * 1e6,
+        "reduction": statistics.median(seconds[f"reduce {size}"] / seconds[f"gather {size}"] for size in BYTES),
+        "sharded": seconds["sharded operation"] / seconds["operation"],
     }  # fmt: skip
     # What a step of a small model takes beside products and attention sets the rate of memory traffic.
     constants = {"products": 1.0, "attention": attention, "link": 1.0, "rereads": 0.0, "exposed": 1.0, "head": 0.0, "pressure": 0.0, "compiled": 0.6}
-    rest = seconds["model"] - _without_memory(sizes, node, constants, again, rate)
+    rest = seconds["model"] - seconds["tiny model"] - _without_memory(sizes, node, constants, again, rate)
     traffic = _traffic(sizes, node, constants)
     node["bandwidth"] = traffic / max(rest, 0.05 * seconds["model"]) / 1e9
     constants["rereads"] = again * node["bandwidth"] * 1e9 / rate
@@ -122,7 +128,7 @@ def fitted(seconds: dict[str, float], processes: int) -> tuple[dict[str, Any], d
 
 def _cluster(node: dict[str, Any]) -> Cluster:
     scaled = {key: node[key] * 1e9 for key in ("memory", "bandwidth", "link", "network")}
-    return Cluster(**{**node, **scaled, "peak": {"fp32": node["peak"]["fp32"] * 1e12}, "link_latency": 0.0, "network_latency": 0.0})
+    return Cluster(**{**node, **scaled, "peak": {"fp32": node["peak"]["fp32"] * 1e12}, "link_latency": 0.0, "network_latency": 0.0, "host": 0.0})
 
 
 def _step(sizes: Sizes, node: dict[str, Any], constants: dict[str, float]) -> Any:
@@ -150,11 +156,19 @@ def _rank(rank: int, processes: int, folder: str) -> None:
         found[f"product {M} {K} {N}"] = _timed(lambda x=x, weight=weight: F.linear(x, weight))
     q, k, v = (torch.randn(SAMPLES, HEADS, LENGTH, 64, requires_grad=True) for _ in range(3))
     found["attention"] = _timed(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True).sum().backward())
-    found["model"] = _timed(_model_step())
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # torch 2.13 renamed it
+    found["model"] = _timed(_model_step(SAMPLES, LENGTH))
+    found["tiny model"] = _timed(_model_step(1, 4))
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # torch 2.13 renamed both
+    reduce = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
     for size in BYTES:
         part, whole = torch.zeros(size // 4 // processes), torch.zeros(size // 4 // processes * processes)
         found[f"gather {size}"] = _timed(lambda part=part, whole=whole: gather(whole, part))
+        found[f"reduce {size}"] = _timed(lambda part=part, whole=whole: reduce(part, whole))
+    mesh = init_device_mesh("cpu", (processes,))
+    x, weight = torch.randn(8, 8), torch.randn(8, 8)
+    both = [distribute_tensor(value, mesh, [Replicate()]) for value in (x, weight)]
+    found["operation"] = _timed(lambda: F.linear(x, weight))
+    found["sharded operation"] = _timed(lambda: F.linear(*both))
     Path(folder, str(rank)).write_text(json.dumps(found), encoding="utf-8")
     dist.destroy_process_group()
 

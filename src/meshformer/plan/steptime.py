@@ -99,18 +99,19 @@ class Step:
     tensor: float
     context: float
     data: float
+    sends: float
     bubble: float
     optimizer: float
 
     @property
     def total(self) -> float:
         here = self.products + self.attention + self.memory + self.host + self.optimizer
-        return here + self.tensor + self.context + self.data + self.bubble
+        return here + self.tensor + self.context + self.data + self.sends + self.bubble
 
     @property
     def limit(self) -> str:
         """What most of the step is spent on: compute, memory, launches, link or bubble."""
-        link = self.tensor + self.context + self.data
+        link = self.tensor + self.context + self.data + self.sends
         kinds = {
             "compute": self.products + self.attention, "memory": self.memory + self.optimizer, "launches": self.host, "link": link,
             "bubble": self.bubble,
@@ -135,6 +136,8 @@ def step_time(sizes: Sizes, layout: Layout, cluster: Cluster, c: Constants) -> S
     blocks, heads = (most, 0.0) if most * sum(block) >= last * sum(block) + sum(head) else (last, 1.0)
     passes = layout.accumulation * layout.microbatches
     used = 16 * sizes.parameters / (layout.tensor * layout.pipeline * layout.parts) / cluster.memory
+    if "zero_bubble" in layout.schedule:  # its backward pass is two, one for the inputs and one for the weights
+        block = (*block[:3], block[3] * 4 / 3, *block[4:])
     slower = 1 + c.pressure * max(0.0, used - 0.5)
     one = [slower * (blocks * of_block + heads * of_head) for of_block, of_head in zip(block, head, strict=True)]
     products, attention, memory, host, tensor, context = (passes * part for part in one)
@@ -142,8 +145,19 @@ def step_time(sizes: Sizes, layout: Layout, cluster: Cluster, c: Constants) -> S
     held = sizes.parameters / (layout.tensor * layout.pipeline * layout.parts)
     return Step(
         products=products, attention=attention, memory=memory, host=host, tensor=tensor, context=context, data=data,
+        sends=layout.accumulation * _sends(sizes, layout, cluster, c),
         bubble=layout.accumulation * bubbles(layout) * sum(one), optimizer=held * OPTIMIZER_BYTES / cluster.bandwidth,
     )  # fmt: skip
+
+
+def _sends(sizes: Sizes, layout: Layout, cluster: Cluster, c: Constants) -> float:
+    """Seconds that a pipeline's rank sends hidden states forward and their gradients back, in one pass, as far as computation does not hide them."""
+    if layout.pipeline == 1:
+        return 0.0
+    size = layout.samples * sizes.length / layout.context * sizes.width / layout.tensor * layout.activation_bytes
+    inside = layout.processes // layout.pipeline * 2 <= cluster.cards  # the neighbour is in the same node
+    rate, latency = (cluster.link * c.link, cluster.link_latency) if inside else (cluster.network * c.network, cluster.network_latency)
+    return c.exposed * 2 * layout.microbatches * layout.stages * (size / rate + latency)
 
 
 def bubbles(layout: Layout) -> float:
@@ -218,11 +232,13 @@ def _block(sizes: Sizes, layout: _Work, cluster: Cluster, c: Constants) -> _Part
     memory = tokens * numbers * layout.activation_bytes / cluster.bandwidth * (c.compiled if layout.compiled else 1)
     host = HOST_OPERATIONS * cluster.host * (c.compiled if layout.compiled else 1)
     busy = (3 + of_products) * products + (3.5 + of_attention) * attention + (3 + of_rest) * memory
-    waits = max(0.0, (3 + of_rest) * host - busy)
+    starts = (3 + of_rest) * host * (cluster.sharded if n > 1 else 1)
+    waits = starts if cluster.alone else max(0.0, starts - busy)  # a core that starts operations computes nothing meanwhile
     exchanges = (TENSOR_EXCHANGES + RECOMPUTED_EXCHANGES * of_products * (of_attention > 0)) * tokens * sizes.width * layout.exchange_bytes
     tensor = _inside(exchanges, TENSOR_EXCHANGES, n, 1, cluster, c) * (1 - c.async_hidden * layout.async_tensor)
+    tensor *= (1 + cluster.reduction) / 2  # every second exchange is a reduction
     keys = 2 * layout.samples * sizes.length * sizes.key_width / n * layout.activation_bytes  # K and V of the whole sequence
-    context = _inside((2 + of_rest) * keys, 3, layout.context, n, cluster, c)  # gathered, and their gradients reduced
+    context = _inside((1 + of_rest) * keys, 1, layout.context, n, cluster, c) + cluster.reduction * _inside(keys, 1, layout.context, n, cluster, c)
     return (3 + of_products) * products, (3.5 + of_attention) * attention, (3 + of_rest) * memory, waits, tensor, context
 
 
@@ -254,7 +270,9 @@ def _exposed(sizes: Sizes, layout: Layout, cluster: Cluster, c: Constants, compu
     gathers = (2 if layout.reshard else 1 / layout.accumulation) if layout.parts > 1 else 0
     stride = layout.tensor
     time = _inside(held * layout.gather_bytes * gathers, gathers * units, layout.parts, stride, cluster, c)
-    time += share * _inside(held * layout.reduce_bytes, units, layout.parts, stride, cluster, c)
+    time += cluster.reduction * share * _inside(held * layout.reduce_bytes, units, layout.parts, stride, cluster, c)
+    if cluster.alone and layout.parts > 1:  # a core also copies what it gathers and reduces between parameters and buffers
+        time += 2 * held * (layout.gather_bytes * gathers + layout.reduce_bytes * share) / cluster.bandwidth
     copies = held / layout.parts  # each shard is then summed over its replicas: a reduction and a gather
     time += share * _inside(2 * copies * layout.reduce_bytes, 2 * units, layout.replicate, stride * layout.parts, cluster, c)
     return c.exposed * time + max(0.0, (1 - c.exposed) * time - compute)
