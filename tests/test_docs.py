@@ -252,11 +252,18 @@ def test_every_key_of_the_schema_is_on_its_page() -> None:
 def test_every_comment_in_conf_is_on_a_page() -> None:
     """In cells as Markdown takes them."""
     text = hooks.configuration() + hooks.options()
-    files = [file for file in (ROOT / "conf").rglob("*.yaml") if not {"hydra", "experiment", "sweep"} & set(file.parts)]
+    files = [file for file in (ROOT / "conf").rglob("*.yaml") if not {"hydra", "experiment", "sweep", "cluster", "plan.yaml"} & set(file.parts)]
     behind = {comment for file in files for comment in hooks._comments_of(file, "").values()}
     lost = [comment for comment in behind if hooks._cell(comment) not in text]
     # Keys that stand in several files are told once, by the file that has all of them.
     assert len(lost) <= 6 and len(behind) > 80, lost
+
+
+def test_every_key_and_file_of_a_cluster_is_on_its_page() -> None:
+    page = (ROOT / "docs" / "guides" / "which_layout.md").read_text(encoding="utf-8")
+    for file in (ROOT / "conf" / "cluster").glob("*.yaml"):
+        keys = yaml.safe_load(file.read_text(encoding="utf-8"))
+        assert f"`{file.stem}`" in page and [key for key in keys if f"`cluster.{key}`" not in page] == []
 
 
 def test_every_option_is_on_its_page() -> None:

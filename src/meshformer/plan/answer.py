@@ -158,8 +158,8 @@ def remedies(request: Request) -> list[str]:
         fitting = [c for c in candidates(changed) if c.fits]
         if fitting:
             found.append(text.format(best=" ".join(overrides(fitting[0], changed)), checkpointing=fitting[0].checkpointing))
-        if len(found) == 3:
-            break
+        if len(found) == 3 or (fitting and changed.cluster.nodes > request.cluster.nodes):
+            break  # more cards still are no cheaper way
     return found
 
 
