@@ -64,7 +64,7 @@ def train_and_count(folder: Path, overrides: list[str]) -> tuple[int, str, dict[
     return live.peak, live.where, live.kinds
 
 
-LONGER = ("single", "fsdp, full", "tensor, no sequence parallel, loss parallel, full", "pipeline, zero bubble", "hsdp, accumulated")
+LONGER = ("single", "ddp", "fsdp", "fsdp, full", "context", "single, selective, accumulated", "tensor, no sequence parallel, loss parallel, full", "pipeline, zero bubble", "hsdp, accumulated")
 
 
 @pytest.mark.parametrize(
