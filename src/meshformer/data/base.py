@@ -1,4 +1,4 @@
-"""What every data module here shares: the position as one integer, the same order of samples in every layout, batches for this rank."""
+"""The base of all data modules: the position as one integer, the same order of samples in every layout, and this rank's batches."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from meshformer.data.windows import Batch, Batches, GlobalBatchSampler, Order, c
 
 
 class Steps:
-    """What a loader gives, by whole optimizer steps: lists of this rank's micro-batches. Adds up in ``data.waited`` what its reader waits."""
+    """Yields one list of this rank's micro-batches for each optimizer step. Adds the seconds that the reader waits to ``data.waited``."""
 
     def __init__(self, loader: Batches | DataLoader[Batch], data: SampledData) -> None:
         self.loader, self.data = loader, data
@@ -76,7 +76,7 @@ class SampledData(LightningDataModule):
     # Abstract, all five: TextData, SequenceData and ImageData say what they are.
 
     def order(self) -> Order:
-        """Of the training samples."""
+        """The order of the training samples."""
         raise NotImplementedError
 
     def training_set(self) -> Any:
@@ -89,11 +89,11 @@ class SampledData(LightningDataModule):
 
     @property
     def identity(self) -> str:
-        """Equal strings: the same samples."""
+        """A string that is equal for equal samples."""
         raise NotImplementedError
 
     def model_settings(self) -> dict[str, int]:
-        """Sizes that a model takes from its data."""
+        """The sizes that a model takes from its data."""
         raise NotImplementedError
 
     @property

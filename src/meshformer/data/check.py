@@ -43,7 +43,7 @@ def _prepared(folder: Path) -> bool:
 
 
 def check_files(config: Config) -> None:
-    """The files of data.files are there and can be read."""
+    """ConfigError where a file of data.files does not exist or cannot be read."""
     files = config["data"]["files"]
     if files is None:
         return
@@ -63,7 +63,7 @@ def check_files(config: Config) -> None:
 
 
 def check_room(config: Config) -> None:
-    """The model has room for the samples: as many tokens, and their vocabulary."""
+    """ConfigError where the model has no room for the samples: their tokens, or their vocabulary."""
     model, data = config["model"], config["data"]
     if model.get("context_length") is not None and model["context_length"] < data["context_length"]:
         message = f"the model sees fewer tokens than a sample has (data.context_length={data['context_length']})"

@@ -155,7 +155,7 @@ def _own_sum(content: dict[str, Any]) -> int:
 
 
 def stamp(path: Path) -> Stamp:
-    """What changes with every write to a file, though its size and its date may be made to stay."""
+    """Numbers that change with every write to a file, even where somebody resets its size and date."""
     found = os.stat(path)
     return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
 
@@ -186,7 +186,7 @@ def _checked_since(folder: Path, moment: float) -> bool:
 
 
 def _began() -> float:
-    """When this process started, as Linux tells; elsewhere, when this file was first read."""
+    """When this process started, from Linux; on other systems, when this module was first imported."""
     try:
         ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
         return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
@@ -195,7 +195,7 @@ def _began() -> float:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """At once or not at all; nothing in a cache that may not be written to."""
+    """Write the note by one rename, or not at all where the cache may not be written to."""
     temporary = path.with_name(f".{path.name}-{os.getpid()}")
     with suppress(OSError):
         temporary.write_text(json.dumps(content), encoding="utf-8")

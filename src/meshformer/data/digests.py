@@ -18,7 +18,7 @@ _SETTLED = 2e9  # nanoseconds: within the same tick of a file system's clock, a 
 
 
 def sha256_of(path: Path, cache: str | Path | None = None) -> str:
-    """Hexadecimal. ``cache``: the folder in which the hashes of large files are remembered; of ranks that ask at once, one reads the file."""
+    """The SHA-256 in hexadecimal. ``cache``: the folder that remembers the hashes of large files. Of several ranks that ask at once, one reads."""
     found = stamp(path)
     if cache is None or found[0] < LARGE:
         return _read(path)

@@ -98,7 +98,7 @@ class Reader:
         return batch | self.targets(batch, samples, numbers)
 
     def targets(self, batch: Batch, samples: Ints, numbers: Sequence[int] | Ints) -> Batch:
-        """What the batch has beside ``tokens`` and ``documents``; it may replace ``tokens``."""
+        """The entries of the batch beside ``tokens`` and ``documents``; they may replace ``tokens``."""
         raise NotImplementedError(f"{type(self).__name__} must define this method")
 
 

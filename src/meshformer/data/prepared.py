@@ -30,7 +30,7 @@ class Prepared:
 
     @property
     def identity(self) -> str:
-        """Equal strings: the same tokens from the same text."""
+        """A string that is equal for equal tokens of equal texts."""
         return self.folder.name
 
     @cached_property
@@ -105,7 +105,7 @@ def prepare(
 
 
 def tokenizer_settings(kind: str, vocab_size: int, fixed: Tokenizer | None, unknown: Unknown, mask: bool) -> dict[str, Any]:
-    """What the cache key must say of the tokenizer."""
+    """The settings of the tokenizer that the cache key must contain."""
     if fixed is not None:
         return {"tokenizer": fixed.to_json(), "unknown": unknown}
     return {"tokenizer": kind, "vocab_size": vocab_size if kind == "bpe" else None} | ({"mask": True} if mask else {})

@@ -48,12 +48,12 @@ class Stream:
 
     @property
     def length(self) -> int:
-        """In characters."""
+        """The length in characters."""
         return self._survey[0]
 
     @property
     def characters(self) -> str:
-        """Those that occur, in code point order."""
+        """The characters that occur, in code point order."""
         return self._survey[1]
 
 

@@ -1,4 +1,4 @@
-"""Three tokenizers with one face: ``encode``, ``decode``, ``vocab_size``, ``to_json``, ``save``. No torch.
+"""Three tokenizers with one interface: ``encode``, ``decode``, ``vocab_size``, ``to_json``, ``save``. No torch.
 
 - ``CharTokenizer``: one token a character, ids in code point order. It has no unknown token, for that would be a row of the embedding
   that pretraining never trains. A character outside the vocabulary is an error that names it, or, where the caller asks for
@@ -49,7 +49,7 @@ B = TypeVar("B")
 
 
 class Tokenizer(Protocol):
-    """What the rest of the house relies on."""
+    """The interface of all tokenizers."""
 
     @property
     def vocab_size(self) -> int: ...
@@ -70,7 +70,7 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int] | npt.NDArray[Any]) -> str: ...
 
     def to_json(self) -> str:
-        """All of the tokenizer; equal strings are equal tokenizers."""
+        """The whole tokenizer as text; equal strings are equal tokenizers."""
         ...
 
     def save(self, path: str | Path) -> None: ...
@@ -179,7 +179,7 @@ class BpeTokenizer:
         return self._model.token_to_id(MASK)
 
     def encode(self, text: str, unknown: Unknown = "error") -> Tokens:
-        """``unknown`` is there for the common face: nothing is unknown to a byte-level vocabulary."""
+        """``unknown`` belongs to the interface: nothing is unknown to a byte-level vocabulary."""
         return np.concatenate([np.zeros(0, token_type(self.vocab_size)), *self.encode_pieces((text,))])
 
     def encode_pieces(self, pieces: Iterable[str], unknown: Unknown = "error") -> Iterator[Tokens]:
@@ -244,11 +244,11 @@ class PretrainedTokenizer:
 
     @property
     def special_ids(self) -> tuple[int, ...]:
-        """Marks that stand for no text: begin, end, padding, …"""
+        """Special tokens, which stand for no text: begin, end, padding, …"""
         return tuple(i for i, token in self.model.get_added_tokens_decoder().items() if token.special)
 
     def encode(self, text: str, unknown: Unknown = "error") -> Tokens:
-        """``unknown`` is there for the common face: what the vocabulary lacks becomes its own unknown token."""
+        """``unknown`` belongs to the interface: what the vocabulary lacks becomes its own unknown token."""
         text = text.encode("utf-8", "replace").decode("utf-8")
         return np.asarray(self.model.encode(text, add_special_tokens=False).ids, token_type(self.vocab_size))
 
@@ -369,7 +369,7 @@ def cores() -> int:
 
 
 def in_order(work: Callable[[A], B], items: Iterable[A], threads: int | None = None) -> Iterator[B]:
-    """``work`` of each item, on all cores, a few items ahead of whoever asks."""
+    """Yield ``work`` of each item, computed on all cores a few items ahead of the reader."""
     threads = threads or cores()
     waiting: deque[Future[B]] = deque()
     with ThreadPoolExecutor(threads) as pool:

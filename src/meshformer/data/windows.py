@@ -67,11 +67,11 @@ class WindowDataset(Dataset[Batch]):
         return max(0, len(self._tokens) - len(self._reach) + 1)
 
     def __getitem__(self, start: int) -> Batch:
-        """One sample: ``tokens`` and ``targets`` of shape (T,)."""
+        """Return one sample: ``tokens`` and ``targets`` of shape (T,)."""
         return {name: value[0] for name, value in self.__getitems__([start]).items()}
 
     def __getitems__(self, starts: Sequence[int] | Starts) -> Batch:
-        """A whole batch at once, already collated; DataLoader calls this with what its ``batch_sampler`` yields."""
+        """Return a whole batch, already collated. DataLoader calls this with what its ``batch_sampler`` yields."""
         positions = np.asarray(starts)[:, None] + self._reach
         windows = self._tokens.array[positions]
         self._tokens.check(windows, self._vocab_size)

@@ -48,7 +48,7 @@ class Workers:
             if worker is not None:
                 _send(worker.stdin, pieces)
                 return np.frombuffer(*pickle.load(worker.stdout))  # pyright: ignore[reportArgumentType]
-        except (OSError, EOFError, pickle.UnpicklingError):  # it was killed, by a system short of memory for one
+        except (OSError, EOFError, pickle.UnpicklingError):  # the worker was killed, for example by a system short of memory
             worker = None
         finally:
             self._idle.put(worker)
@@ -64,7 +64,7 @@ class Workers:
 
 
 def serve() -> None:
-    """A worker's whole life: batches of pieces in, ids out, until the other side is gone."""
+    """The loop of a worker process: it reads batches of pieces and writes their ids until the other side closes the pipe."""
     for number in (signal.SIGINT, signal.SIGUSR1):  # meant for the one who prepares, who ends the workers
         signal.signal(number, signal.SIG_IGN)
     with suppress(EOFError, BrokenPipeError):
