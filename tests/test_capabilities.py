@@ -284,6 +284,7 @@ PLACES = {
     "parallel/check.py": "words of a message",
     "callbacks/profile.py": "which device is recorded; the split is tested on traces made by hand (tests/profile/test_parts.py)",
     "profile/trace.py": "the same",
+    "plan/measure.py": "which file of conf/cluster/ has this card (tests/plan/test_predictions.py)",
     "parallel/products.py": "refused without a GPU (tests/parallel/test_products.py)",
 }  # fmt: skip
 

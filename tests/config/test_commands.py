@@ -265,7 +265,7 @@ def test_overrides_survive_the_file(tmp_path):
     ("line", "expected"),
     [
         ("meshformer tr", ["train"]),
-        ("meshformer ", ["train", "evaluate", "generate", "convert", "export", "runs", "report", "doctor"]),
+        ("meshformer ", ["plan", "train", "evaluate", "generate", "convert", "export", "runs", "profile", "report", "doctor"]),
         ("meshformer train model=n", ["model=nano"]),
         ("meshformer train trainer.max_s", ["trainer.max_steps="]),
         ("meshformer generate temp", ["temperature="]),

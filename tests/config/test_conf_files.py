@@ -14,6 +14,7 @@ from meshformer.config.paths import conf_dir
 
 CONF = conf_dir()
 NEEDED = {
+    **{f"model=llama3_{size}": ["model.n_layers=4", "model.d_model=512", "model.d_ff=64"] for size in ("8b", "70b", "405b")},
     "data=text": ["data.files={text}"],
     "data=hub": ["data.source.path=somebody/texts"],
     "model=custom": ["model.n_layers=4", "model.n_heads=2", "model.d_model=8"],
@@ -46,7 +47,7 @@ def options() -> dict[str, list[str]]:
     groups: dict[str, list[str]] = {}
     for file in sorted(CONF.rglob("*.yaml")):
         group = file.parent.relative_to(CONF).as_posix()
-        if group not in (".", "hydra", "sweep"):
+        if group not in (".", "hydra", "sweep", "cluster"):  # clusters are of `meshformer plan`
             groups.setdefault(group, []).append(file.stem)
     return groups
 

@@ -23,6 +23,7 @@ from meshformer.bench.plan import (
 from meshformer.config.paths import conf_dir
 from meshformer.plan import steptime
 from meshformer.plan.cluster import read_cluster
+from meshformer.plan.measure import of_gpu
 from meshformer.plan.sizes import Sizes
 from meshformer.plan.steptime import Constants, Layout, bubbles, constants, stage_blocks, step_time
 
@@ -131,6 +132,13 @@ def test_float8_gains_more_from_wide_layers():
 def test_more_nodes_make_fsdps_gathers_dearer():
     few, many = (step_time(SIZES, Layout(samples=1, shard=shard), CLUSTER, FITTED).data for shard in (8, 256))
     assert many > few > 0
+
+
+def test_a_gpu_has_the_numbers_of_its_datasheet():
+    assert of_gpu("NVIDIA A100-SXM4-40GB", 4)["card"] == "a100_40gb" and of_gpu("NVIDIA A100-SXM4-80GB", 4)["card"] == "a100_80gb"
+    assert of_gpu("NVIDIA H200", 1) | {"cards": 8} == yaml.safe_load((conf_dir() / "cluster" / "h200x8.yaml").read_text(encoding="utf-8"))
+    with pytest.raises(ValueError, match="no file for the card Radeon"):
+        of_gpu("Radeon", 1)
 
 
 @pytest.mark.parametrize("file", sorted((conf_dir() / "cluster").glob("*x8.yaml")), ids=lambda file: file.stem)

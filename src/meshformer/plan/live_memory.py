@@ -38,6 +38,7 @@ from meshformer.job.train import Start, configure_model, quiet_libraries
 from meshformer.model.layout import retie, ties
 from meshformer.parallel.sharded import reshard
 from meshformer.parallel.strategy import MeshStrategy
+from meshformer.printing import say
 
 from .counted import REFUSED, LiveMemory
 from .live_bytes import LiveBytes
@@ -223,9 +224,9 @@ def main() -> int:
     try:
         found = live_memory(json.load(sys.stdin), options.rank)
     except ConfigError as error:
-        print(json.dumps({"message": error.message, "key": error.key, "value": str(error.value), "fix": error.fix}), file=sys.stderr)
+        say(json.dumps({"message": error.message, "key": error.key, "value": str(error.value), "fix": error.fix}), error=True)
         return REFUSED
-    print(json.dumps(asdict(found)))
+    say(json.dumps(asdict(found)))
     return 0
 
 
