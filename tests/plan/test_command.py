@@ -9,13 +9,15 @@ import pytest
 import yaml
 
 from meshformer.cli import main
+from meshformer.command import plan as command
 from meshformer.command.compose import compose
-from meshformer.command.plan import request_of
+from meshformer.command.plan import choose, request_of
 from meshformer.config import ConfigError
 from meshformer.config.degrees import Degrees
 from meshformer.config.paths import conf_dir
 from meshformer.plan.answer import best_of_each, overrides, why
 from meshformer.plan.candidates import SAME, candidates
+from meshformer.plan.counted import LiveMemory
 from meshformer.plan.sizes import read_sizes
 
 LLAMA = ["model=llama3_8b", "data.context_length=8192", "data.batch_size=512", "cluster=h100x8", "cluster.nodes=8"]
@@ -32,11 +34,52 @@ def test_candidates_use_every_card_and_keep_the_batch():
         assert candidate.layout.batch == 512
 
 
+def test_one_card_is_one_process():
+    found = planned("model=small", "data.batch_size=16", "cluster=h100x8", "cluster.cards=1")
+    assert found and {candidate.degrees.processes for candidate in found} == {1}
+    request = request_of(["model=small", "data.batch_size=16", "cluster=h100x8", "cluster.cards=1"])
+    assert overrides(found[0], request)[0] == "strategy=single"
+
+
 def test_the_order_is_by_time_in_steps_of_the_prediction_s_error():
     fitting = [candidate for candidate in planned(*LLAMA) if candidate.fits]
     best = min(candidate.step.total for candidate in fitting)
     assert fitting[0].step.total <= (1 + SAME) * best
     assert fitting[0].axes == min(c.axes for c in fitting if c.step.total <= (1 + SAME) * best)
+
+
+MACHINE = """{"cluster": {"card": "this", "cards": 4, "nodes": 1, "memory": 8.0, "peak": {"fp32": 0.2}, "bandwidth": 5.0, "link": 1.0,
+"network": 1.0, "link_latency": 300.0, "network_latency": 0.0, "power": 0.0, "host": 30.0, "reduction": 2.0, "sharded": 10.0, "alone": 3.0},
+"constants": {"products": 1.0, "attention": 0.25, "link": 1.0, "exposed": 1.0}}"""
+
+
+def test_this_machine_is_asked_with_the_runs_own_precision(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MESHFORMER_DATA", str(tmp_path))
+    (tmp_path / "cluster-this.json").write_text(MACHINE, encoding="utf-8")
+    given = ["strategy=auto", "data.batch_size=16", "trainer.max_steps=7"]
+    chosen, record = choose(given, None)
+    assert "trainer.max_steps=7" in chosen and not any("precision" in o or "compile" in o or o == "strategy=auto" for o in chosen)
+    assert record["cluster"] == "this" and record["predicted_step_seconds"] > 0 and len(record["why"]) == 5
+    assert "strategy=auto: " in capsys.readouterr().err
+    asked, _ = choose([*given, "trainer.devices=2"], None)
+    assert "trainer.devices=2" in asked  # two processes were asked for, so one that uses all cores is no answer
+    assert {candidate.degrees.processes for candidate in planned("data.batch_size=16")} == {1, 4}
+    assert {candidate.degrees.processes for candidate in planned("data.batch_size=16", "cluster.cards=2")} == {2}
+    (tmp_path / "cluster-this.json").write_text("{", encoding="utf-8")
+    with pytest.raises(ConfigError, match="is damaged"):
+        choose(given, None)
+
+
+def test_memory_is_counted_until_a_layout_fits(monkeypatch, capsys):
+    """The first five are counted as too large, so the next five are."""
+    peaks = iter([79e9] * 5 + [60e9] * 5)
+    monkeypatch.setattr(
+        command, "count_all", lambda configs, at_once: [LiveMemory(0, int(next(peaks)), "loss", {}, 0, 0, 0, 0.0) for _ in configs]
+    )
+    assert main(["plan", *LLAMA, "--top", "6"]) == 0
+    said = capsys.readouterr().out
+    sixth = best_of_each([candidate for candidate in planned(*LLAMA) if candidate.fits])[5]
+    assert " ".join(overrides(sixth, request_of(LLAMA))) in said.partition("Type this")[2]
 
 
 def test_memory_decides_what_fits():
@@ -107,6 +150,8 @@ def test_within_two_seconds_and_without_torch():
         (["cluster=h100x8", "cluster.peak.int4=3"], "cluster.peak.int4: "),
         (["cluster=h100x8", "cluster.memroy=3"], "cluster.memroy: "),
         (["cluster=h100x8", "trainer.devices=4"], "trainer.devices=4: comes from the cluster. Use cluster.cards=4."),
+        (["cluster=h100x8", "trainer.precision=bf16-mixed", "~cluster.peak.bf16"], "the cluster has no rate for bf16. Give cluster.peak.bf16=…"),
+        (["cluster=h100x8", "--csv", "/"], "--csv=/: exists already"),
         (["cluster=h100x8", "data.batch_size=12"], "no layout divides it over 8 cards"),
         (["cluster=h100x8", "data.batch_sise=12"], "data.batch_sise"),
         (["cluster=h100x8", "model.n_layers=x"], "model.n_layers=x"),

@@ -34,7 +34,8 @@ from meshformer.printing import csv_cell, say
 from meshformer.record import atomic_write_text
 
 Config = dict[str, Any]
-ROWS, COUNTED = 10, 5  # rows of the table; layouts whose memory is counted
+ROWS = 10  # of the table
+COUNTED, MOST_COUNTED = 5, 15  # layouts whose memory is counted at a time, and at most
 # Bytes of optimizer state of a parameter, by the class that conf/optimizer/ names. Muon keeps one average, and AdamW's two of embeddings and norms.
 STATE_BYTES = {"adamw": 8.0, "muon": 4.0, "sgd": 4.0}
 FIXABLE = ("activation_checkpointing", "schedule", "stages_per_rank", "sequence_parallel", "loss_parallel")
@@ -45,6 +46,7 @@ EXPERIMENT = re.compile(r"[A-Za-z][\w-]*")
 def run_plan(argv: Sequence[str]) -> int:
     """Print the table, the memory of the best layouts, and the override to type; return the exit code."""
     flags, typed = _parse(argv)
+    _check_outputs(flags)
     _, train = separated(typed)
     request = request_of(typed, flags.config_dir, flags.measure)
     if flags.scale:
@@ -52,13 +54,13 @@ def run_plan(argv: Sequence[str]) -> int:
     found = candidates(request)
     fitting = [candidate for candidate in found if candidate.fits]
     say(_heading(request, found))
-    if flags.csv:
-        _write_csv(Path(flags.csv), found, request)
     if not fitting:
         raise _impossible(request, found)
+    if flags.csv:
+        _write_csv(Path(flags.csv), found, request)
     rows = best_of_each(fitting)
     say(_table(rows[: flags.top], request, flags.tokens))
-    best = rows[0] if flags.quick else _counted(rows[:COUNTED], request, train, flags.config_dir)
+    best = rows[0] if flags.quick else _first_that_fits(rows, request, train, flags.config_dir)
     say("\nType this" + (" on every node:" if request.cluster.nodes > 1 else ":"))
     chosen = [*train, *_types(request, train), *overrides(best, request)]
     say("  meshformer train " + " ".join(chosen))
@@ -98,14 +100,31 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     return flags, flags.settings
 
 
+def _check_outputs(flags: argparse.Namespace) -> None:
+    """Raise ConfigError, before anything is predicted or written, for a file that is there already and for a name that cannot be one."""
+    for flag, name in (("--csv", flags.csv), ("--figure", flags.figure)):
+        if name is not None and Path(name).exists():
+            raise ConfigError("exists already", flag, name, fix="Give another name, or remove it.")
+    if flags.figure is not None and Path(flags.figure).suffix not in (".png", ".svg", ".pdf"):
+        raise ConfigError("must end in .png, .svg or .pdf", "--figure", flags.figure)
+    if flags.apply is not None:
+        if not EXPERIMENT.fullmatch(flags.apply):
+            raise ConfigError("must be a name of letters, digits, - and _", "--apply", flags.apply)
+        if (path := _experiment(flags.apply)).exists():
+            raise ConfigError(f"{path} exists already", "--apply", flags.apply, fix="Give another name.")
+
+
 def separated(typed: Sequence[str]) -> tuple[list[str], list[str]]:
     """The overrides of the cluster, and those of the training configuration."""
     mine = [o for o in typed if o.lstrip("+~").partition("=")[0].partition(".")[0] == "cluster"]
     return mine, [o for o in typed if o not in mine]
 
 
-def request_of(typed: Sequence[str], config_dir: str | None = None, measure: bool = False) -> Request:
-    """The request that a command's overrides make. Raises ConfigError for settings that are wrong by themselves."""
+def request_of(typed: Sequence[str], config_dir: str | None = None, measure: bool = False, as_given: bool = False) -> Request:
+    """The request that a command's overrides make. Raises ConfigError for settings that are wrong by themselves.
+
+    `as_given`: with the precision and compilation of the configuration, as a run has them, also where they are not typed.
+    """
     mine, train = separated(typed)
     for override in train:
         key, _, value = override.lstrip("+").partition("=")
@@ -121,9 +140,15 @@ def request_of(typed: Sequence[str], config_dir: str | None = None, measure: boo
     for problem in model_check.problems(config["model"], attribute):
         raise ConfigError(*problem)
     names = [o.lstrip("+~").partition("=")[0] for o in asked]
-    there = _for_cluster(config, cluster, names)
+    there = _for_cluster(config, cluster, [*names, *(("trainer.precision", "trainer.compile") if as_given else ())])
+    precision = "bf16" if there["trainer"]["precision"].startswith("bf16") else "fp32"
+    if precision not in cluster.peak:
+        fix = f"Give cluster.peak.{precision}=…, or another precision."
+        raise ConfigError(f"the cluster has no rate for {precision}", "trainer.precision", there["trainer"]["precision"], fix=fix)
+    # With that many cores asked for, one process that uses them all is no answer.
+    cards = {"cards": cluster.cards} if any(o.lstrip("+").startswith("cluster.cards=") for o in mine) else {}
     state = STATE_BYTES.get(_optimizer(config), 8.0)
-    return Request(there, sizes, cluster, fitted or constants(cluster.card), _fixed(config, names), state)
+    return Request(there, sizes, cluster, fitted or constants(cluster.card), {**_fixed(config, names), **cards}, state)
 
 
 def _cluster(composed: Config, again: bool) -> tuple[Config, Constants | None]:
@@ -162,8 +187,8 @@ def choose(typed: Sequence[str], config_dir: str | None) -> tuple[list[str], Con
         if key not in counts:
             rest.append(override)
         elif value != "auto":
-            where.append(f"{counts[key]}={value}" if key == "trainer.num_nodes" else f"+{counts[key]}={value}")
-    request = request_of([*rest, *where], config_dir)
+            where.append(f"{counts[key]}={value}")
+    request = request_of([*rest, *where], config_dir, as_given=True)
     found = candidates(request)
     fitting = best_of_each([candidate for candidate in found if candidate.fits])
     if not fitting:
@@ -192,7 +217,7 @@ def _optimizer(config: Config) -> str:
 def _for_cluster(config: Config, cluster: Cluster, names: Sequence[str]) -> Config:
     """The configuration as it would be resolved there: bf16 and compiled blocks where cards have bf16, unless the command says otherwise."""
     trainer = dict(config["trainer"])
-    if "trainer.precision" not in names:
+    if "trainer.precision" not in names or trainer["precision"] == "auto":
         trainer["precision"] = "bf16-mixed" if "bf16" in cluster.peak else "32-true"
     if "trainer.compile" not in names or trainer["compile"] == "auto":
         trainer["compile"] = "bf16" in cluster.peak and bool(attribute(config["model"]["_target_"], "one_graph"))
@@ -200,9 +225,19 @@ def _for_cluster(config: Config, cluster: Cluster, names: Sequence[str]) -> Conf
     return {**config, "trainer": trainer}
 
 
-def _counted(rows: Sequence[Candidate], request: Request, train: Sequence[str], config_dir: str | None) -> Candidate:
-    """Print the memory that is counted for the rows; return the first that leaves 10 % free."""
-    say(f"\nMemory of the first {len(rows)}, counted on the model itself (--quick leaves this out)")
+def _first_that_fits(rows: Sequence[Candidate], request: Request, train: Sequence[str], config_dir: str | None) -> Candidate:
+    """The first row whose counted memory leaves 10 % of a card free; a few rows are counted at a time."""
+    for start in range(0, min(len(rows), MOST_COUNTED), COUNTED):
+        best = _counted(rows[start : start + COUNTED], request, train, config_dir)
+        if best is not None:
+            return best
+    say(f"None of them leaves {100 - 100 * SPARE:.0f} % of a card free; the command below is the first that was estimated to.")
+    return rows[0]
+
+
+def _counted(rows: Sequence[Candidate], request: Request, train: Sequence[str], config_dir: str | None) -> Candidate | None:
+    """Print the memory that is counted for the rows; return the first that leaves 10 % free, or None."""
+    say(f"\nMemory of {len(rows)} layouts, counted on the model itself (--quick leaves this out)")
     configs = [(config_of(row, request, train, config_dir), _fullest_ranks(row)) for row in rows]
     found = count_all(configs, cores())
     cells: list[tuple[str, ...]] = [("layout", "counted", "weights", "gradients", "optimizer", "activations", "communication", "peak in")]
@@ -216,9 +251,7 @@ def _counted(rows: Sequence[Candidate], request: Request, train: Sequence[str], 
         if memory.peak <= SPARE * request.cluster.memory:
             fits.append(row)
     say(_aligned(cells))
-    if not fits:
-        say(f"None of them leaves {100 - 100 * SPARE:.0f} % of a card free; the command below is the first that was estimated to.")
-    return fits[0] if fits else rows[0]
+    return fits[0] if fits else None
 
 
 def config_of(candidate: Candidate, request: Request, train: Sequence[str], config_dir: str | None) -> Config:
@@ -315,10 +348,6 @@ def _table(rows: Sequence[Candidate], request: Request, tokens: float | None) ->
 
 def _figure(name: str, draw: Callable[[Any, Path], None]) -> None:
     path = Path(name)
-    if path.exists():
-        raise ConfigError("exists already", "--figure", name, fix="Give another name, or remove it.")
-    if path.suffix not in (".png", ".svg", ".pdf"):
-        raise ConfigError("must end in .png, .svg or .pdf", "--figure", name)
     try:
         from meshformer.plan import figure  # matplotlib takes half a second, and is not always installed
     except ModuleNotFoundError as error:
@@ -361,8 +390,6 @@ def _aligned(cells: Sequence[Sequence[str]]) -> str:
 
 
 def _write_csv(path: Path, found: Sequence[Candidate], request: Request) -> None:
-    if path.exists():
-        raise ConfigError("exists already", "--csv", path, fix="Give another name, or remove it.")
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow((*AXES, "samples", "accumulation", "microbatches", "schedule", "stages_per_rank", "activation_checkpointing", "fits", "memory_gb",
@@ -392,14 +419,13 @@ def _impossible(request: Request, found: Sequence[Candidate]) -> ConfigError:
     return ConfigError(message, "cluster.nodes", cluster.nodes, fix=fix)
 
 
+def _experiment(name: str) -> Path:
+    return Path("conf", "experiment", f"{name}.yaml")
+
+
 def _apply(name: str, given: Sequence[str]) -> None:
     """Write the overrides as an experiment of the user's own folder conf/experiment/."""
-    if not EXPERIMENT.fullmatch(name):
-        raise ConfigError("must be a name of letters, digits, - and _", "--apply", name)
-    folder = Path("conf")
-    path = folder / "experiment" / f"{name}.yaml"
-    if path.exists():
-        raise ConfigError(f"{path} exists already", "--apply", name, fix="Give another name.")
+    path = _experiment(name)
     groups, settings = [], dict[str, Any]()
     for override in given:
         key, _, value = override.lstrip("+").partition("=")
@@ -415,4 +441,4 @@ def _apply(name: str, given: Sequence[str]) -> None:
     text = head + ("defaults:\n" + "\n".join(groups) + "\n\n" if groups else "") + yaml.safe_dump(settings, sort_keys=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write_text(path, text)
-    say(f"\nwritten: {path}; train with it: meshformer train --config-dir {folder} experiment={name}")
+    say(f"\nwritten: {path}; train with it: meshformer train --config-dir {path.parts[0]} experiment={name}")

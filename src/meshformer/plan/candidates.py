@@ -61,7 +61,7 @@ class Request:
 def candidates(request: Request) -> list[Candidate]:
     """All candidates: those that fit first, each part sorted by predicted step time, in steps of 3 %."""
     requests = [request]
-    if request.cluster.alone:
+    if request.cluster.alone and "cards" not in request.fixed:
         requests.append(replace(request, cluster=request.cluster.one_process()))
     found = [_judged(one, layout, checkpointing) for one in requests for layout, checkpointing in layouts(one)]
     best = min((candidate.step.total for candidate in found if candidate.fits), default=1.0)
@@ -155,7 +155,8 @@ def _allowed(request: Request, axes: dict[str, int]) -> bool:
     """Whether the checks of the configuration accept the degrees; micro-batches are chosen later."""
     config = request.config
     name = "mesh" if config["strategy"]["name"] in ("single", "ddp") and max(axes.values()) > 1 else config["strategy"]["name"]
-    strategy = {**MESH, **config["strategy"], **axes, "name": name, "microbatches": 1, "schedule": "1f1b", "stages_per_rank": 1}
+    given = {key: value for key, value in config["strategy"].items() if value != "auto"}
+    strategy = {**MESH, **given, **axes, "name": name, "microbatches": 1, "schedule": "1f1b", "stages_per_rank": 1}
     checked = {**config, "strategy": {**strategy, "pipeline": 1}}
     try:
         check_settings({**checked, "trainer": {**config["trainer"], "float8": False}})
