@@ -23,11 +23,11 @@ def check_start(config: Config, own_head: bool) -> None:
     if config["resume"] is not None or config["fork"] is not None:
         return  # the run has the weights itself now; the path they came from may no longer exist
     if stage["name"] == "pretrain":
-        if source is not None:
+        if source is not None and config["model"].get("path") != source:
             raise ConfigError(
                 "stage=pretrain starts from scratch and would ignore it", "stage.init_from", source, fix="Add stage=finetune."
             )
-        if config["data"]["tokenizer"] == "pretrained":
+        if config["data"]["tokenizer"] == "pretrained" and source is None:
             raise ConfigError("comes with pretrained weights", "data.tokenizer", "pretrained", fix="Use char or bpe, or stage=finetune.")
         return
     if source is None and stage.get("pretrain"):

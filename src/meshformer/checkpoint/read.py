@@ -6,7 +6,7 @@ No function here communicates with other processes: each process reads the parts
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +21,19 @@ from . import single_file
 from .find import FOREIGN_FORMATS, METADATA, PARTS, REST
 from .pieces import LoadPieces, Piece, pieces_of
 
+Foreign = Callable[[Path], Mapping[str, Tensor]]
 SHOWN = 6  # problems listed in one message
 # Classes that a checkpoint's .metadata may contain, besides the dataclasses and enumerations that are defined in DCP's own module.
 ALLOWED = {("torch", "Size"), ("torch.serialization", "_get_layout"), ("torch.distributed.checkpoint.filesystem", "_StorageInfo")}
 OF_DCP = "torch.distributed.checkpoint.metadata"
 
 
-def tensor_sizes(path: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """{name: (shape, dtype)} of every tensor in the checkpoint; no tensor is read. ConfigError when the checkpoint is not complete."""
-    if (whole := _whole(path)) is not None:
+def tensor_sizes(path: Path, foreign: Foreign | None = None) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """{name: (shape, dtype)} of every tensor in the checkpoint; no tensor is read. ConfigError when the checkpoint is not complete.
+
+    `foreign`: reads a folder of another program under other names than ours, for a model that has those names itself.
+    """
+    if (whole := _whole(path, foreign)) is not None:
         return {k: (x.shape, x.dtype) for k, x in whole.items()}
     _check_is_checkpoint(path)
     metadata = read_metadata(path)
@@ -43,14 +47,14 @@ def read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
     return tensors
 
 
-def read_into(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def read_into(path: Path, tensors: Mapping[str, Tensor], foreign: Foreign | None = None) -> None:
     """Fills the given tensors in place, by name, converted to their dtypes: plain tensors whole, of a DTensor the piece this process holds.
 
     ConfigError lists the names that the checkpoint lacks and the tensors of another shape.
     """
-    sizes = {key: size for key, (size, _) in tensor_sizes(path).items()}
+    sizes = {key: size for key, (size, _) in tensor_sizes(path, foreign).items()}
     refuse_misfits(misfits(sizes, {key: x.shape for key, x in tensors.items()}), f"the tensors in {path} do not fit")
-    _fill(path, pieces_of(tensors))
+    _fill(path, pieces_of(tensors), foreign)
 
 
 def read_rest(path: Path) -> dict[str, Any]:
@@ -67,19 +71,19 @@ def read_rest(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{Path(path) / REST} {single_file.what_it_asks_for(error)}", fix="Name another checkpoint.") from None
 
 
-def _whole(path: Path) -> dict[str, Tensor] | None:
+def _whole(path: Path, foreign: Foreign | None = None) -> dict[str, Tensor] | None:
     """Every tensor of a single file or of a foreign folder, as a memory-mapped view; None for a checkpoint folder."""
     if single_file.is_single(path):
         return single_file.load(path)[0]
     for known in FOREIGN_FORMATS:
         if known.recognises(Path(path)):
-            return {f"model.{name}": x for name, x in known.read(path).items()}
+            return {f"model.{name}": x for name, x in (foreign or known.read)(Path(path)).items()}
     return None
 
 
 @torch.no_grad()
-def _fill(path: Path, pieces: dict[str, Piece]) -> None:
-    if (whole := _whole(path)) is not None:
+def _fill(path: Path, pieces: dict[str, Piece], foreign: Foreign | None = None) -> None:
+    if (whole := _whole(path, foreign)) is not None:
         for key, piece in pieces.items():
             piece.data.copy_(whole[key][piece.slices])
         return

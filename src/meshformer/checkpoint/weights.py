@@ -18,7 +18,7 @@ from meshformer.config.foreign import read_config
 from meshformer.config.paths import run_of
 from meshformer.model.lora import ADAPTERS, add_adapters, merged
 
-from .read import SHOWN, misfits, read_into, read_tensors, refuse_misfits, tensor_sizes
+from .read import SHOWN, Foreign, misfits, read_into, read_tensors, refuse_misfits, tensor_sizes
 from .single_file import write_weights
 
 PREFIX, AVERAGE = "model.", "average."  # of the names of weights, and of their averages over the training steps (callbacks.EMA)
@@ -51,14 +51,15 @@ def load_weights(
 
     ConfigError lists every weight that is missing, unknown to the model, or of another shape.
     """
-    sizes = tensor_sizes(checkpoint)
+    foreign = getattr(model, "foreign_tensors", None)  # reads a Hugging Face folder under its own names (huggingface/transformers_model.py)
+    sizes = tensor_sizes(checkpoint, foreign)
     saved = {key.removeprefix(PREFIX): shape for key, (shape, _) in sizes.items() if key.startswith(PREFIX)}
     averages = {name for name in saved if AVERAGE + name in sizes} if averaged else set[str]()
     names, readable = match_names(model, saved, averages, aliases or {}, new, reinit or ())
     own: dict[str, Any] = model.state_dict(keep_vars=True)
     accepted = (set(whole) or readable.keys()) if partial else set(names.values())
     refuse_mismatch(checkpoint, own, names, readable, readable.keys() - accepted, reinit)
-    read_matched(checkpoint, own, names, averages)
+    read_matched(checkpoint, own, names, averages, foreign)
 
 
 def match_names(
@@ -125,12 +126,14 @@ def refuse_mismatch(
         refuse_misfits(problems, f"the weights in {checkpoint} do not fit this model", _way_out(left_over, unfilled, reinit))
 
 
-def read_matched(checkpoint: Path, own: Mapping[str, Tensor], names: NameMap, averages: Collection[str]) -> None:
+def read_matched(
+    checkpoint: Path, own: Mapping[str, Tensor], names: NameMap, averages: Collection[str], foreign: Foreign | None = None
+) -> None:
     """Pass 3: copies each weight, or its average, into the model's tensor. Tied weights are one tensor, which is read once."""
     remaining = {id(own[name]): (source, own[name]) for name, source in names.items() if source is not None}
     while remaining:
         batch = dict(remaining.values())  # two tensors that have the same weight in the checkpoint are read one after the other
-        read_into(checkpoint, {(AVERAGE if source in averages else PREFIX) + source: x for source, x in batch.items()})
+        read_into(checkpoint, {(AVERAGE if source in averages else PREFIX) + source: x for source, x in batch.items()}, foreign)
         remaining = {key: (source, x) for key, (source, x) in remaining.items() if batch[source] is not x}
 
 

@@ -18,6 +18,7 @@ from meshformer.config.resolve import cores
 from meshformer.config.resolve import resolve as resolve_machine
 from meshformer.config.signature import attribute, defaults
 from meshformer.data.check import check_cache, check_files, check_labelled_files, check_room, check_tokenizer
+from meshformer.huggingface.transformers_config import check as check_transformers
 from meshformer.model import check as model_check
 from meshformer.parallel.check import check_batch, check_cut, check_precision, check_processes, check_settings
 from meshformer.parallel.compilation import check_compile, compiles
@@ -59,6 +60,7 @@ def check(config: Config) -> None:
         check_cache,
         check_stock,
         check_processes,
+        check_transformers,
         check_settings,
         check_batch,
         check_precision,

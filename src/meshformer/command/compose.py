@@ -35,8 +35,10 @@ from meshformer.compat.hydra import Hydra, create_config_search_path
 from meshformer.config import ConfigError, did_you_mean, validate
 from meshformer.config.foreign import confine, read_config, refuse_links
 from meshformer.config.paths import conf_dir, run_of
+from meshformer.config.signature import attribute, signature
 from meshformer.huggingface import pinned
 from meshformer.huggingface.source import derive, tokenizer_of
+from meshformer.huggingface.transformers_config import inline, is_transformers
 from meshformer.model.settings import FREE, HEAD, SHAPES
 from meshformer.record import RunNotFound, find_run
 from meshformer.tasks.check import has_own_head
@@ -53,6 +55,7 @@ RESUMABLE = (
     "data.workers", "data.eval_batch_size", "allow",
 )  # fmt: skip
 EVALUABLE = ("trainer.threads", "trainer.precision", "trainer.accelerator", "trainer.limit_val_batches", "data", "paths", "allow")
+OF_TASKS = ("causal", "head", "tie_embeddings")  # settings of the model in conf/task/
 PER_MACHINE = (
     "strategy",
     "trainer.devices",
@@ -172,7 +175,9 @@ def settle(config: Config, overrides: Sequence[str] = ()) -> Config:
     if config.get("allow") and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # the user's own modules lie in the current folder; appended last so that they shadow nothing
     _refuse_groups_as_values(config)
-    config = validate(config)
+    config = validate(_without_task_settings(config, overrides))
+    if is_transformers(config["model"]):
+        config = inline(config, attribute(config["task"]["_target_"], "objective", "next"))
     if config["stage"]["name"] == "finetune" and config["resume"] is None:
         foreign = False
         if config["fork"] is None and config["stage"]["init_from"] is not None:
@@ -182,11 +187,26 @@ def settle(config: Config, overrides: Sequence[str] = ()) -> Config:
             source = found or locate_weights(spec, paths["runs"], "stage.init_from")
             config = {**config, "stage": {**config["stage"], "init_from": str(source)}}
         if (source := config["fork"] or config["stage"]["init_from"]) is not None:
-            config = adopt_foreign(config, Path(source), overrides) if foreign else adopt(config, read_config(run_of(source)), overrides)
+            if foreign and is_transformers(config["model"]):
+                config = adopt_tokenizer(config, Path(source), overrides)
+            else:
+                config = adopt_foreign(config, Path(source), overrides) if foreign else adopt(config, read_config(run_of(source)), overrides)
             config = validate(config)
+    elif is_transformers(config["model"]) and config["stage"]["init_from"] is not None and config["resume"] is None and config["fork"] is None:
+        config = adopt_tokenizer(config, Path(config["stage"]["init_from"]), overrides)
     config = resolve(config)
     check(config)
     return config
+
+
+def _without_task_settings(config: Config, overrides: Sequence[str]) -> Config:
+    """Drop the settings that a file of conf/task/ gives to every model (`causal`, say) where the model's class has none of that name."""
+    accepted, model = signature(config["model"].get("_target_", "")) if isinstance(config.get("model"), dict) else None, config.get("model")
+    if accepted is None or accepted.open_ended:
+        return config
+    typed = {override.lstrip("+~").partition("=")[0] for override in overrides}
+    dropped = {key for key in OF_TASKS if key not in accepted.parameters and f"model.{key}" not in typed}
+    return {**config, "model": {key: value for key, value in model.items() if key not in dropped}}
 
 
 def adopt(config: Config, source: Config, overrides: Sequence[str]) -> Config:
@@ -198,7 +218,11 @@ def adopt(config: Config, source: Config, overrides: Sequence[str]) -> Config:
     typed = [override.lstrip("+~").partition("=")[0] for override in overrides]
     named = {name.replace("/", ".").split(".")[1] for name in typed if name.replace("/", ".").startswith("model.")}
     config = {**config, "model": dict(config["model"]), "data": dict(config["data"])}
-    if "model" not in typed:
+    if is_transformers(source["model"]):
+        mine = config["model"] if is_transformers(config["model"]) else {"auto_class": "auto", "context_length": config["model"].get("context_length")}
+        config["model"] = {**source["model"], **{key: mine[key] for key in ("auto_class", "context_length") if mine.get(key)}, "outputs": None}
+        config = inline(config, attribute(config["task"]["_target_"], "objective", "next"))
+    elif "model" not in typed:
         theirs, own_head = source["model"], HEAD if has_own_head(config) else ()
         keys = {*SHAPES, "position", "causal"}
         if is_own(config["model"]) and config["model"]["_target_"] != theirs["_target_"]:
@@ -239,13 +263,18 @@ def adopt_foreign(config: Config, source: Path, overrides: Sequence[str]) -> Con
             has = theirs[key]["_target_"].rpartition(".")[2] if key == "position" else theirs[key]
             message = f"the weights in {source} have {has}"
             raise ConfigError(message, f"model.{key}", None if key == "position" else model[key], fix="Leave it out.")
-    data = dict(config["data"])
+    return adopt_tokenizer({**config, "model": model}, source, overrides)
+
+
+def adopt_tokenizer(config: Config, source: Path, overrides: Sequence[str]) -> Config:
+    """Take the tokenizer of foreign weights. Raises ConfigError for another one that was typed."""
+    data, names = dict(config["data"]), [override.lstrip("+~").partition("=")[0] for override in overrides]
     if tokenizer_of(source) is not None and "tokenizer" in data:
         if "data.tokenizer" in names and data["tokenizer"] != "pretrained":
             message = "finetuning keeps the tokenizer of the weights it starts from"
             raise ConfigError(message, "data.tokenizer", data["tokenizer"], fix="Leave it out.")
         data["tokenizer"] = "pretrained"
-    return {**config, "model": model, "data": data}
+    return {**config, "data": data}
 
 
 def compose(overrides: Sequence[str] = (), config_name: str = "train", config_dir: str | None = None) -> Config:

@@ -24,6 +24,7 @@ CLASSES = (
     "meshformer.parallel",
     "meshformer.tasks",
     "meshformer.callbacks",
+    "meshformer.huggingface.transformers_model",
 )
 # Functions are allowed only where they are components: YAML must not be able to call `torch.hub.load` or a function that writes files.
 FUNCTIONS = ("meshformer.model", "meshformer.optim")

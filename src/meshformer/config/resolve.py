@@ -89,7 +89,7 @@ def resolve(config: dict[str, Any], env: Mapping[str, str] | None = None) -> dic
         trainer["threads"] = max(1, cores() // trainer["devices"])
     if trainer["precision"] == "auto":
         trainer["precision"] = "bf16-mixed" if (gpus_multiply_bf16() if on_gpu else cpu_multiplies_bf16()) else "32-true"
-    _settle_types(strategy, trainer["precision"], on_gpu or config["model"]["_target_"].startswith("meshformer."))
+    _settle_types(strategy, trainer["precision"], on_gpu or config["model"]["_target_"].startswith("meshformer.model."))
     if config["optimizer"].get("dtype") == "auto" and trainer["precision"] == "32-true":
         # With Muon in bf16, rounding differences between layouts grow to 1e-5 of the loss within ten steps.
         config["optimizer"]["dtype"] = "float32"

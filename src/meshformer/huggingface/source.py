@@ -138,7 +138,7 @@ def _stored(path: Path, layout: ModuleType) -> tuple[dict[str, tuple[Path, str]]
     """{canonical name: (file, stored name)}, and the tensors that have the same canonical name as an earlier one."""
     found: dict[str, tuple[Path, str]] = {}
     again: list[tuple[str, tuple[Path, str]]] = []
-    for file in _files(path):
+    for file in model_files(path):
         for stored in header(file)[0]:
             name = layout.canonical(stored)
             if name in found:
@@ -147,7 +147,7 @@ def _stored(path: Path, layout: ModuleType) -> tuple[dict[str, tuple[Path, str]]
     return found, again
 
 
-def _files(path: Path) -> list[Path]:
+def model_files(path: Path) -> list[Path]:
     """The files that hold the model. ConfigError where the folder has further model files, since it is not clear which ones are meant."""
     files = _files_named(path)
     if others := sorted(p.name for p in path.glob("*.safetensors") if OF_THE_MODEL.fullmatch(p.name) and p not in files):

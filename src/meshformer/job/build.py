@@ -137,7 +137,7 @@ def build_model(config: Config) -> Any:
             add_adapters(model, lora["rank"], lora["alpha"], lora["targets"], config["seed"])
         except ValueError as error:
             raise ConfigError(str(error), "stage.lora.targets", lora["targets"]) from None
-        trained = (*ADAPTERS, *(HEAD_PARAMETERS if has_own_head(config) else ()))
+        trained = (*ADAPTERS, *(getattr(model, "head_parameters", HEAD_PARAMETERS) if has_own_head(config) else ()))
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(any(fnmatchcase(name, pattern) for pattern in trained))
     freeze(model, stage.get("freeze") or ())

@@ -114,7 +114,8 @@ def prepare_process(trainer: Config) -> None:
 def prepare_data(config: Config) -> SampledData:
     """Builds and prepares the data module. Fine-tuning uses the tokenizer of the pretrained weights; otherwise it is trained on the data."""
     tokenizer = None
-    if config["stage"]["name"] == "finetune" and config["data"]["kind"] != "images":
+    pretrained = config["stage"]["name"] == "finetune" or config["stage"]["init_from"] is not None
+    if pretrained and config["data"]["kind"] != "images":
         tokenizer = load_tokenizer(tokenizer_file(Path(config["resume"] or config["fork"] or config["stage"]["init_from"])))
     data = build_data(config, tokenizer)
     data.prepare_data()
@@ -144,7 +145,6 @@ def starting_point(config: Config, folder: Path, data: SampledData, max_steps: i
 def configure_model(config: Config, task: Any, strategy: Any, start: Start) -> None:
     """Builds the model with its initial weights. With MeshStrategy it is on the meta device, and the strategy allocates this rank's shards."""
     stage, float8 = config["stage"], config["trainer"]["float8"]
-    new_parts = (*(HEAD_PARAMETERS if has_own_head(config) else ()), *ADAPTERS)
     reinit = None if (stage.get("lora") or {}).get("rank") else stage.get("reinit") or ()  # with adapters, no other parameter is reinitialised
     torch.manual_seed(config["seed"])  # for users' models, which draw from the global generator
     if isinstance(strategy, MeshStrategy):
@@ -154,16 +154,21 @@ def configure_model(config: Config, task: Any, strategy: Any, start: Start) -> N
             task.model = None
             torch.manual_seed(config["seed"])
             task.configure_model()
-        strategy.init_from, strategy.new_parts, strategy.reinit = start.weights, new_parts, reinit
+        strategy.init_from, strategy.new_parts, strategy.reinit = start.weights, new_parts(config, task.model), reinit
     else:
         task.configure_model()
         if start.weights:
-            load_weights(task.model, start.weights, new=new_parts, reinit=reinit)
+            load_weights(task.model, start.weights, new=new_parts(config, task.model), reinit=reinit)
     if float8:
         in_float8(task.model)
     if not isinstance(strategy, MeshStrategy):
         model: Any = task.model
         apply_memory_options(blocks_of(model), config["strategy"]["activation_checkpointing"], config["trainer"]["compile"])
+
+
+def new_parts(config: Config, model: Any) -> tuple[str, ...]:
+    """Patterns of the parameters that pretrained weights may lack: adapters, and the head of a task that trains its own."""
+    return (*(getattr(model, "head_parameters", HEAD_PARAMETERS) if has_own_head(config) else ()), *ADAPTERS)
 
 
 def count_work(task: Any, data: SampledData) -> None:

@@ -18,20 +18,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
+import torch
 from torch import nn
 
-STYLES = {
-    "columns": "a linear layer sharded by output features: replicated input, sharded output",
-    "rows": "a linear layer sharded by input features: sharded input, and partial outputs that are summed over the ranks",
-    "vocabulary": "an embedding or the head, sharded along the vocabulary",
-    "sequence": "acts on each token separately, so with sequence parallelism each rank applies it to its own tokens",
-    "heads": "acts on each head separately with replicated parameters, so each rank applies it to its own heads",
-    "replicated": "every rank computes the same; applies to the submodules too",
-}
-SYNONYMS = {  # the names in transformers' `base_model_tp_plan`
-    "colwise": "columns", "rowwise": "rows", "colwise_rep": "vocabulary", "colwise_gather_output": "vocabulary",
-    "embedding_rowwise": "vocabulary", "sequence_parallel": "sequence", "replicated_with_grad_allreduce": "heads",
-}  # fmt: skip
+from .settings import STYLES, SYNONYMS
 
 
 @dataclass(frozen=True)
@@ -49,6 +39,8 @@ class Plan:
     mask: the model's method that builds the mask from positions. Without it, context parallelism has to give attention whole sequences (Ulysses).
     per_head: modules that compute one value per head and have a method `share_heads(rank, size)` to keep those of one rank.
     divides: names of model attributes (numbers of heads) that must be divisible by strategy.tensor.
+    whole_sequences: `forward` computes masks or positions from the size of the hidden states, so with sequence parallelism a later pipeline stage
+        must gather what it receives.
     """
 
     blocks: str | None = None
@@ -60,6 +52,7 @@ class Plan:
     mask: str | None = None
     per_head: Sequence[str] = ()
     divides: Sequence[str] = ()
+    whole_sequences: bool = False
 
     def __post_init__(self) -> None:
         words = {pattern: SYNONYMS.get(style, style) for pattern, style in self.tensor.items()}
@@ -133,3 +126,12 @@ def retie(model: nn.Module, tied: Mapping[str, str]) -> None:
         if other in names and name in names:
             owner, _, last = other.rpartition(".")
             setattr(model.get_submodule(owner), last, names[name])
+
+
+def allocate(model: nn.Module, device: torch.device) -> None:
+    """Gives every parameter on the meta device memory on `device`, without values, and moves the buffers that have values."""
+    buffers = {name: buffer for name, buffer in model.named_buffers() if not buffer.is_meta}
+    model.to_empty(device=device)
+    for name, values in buffers.items():
+        owner, _, last = name.rpartition(".")
+        model.get_submodule(owner).get_buffer(last).copy_(values)

@@ -62,7 +62,7 @@ def generate(
         if not use_cache:
             logits_BTV = model(window_BT)
         elif cache is None:
-            cache = KeyValueCache(model.context_length)
+            cache = model.make_cache() if hasattr(model, "make_cache") else KeyValueCache(model.context_length)
             logits_BTV = model(window_BT, cache=cache)
         else:
             logits_BTV = model(window_BT[:, -1:], cache=cache)

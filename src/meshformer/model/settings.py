@@ -13,6 +13,19 @@ HEAD = ("head", "head_bias", "head_transform", "tie_embeddings", "outputs", "cla
 HEAD_PARAMETERS = ("head.*", "norm.dense.*", "norm.norm.*")
 PARTS = ("embedding", "position", "blocks", "norm", "head")  # first parts of the parameter names
 SECOND_NAME = {"head.weight": "embedding.tokens.weight"}  # tied weights: the second name -> the first
+# How a Plan shards a module (layout.py).
+STYLES = {
+    "columns": "a linear layer sharded by output features: replicated input, sharded output",
+    "rows": "a linear layer sharded by input features: sharded input, and partial outputs that are summed over the ranks",
+    "vocabulary": "an embedding or the head, sharded along the vocabulary",
+    "sequence": "acts on each token separately, so with sequence parallelism each rank applies it to its own tokens",
+    "heads": "acts on each head separately with replicated parameters, so each rank applies it to its own heads",
+    "replicated": "every rank computes the same; applies to the submodules too",
+}
+SYNONYMS = {  # the names in transformers' `base_model_tp_plan`
+    "colwise": "columns", "rowwise": "rows", "colwise_rep": "vocabulary", "colwise_gather_output": "vocabulary",
+    "embedding_rowwise": "vocabulary", "sequence_parallel": "sequence", "replicated_with_grad_allreduce": "heads",
+}  # fmt: skip
 IGNORED = -100  # target of tokens that do not count: the default `ignore_index` of torch's cross_entropy
 
 

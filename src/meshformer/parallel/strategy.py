@@ -31,7 +31,7 @@ from meshformer.compat.torch import foreach_norm
 from meshformer.config.degrees import Degrees, uses_fsdp
 from meshformer.config.errors import ConfigError
 from meshformer.model.draw import fill_part
-from meshformer.model.layout import plan_of, retie, ties
+from meshformer.model.layout import allocate, plan_of, retie, ties
 from meshformer.printing import say
 from meshformer.training.protocol import StepStrategy
 
@@ -198,7 +198,7 @@ class MeshStrategy(StepStrategy, ModelParallelStrategy):
 
     def allocate(self, model: Any) -> None:
         """Gives every parameter of a model on meta memory of its own, without values."""
-        model.to_empty(device="cpu" if self.settings["cpu_offload"] else self.root_device)
+        allocate(model, torch.device("cpu") if self.settings["cpu_offload"] else self.root_device)
         if not self._uses_fsdp:
             retie(model, self.ties)  # to_empty gave each tied name a tensor of its own
 

@@ -130,12 +130,13 @@ class Gathered(Style):
         self.given = given
 
     def apply(self, module: Any, mesh: DeviceMesh) -> nn.Module:
-        def whole(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-            x = inputs[0]
+        def whole(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            x = inputs[0] if inputs else next(iter(named.values()))
             x = x if isinstance(x, DTensor) else DTensor.from_local(x, mesh, (self.given,), run_check=False)
-            return x.redistribute(placements=(Replicate(),)), *inputs[1:]
+            x = x.redistribute(placements=(Replicate(),))
+            return ((x, *inputs[1:]), named) if inputs else (inputs, {**named, next(iter(named)): x})
 
-        module.register_forward_pre_hook(whole)
+        module.register_forward_pre_hook(whole, with_kwargs=True)
         return module
 
 
@@ -201,7 +202,10 @@ def apply_tensor_parallel(model: Any, mesh: DeviceMesh, sequence_parallel: bool,
         model.get_parameter(name).requires_grad_(False)
     for name in plan.per_head:
         model.get_submodule(name).share_heads(mesh.get_local_rank(), mesh.size())
-    if starts_here and (blocks := held_blocks(model)):
+    gathers = not starts_here and sequence_parallel and plan.whole_sequences
+    if gathers:
+        model.get_submodule(plan.embed[0]).register_forward_hook(lambda _, inputs, hidden: _gathered(hidden, mesh))
+    if (starts_here or gathers) and (blocks := held_blocks(model)):
         # The embedding's output is all-reduced whole, so with sequence parallelism the first block's input is where the sequence is split among
         # the ranks. Without it, clone() turns the AsyncCollectiveTensor that the all-reduce returns into a plain tensor, since torch.compile
         # would compile the first block separately from the others.
@@ -212,6 +216,12 @@ def apply_tensor_parallel(model: Any, mesh: DeviceMesh, sequence_parallel: bool,
             return whole.redistribute(placements=(Shard(1),)).to_local(), *inputs[1:]
 
         blocks[0].register_forward_pre_hook(prepare_input)
+
+
+def _gathered(hidden_BTC: Tensor, mesh: DeviceMesh) -> Tensor:
+    """Whole sequences from each rank's part of the time dimension."""
+    cut = DTensor.from_local(hidden_BTC, mesh, (Shard(1),), run_check=False)
+    return cut.redistribute(placements=(Replicate(),)).to_local()
 
 
 def _style(style: str | None, module: nn.Module, between: Any, sequence_parallel: bool, loss_parallel: bool) -> ParallelStyle:

@@ -93,7 +93,9 @@ class SequenceClassification(Classification):
         return {"tokens_BT": batch["tokens"], "documents_BT": batch["documents"]}
 
     def score(self, output: Tensor, batch: dict[str, Tensor], phase: str) -> tuple[Tensor, Tensor]:
-        """output: logits (B, T, K); batch: labels (B,)."""
+        """output: logits (B, T, K), or (B, K) of a model that pools by itself; batch: labels (B,)."""
+        if output.ndim == 2:
+            return self.judged(output, batch["labels"], phase)
         logits_BK = output[:, 0] if self.pooling == "first" else mean_over_text(output, batch["documents"])
         return self.judged(logits_BK, batch["labels"], phase)
 

@@ -1,0 +1,316 @@
+"""The models of the transformers library under this package's tasks and layouts.
+
+transformers declares for many models how their layers may be sharded (`tp_plan`) and where they may be cut (`pp_plan`). `plan_for` turns that
+into our `Plan`, so parallel/ treats them like any other model.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import inspect
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from meshformer.compat.transformers import draw_parameters
+from meshformer.model.draw import normal
+from meshformer.model.layout import Plan, allocate, blocks_name, retie, ties
+from meshformer.model.settings import STYLES, SYNONYMS
+
+from .source import header, model_files
+
+transformers.logging.set_verbosity_error()
+NET = "net."  # prefix of the parameter names: the transformers model is the submodule `net`
+BUFFERS = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq", "position_ids")  # buffers that older folders store
+LEGACY = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}  # names in folders of the first versions
+
+
+class TransformersModel(nn.Module):
+    """A model of transformers, built from the contents of a config.json by an Auto class, with the arguments and outputs of our own models.
+
+    Args:
+        config: the settings in config.json. Code that a folder brings along is never run.
+        auto_class: AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoModelForTokenClassification or AutoModel.
+        path: the folder of the weights. Only recorded here: the weights are loaded like those of `stage.init_from`.
+        settings: replace settings of config.json, for example `num_hidden_layers`; command/compose.py has merged them into `config`.
+        vocab_size, outputs: tokens and classes of the data; None: those of `config`.
+        context_length: tokens that generation keeps in view.
+
+    `model.plan` in the configuration replaces the plan that transformers declares; its names begin with `net.`.
+    """
+
+    plan: Any = None
+    head_parameters: Sequence[str] = ()  # patterns of the parameters that a task with a head of its own draws anew
+
+    def __init__(
+        self,
+        config: dict[str, Any] | str | None = None,
+        auto_class: str = "AutoModelForCausalLM",
+        path: str | None = None,
+        settings: dict[str, Any] | None = None,
+        vocab_size: int | None = None,
+        outputs: int | None = None,
+        context_length: int = 1024,
+        seed: int = 0,
+    ):
+        super().__init__()
+        if not isinstance(config, dict):
+            raise ValueError("config must be the contents of a config.json")
+        given = _settings(config, vocab_size, outputs)
+        on_meta = torch.empty(0).is_meta
+        with torch.device("cpu"), parameters_on_meta():
+            self.net: Any = getattr(transformers, auto_class).from_config(given, dtype=torch.float32)
+        self.context_length, self.vocab_size = context_length, given.get_text_config().vocab_size
+        text = given.get_text_config()
+        self.n_heads = getattr(text, "num_attention_heads", 1)
+        self.n_kv_heads = getattr(text, "num_key_value_heads", None) or self.n_heads
+        self.d_model = getattr(text, "hidden_size", 0)
+        parameters = inspect.signature(self.net.forward).parameters
+        self._takes, self._cache = set(parameters), "cache" if "cache" in parameters else "past_key_values"
+        prefix = self.net.base_model_prefix
+        self._base = prefix if hasattr(self.net, prefix) else ""
+        self._pools = auto_class == "AutoModelForSequenceClassification" and isinstance(getattr(self.net, "score", None), nn.Linear)
+        heads = [name for name, _ in self.net.named_children() if self._base and name != self._base]
+        self.head_parameters = (*(f"{NET}{name}.*" for name in heads), f"{NET}{self._base}.pooler.*")
+        self.plan = plan_for(self.net)
+        self._draw = OwnRule(auto_class, given)
+        if not on_meta:
+            tied = ties(self)
+            allocate(self, torch.device("cpu"))
+            retie(self, tied)
+            self.initialise(seed)
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        *,
+        positions_BT: Tensor | None = None,
+        documents_BT: Tensor | None = None,
+        cache: Any = None,
+    ) -> Tensor:
+        """Logits (B, T, V) or (B, T, K); (B, K) of a model for sequence classification, (B, T, C) of one without a head.
+
+        `documents_BT`: negative for padding. With `positions_BT`, the texts of a packed sample are kept apart by positions that start at 0 again.
+        `cache`: see `make_cache`.
+        """
+        given: dict[str, Any] = {"input_ids": tokens_BT, "use_cache": cache is not None}
+        if cache is not None:
+            given[self._cache] = cache
+        if positions_BT is not None:
+            given["position_ids"] = positions_BT
+        elif documents_BT is not None:
+            given["attention_mask"] = (documents_BT >= 0).long()
+        given = {name: x for name, x in given.items() if name in self._takes or name != "use_cache"}
+        if not self._pools:
+            output = self.net(**given)
+            return output.logits if "logits" in output else output.last_hidden_state
+        logits_BTK = self.net.score(getattr(self.net, self._base)(**given).last_hidden_state)
+        if documents_BT is None:
+            return logits_BTK[:, -1]
+        places_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
+        last_B = ((documents_BT >= 0) * places_T).argmax(-1)
+        return logits_BTK[torch.arange(len(last_B), device=last_B.device), last_B]
+
+    def make_cache(self) -> Any:
+        """An empty cache of keys and values, as transformers keeps it, for `generate`."""
+        return transformers.DynamicCache(config=self.net.config)
+
+    def tie_weights(self) -> None:
+        self.net.tie_weights()
+
+    # --- initial weights
+
+    @torch.no_grad()
+    def initialise(self, seed: int) -> None:
+        """Draws every parameter in place."""
+        for name, parameter in self.named_parameters():
+            parameter.copy_(self.initial_value(name, parameter.shape, seed))
+
+    def initial_value(self, name: str, shape: torch.Size, seed: int) -> Tensor:
+        """The initial value of the parameter `name`, by the model's own rule in transformers. It depends on (seed, name) only, so every layout starts
+        from the same weights. Block by block, each process draws all of a block and keeps its share."""
+        if name.endswith("lora_A"):
+            return normal(shape, 1 / math.sqrt(shape[1]), f"{seed}/{name}")
+        if name.endswith("lora_B"):
+            return torch.zeros(shape)
+        return self._draw.value(name.removeprefix(NET), seed)
+
+    # --- weights of a folder
+
+    def foreign_tensors(self, folder: Path) -> Mapping[str, Tensor]:
+        """The tensors of a Hugging Face folder under the names of this model, as memory-mapped views.
+
+        Heads of other tasks, poolers and stored buffers are left out. Other tensors that the model lacks are included under their own names, so
+        that the caller refuses them.
+        """
+        own, found, extra = set(self.net.state_dict()), {}, {}
+        for file in model_files(folder):
+            opened = safe_open(file, framework="pt")
+            for stored in header(file)[0]:
+                name = next((name for name in self._candidates(stored) if name in own), None)
+                if name is not None:
+                    found[name] = opened.get_tensor(stored)
+                elif not self._may_drop(stored):
+                    extra[stored] = opened.get_tensor(stored)
+        missing = [name for name, _ in self.net.named_parameters() if name not in found and not self._of_head(name)]
+        if extra or missing:
+            found, extra = self._converted(folder) or (found, extra)
+        return {f"{NET}{name}": x for name, x in {**found, **extra}.items()}
+
+    def _candidates(self, stored: str) -> tuple[str, ...]:
+        """The names that a stored tensor may have in this model: folders of a model without a head lack the prefix, and the other way round."""
+        for old, new in LEGACY.items():
+            stored = stored.replace(old, new)
+        return stored, f"{self._base}.{stored}", stored.removeprefix(f"{self._base}.")
+
+    def _may_drop(self, stored: str) -> bool:
+        """Whether a tensor that this model lacks is a buffer, a pooler or the head of another task."""
+        buffers = {name for name, _ in self.net.named_buffers()}
+        if "pooler" in stored.split(".") or buffers & set(self._candidates(stored)) or stored.endswith(BUFFERS):
+            return True
+        body = getattr(self.net, self._base) if self._base else self.net
+        return stored.partition(".")[0] not in {self._base, *(name for name, _ in body.named_children())}
+
+    def _of_head(self, name: str) -> bool:
+        return any(fnmatchcase(f"{NET}{name}", pattern) for pattern in self.head_parameters)
+
+    def _converted(self, folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
+        """The weights as transformers converts them while loading, for folders that store them in another form (experts one by one, say). Each
+        process then reads the whole model. None if that does not fill the model either."""
+        net, report = type(self.net).from_pretrained(
+            folder, config=self.net.config, dtype="auto", use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
+        if report["unexpected_keys"] or any(not self._of_head(name) for name in report["missing_keys"]):
+            return None
+        return {name: x for name, x in net.state_dict().items() if name not in report["missing_keys"]}, {}
+
+
+class OwnRule:
+    """The initial values of a transformers model, by its own rule, one block or other module at a time."""
+
+    def __init__(self, auto_class: str, settings: Any):
+        with torch.device("cpu"), parameters_on_meta():
+            self.net: Any = getattr(transformers, auto_class).from_config(settings, dtype=torch.float32)
+        self.blocks = blocks_name(self.net)
+        self.held: tuple[Any, dict[str, Tensor]] = (None, {})  # ((module, seed), its drawn parameters by name)
+
+    def value(self, name: str, seed: int) -> Tensor:
+        key = (self._unit(name), seed)
+        if self.held[0] != key:
+            self.held = (key, self._drawn(*key))
+        return self.held[1][name]
+
+    def _unit(self, name: str) -> str:
+        inside = f"{self.blocks}."
+        if self.blocks and name.startswith(inside):
+            return inside + name.removeprefix(inside).partition(".")[0]
+        return name.rpartition(".")[0]
+
+    def _drawn(self, unit: str, seed: int) -> dict[str, Tensor]:
+        part = copy.deepcopy(self.net.get_submodule(unit))
+        part.to_empty(device="cpu")
+        digest = hashlib.sha256(f"{seed}/{unit}".encode()).digest()
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+            draw_parameters(self.net, part)
+        return {f"{unit}.{name}": parameter.detach() for name, parameter in part.named_parameters()}
+
+
+def plan_for(net: Any) -> Plan:
+    """The Plan of a transformers model, from what transformers declares: without `tensor`, or `embed` and `head`, where it declares nothing.
+
+    Parameters that its tensor plan does not mention are replicated, as they are in transformers. The embedding and linear heads are sharded along
+    the vocabulary. Names begin with `net.`.
+    """
+    blocks, base = blocks_name(net), net.base_model_prefix
+    styles = {name: SYNONYMS.get(style, style) for name, style in net.tp_plan.items()}
+    inner = [name for name in net.pp_plan if name.startswith(f"{base}.")]
+    outer = [name for name, child in net.named_children() if name != base and next(child.parameters(), None) is not None]
+    known = all(style in STYLES for style in styles.values())
+    gather, sequence = _sequence_parallel(net, blocks, styles, inner) if blocks else ((), ())
+    styles |= {name: "vocabulary" for name in outer if name not in styles and isinstance(net.get_submodule(name), nn.Linear)}
+    tensor = {**styles, **dict.fromkeys(sequence, "sequence"), "*": "replicated"} if known and net.tp_plan else {}
+    cut = inner.index(blocks) if blocks in inner else None
+    return Plan(
+        blocks=blocks and NET + blocks,
+        tensor={NET + name: style for name, style in tensor.items()},
+        gather=[NET + name for name in gather] if tensor else (),
+        embed=[NET + name for name in inner[:cut]] if cut else (),
+        head=[NET + name for name in (*inner[cut + 1 :], *outer)] if cut else (),
+        divides=("n_heads", "n_kv_heads"),
+        whole_sequences=True,
+    )
+
+
+def _sequence_parallel(net: Any, blocks: str, styles: Mapping[str, str], stages: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(modules that gather their input, modules that act on each token separately) for sequence parallelism, as patterns of names.
+
+    Without the latter the model cannot use it: a block then has parameters outside of the sharded layers and of norms directly inside it.
+    """
+    gather, norms = [], []
+    for name, child in net.get_submodule(blocks)[0].named_children():
+        pattern, place = f"{blocks}.*.{name}", f"{blocks}.0.{name}"
+        covered = [_styled(f"{place}.{inside}".rstrip("."), styles) for inside, module in child.named_modules() if _has_own(module)]
+        if covered and all(covered):
+            gather.append(pattern)
+        elif covered and _is_norm(child):
+            norms.append(pattern)
+        elif covered:
+            return gather, []
+    after = stages[stages.index(blocks) + 1 :] if blocks in stages else []
+    last = [name for name in after if _has_own(net.get_submodule(name))]
+    return (gather, [*norms, *last]) if all(_is_norm(net.get_submodule(name)) for name in last) else (gather, [])
+
+
+def _styled(name: str, styles: Mapping[str, str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in styles)
+
+
+def _has_own(module: nn.Module) -> bool:
+    return next(module.parameters(recurse=False), None) is not None
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return not list(module.children()) and all(parameter.ndim == 1 for parameter in module.parameters())
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Registers every parameter on the meta device, without memory, while buffers, which constructors compute, keep their values."""
+
+    def hook(module: nn.Module, name: str, parameter: Any) -> Any:
+        if parameter is None or parameter.is_meta:
+            return parameter
+        return nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+
+    handle = register_module_parameter_registration_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _settings(config: Mapping[str, Any], vocab_size: int | None, outputs: int | None) -> Any:
+    """transformers' configuration object. Token ids of a larger vocabulary (the end of a text, say) are dropped."""
+    given = dict(config)
+    if vocab_size is not None:
+        given["vocab_size"] = vocab_size
+        for key, value in config.items():
+            if key.endswith("_token_id") and isinstance(value, int) and value >= vocab_size:
+                given[key] = None
+    kind = given.pop("model_type")
+    made = transformers.AutoConfig.for_model(kind, **given)
+    if outputs is not None:
+        made.num_labels = outputs
+    made.use_cache = False
+    return made

@@ -1,0 +1,92 @@
+"""Models of the transformers library train to the loss of one process in every layout that transformers declares a plan for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import jobs
+from harness import run_ranks
+from jobs import run_tiny, text_file
+
+SMALL = {
+    "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64, "max_position_embeddings": 64,
+    "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+}  # fmt: skip
+GPT2 = {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama", **SMALL, "num_key_value_heads": 2},
+    "llama_tied": {"model_type": "llama", **SMALL, "tie_word_embeddings": True},
+    "qwen3": {"model_type": "qwen3", **SMALL, "num_key_value_heads": 2, "head_dim": 8},
+    "mistral": {"model_type": "mistral", **SMALL, "num_key_value_heads": 2, "sliding_window": 4},
+    "gpt2": {"model_type": "gpt2", **GPT2},
+    "gpt_neox": {"model_type": "gpt_neox", **SMALL, "hidden_dropout": 0.0, "attention_dropout": 0.0},
+    "bert": {"model_type": "bert", **SMALL},
+}
+LM = [
+    "model=transformers", "optimizer=sgd", "optimizer.lr=0.3", "schedule=constant", "trainer.max_steps=6", "trainer.gradient_clip_val=0.5",
+    "data.batch_size=16", "~callbacks.checkpoint",
+]  # fmt: skip
+DATA_PARALLEL = {
+    "ddp": (2, ["strategy=ddp"]),
+    "fsdp": (2, ["strategy=fsdp"]),
+    "hsdp": (4, ["strategy=hsdp"]),
+}
+LAYOUTS = {
+    **DATA_PARALLEL,
+    "tensor": (2, ["strategy=tensor"]),
+    "tensor, whole sequences": (2, ["strategy=tensor", "strategy.sequence_parallel=false"]),
+    "pipeline": (2, ["strategy=pipeline"]),
+    "interleaved": (2, ["strategy=pipeline", "strategy.schedule=interleaved_1f1b"]),
+    "fsdp_tensor": (4, ["strategy=fsdp_tensor"]),
+    "tensor_pipeline": (4, ["strategy=tensor_pipeline"]),
+    "checkpointed": (2, ["strategy=fsdp", "strategy.activation_checkpointing=full"]),
+    "one process, checkpointed": (1, ["strategy.activation_checkpointing=selective"]),
+    "one process, accumulated": (1, ["trainer.accumulate_grad_batches=2"]),
+}
+CASES = [
+    *(("llama", layout) for layout in LAYOUTS),
+    *(("qwen3", layout) for layout in ("fsdp", "tensor", "tensor, whole sequences", "pipeline")),
+    *(("mistral", layout) for layout in ("tensor", "pipeline")),
+    *(("llama_tied", layout) for layout in ("fsdp", "tensor", "pipeline")),
+    *(("gpt_neox", layout) for layout in ("tensor", "pipeline")),
+    *((name, layout) for name in ("gpt2", "bert") for layout in DATA_PARALLEL),
+]
+TOLERANCE = 5e-6
+
+
+def rows_of(folder: Path, model: str, name: str, overrides: list[str]) -> list[dict[str, Any]]:
+    jobs.TINY[:] = [setting for setting in jobs.TINY if not setting.startswith("model")]
+    task = ["task=masked_language_modelling"] if model == "bert" else []
+    return run_tiny(folder, name, *LM, *task, f"model.config={folder}/{model}.json", *overrides)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("transformers")
+    text_file(made)
+    for name, config in CONFIGS.items():
+        (made / f"{name}.json").write_text(json.dumps(config), encoding="utf-8")
+    return made
+
+
+@pytest.fixture(scope="module")
+def references(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    return {}
+
+
+@pytest.mark.parametrize(("model", "layout"), CASES)
+def test_every_layout_trains_it_to_the_loss_of_one_process(folder: Path, references: dict[str, Any], model: str, layout: str) -> None:
+    if model not in references:
+        (references[model],) = run_ranks(1, rows_of, folder, model, f"{model}_one", [])
+    rows, (processes, overrides) = references[model], LAYOUTS[layout]
+    assert rows[-1]["train/loss"] < rows[0]["train/loss"] - 0.05
+    name = f"{model}_{layout.replace(' ', '_')}"
+    ours = run_ranks(processes, rows_of, folder, model, name, [*overrides, f"trainer.devices={processes}"], timeout=240)[0]
+    assert [row["step"] for row in ours] == [row["step"] for row in rows]
+    for a, b in zip(ours, rows, strict=True):
+        assert abs(a["train/loss"] - b["train/loss"]) < TOLERANCE
+        assert abs(a["train/grad_norm"] / b["train/grad_norm"] - 1) < TOLERANCE
