@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import safetensors
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -19,8 +21,8 @@ from meshformer.config.paths import run_of
 from meshformer.model.lora import ADAPTERS, add_adapters, merged
 
 from .read import SHOWN, Foreign, misfits, read_into, read_tensors, refuse_misfits, tensor_sizes
-from .single_file import write_weights
 
+ADAPTER_CONFIG, ADAPTER_WEIGHTS, OF_PEFT = "adapter_config.json", "adapter_model.safetensors", "base_model.model."  # of peft's folders
 PREFIX, AVERAGE = "model.", "average."  # of the names of weights, and of their averages over the training steps (callbacks.EMA)
 Shapes = Mapping[str, torch.Size]
 NameMap = dict[str, str | None]  # {name in the model: name in the checkpoint, or None where the model's own value is kept}
@@ -208,29 +210,87 @@ def merge_adapters(source: Path) -> dict[str, Tensor]:
     return merged(weights, stage["lora"]["alpha"])
 
 
-def write_adapters(source: Path, target: Path, trained: tuple[str, ...] = ()) -> None:
-    """Writes a checkpoint's adapters alone as safetensors, and the parameters that match a pattern of `trained` (a new head). The file's metadata
-    name the settings of the adapters and the weights they belong to. ConfigError where the run trained no adapters."""
+def write_adapters(source: Path, folder: Path, trained: tuple[str, ...] = ()) -> None:
+    """Writes the adapters of a checkpoint into a new `folder` in the format of peft, with the parameters that match a pattern of `trained` (a new
+    head) as its `modules_to_save`. ConfigError where the run trained no adapters."""
     stage = settings_of(source)
     if stage is None:
         raise ConfigError("the run trained no adapters (stage.lora.rank)", "run", str(source), fix="Use format=safetensors.")
-    tensors = {f"model.{name}": x for name, x in read_weights(source).items() if is_adapter(name) or any(fnmatchcase(name, one) for one in trained)}
-    write_weights(target, tensors, {}, {"lora": stage["lora"], "init_from": stage["init_from"]})
+    weights, lora = read_weights(source), stage["lora"]
+    saved = {name: x for name, x in weights.items() if is_adapter(name) or any(fnmatchcase(name, one) for one in trained)}
+    heads = sorted({peft_name(name).rpartition(".")[0] for name in saved if not is_adapter(name)})
+    about = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": str(stage["init_from"]),
+        "r": lora["rank"],
+        "lora_alpha": lora["alpha"],
+        "lora_dropout": 0.0,
+        "target_modules": list(lora["targets"]),
+        "modules_to_save": heads or None,
+        "bias": "none",
+        "task_type": None,
+        "inference_mode": True,
+    }
+    aside = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        (aside / ADAPTER_CONFIG).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        tensors = {OF_PEFT + peft_name(name): x.contiguous() for name, x in saved.items()}
+        safetensors.torch.save_file(tensors, aside / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        aside.rename(folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def peft_name(name: str) -> str:
+    """A parameter's name in peft: of the model itself, without the prefix `net.` of huggingface/transformers_model.py."""
+    name = name.removeprefix("net.")
+    return f"{name}.weight" if is_adapter(name) else name
 
 
 def load_adapters(model: nn.Module, path: Path) -> None:
-    """Adds the adapters that `write_adapters` wrote to `model`, which has none yet, and loads the other parameters of the file. In place.
+    """Adds the adapters in `path` to `model`, which has none yet, and loads the other parameters stored there. In place.
 
+    `path`: a folder as `write_adapters` and peft write it, or a file that `meshformer export format=adapter` wrote before it wrote folders.
     ConfigError where they do not fit.
     """
-    with safetensors.safe_open(path, "pt") as file:
-        lora = json.loads((file.metadata() or {}).get("lora", "null"))
-        if lora is None:
-            raise ConfigError(f"{path} is no file of adapters", fix="Write one with meshformer export format=adapter.")
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
-    add_adapters(model, lora["rank"], lora["alpha"], lora["targets"], seed=0)
+    lora, tensors = _adapter_folder(path, model) if path.is_dir() else _adapter_file(path)
+    try:
+        add_adapters(model, lora["rank"], lora["alpha"], lora["targets"], seed=0)
+    except ValueError as error:
+        raise ConfigError(f"the adapters in {path} do not fit this model: {error}") from None
     shapes = {name: p.shape for name, p in model.named_parameters()}
     wanted = {name: shape for name, shape in shapes.items() if is_adapter(name) or name in tensors}
     problems = misfits({name: x.shape for name, x in tensors.items()}, wanted, tensors.keys() - wanted.keys())
     refuse_misfits(problems, f"the adapters in {path} do not fit this model")
     model.load_state_dict(tensors, strict=False)
+
+
+def _adapter_folder(folder: Path, model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(settings as in stage.lora, tensors by our names) of a folder in peft's format."""
+    try:
+        about = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        stored = safetensors.torch.load_file(folder / ADAPTER_WEIGHTS)
+        lora = {"rank": about["r"], "alpha": about["lora_alpha"], "targets": about["target_modules"]}
+    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+        raise ConfigError(f"{folder} holds no adapters that can be read ({error})", fix="Name a folder that peft wrote.") from None
+    other = {"use_rslora": False, "use_dora": False, "rank_pattern": {}, "alpha_pattern": {}, "bias": "none"}
+    usual = all(about.get(key, value) == value for key, value in other.items())
+    if about.get("peft_type") != "LORA" or not isinstance(lora["targets"], list) or not usual:
+        raise ConfigError(f"{folder} holds adapters of another kind than stage.lora", fix="Load them with peft.")
+    prefix = "net." if any(name.startswith("net.") for name, _ in model.named_parameters()) else ""
+
+    def ours(name: str) -> str:
+        name = prefix + name.removeprefix(OF_PEFT)
+        return name.removesuffix(".weight") if is_adapter(name.removesuffix(".weight")) else name
+
+    return lora, {ours(name): x for name, x in stored.items()}
+
+
+def _adapter_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    with safetensors.safe_open(path, "pt") as file:
+        lora = json.loads((file.metadata() or {}).get("lora", "null"))
+        if lora is None:
+            raise ConfigError(f"{path} is no file of adapters", fix="Write a folder with meshformer export format=adapter.")
+        return lora, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict

@@ -35,10 +35,10 @@ from meshformer.compat.hydra import Hydra, create_config_search_path
 from meshformer.config import ConfigError, did_you_mean, validate
 from meshformer.config.foreign import confine, read_config, refuse_links
 from meshformer.config.paths import conf_dir, run_of
-from meshformer.config.signature import attribute, signature
+from meshformer.config.signature import TargetNotFound, attribute, signature
 from meshformer.huggingface import pinned
 from meshformer.huggingface.source import derive, tokenizer_of
-from meshformer.huggingface.transformers_config import inline, is_transformers
+from meshformer.huggingface.transformers_config import from_the_folder, inline, is_transformers
 from meshformer.model.settings import FREE, HEAD, SHAPES
 from meshformer.record import RunNotFound, find_run
 from meshformer.tasks.check import has_own_head
@@ -175,7 +175,7 @@ def settle(config: Config, overrides: Sequence[str] = ()) -> Config:
     if config.get("allow") and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # the user's own modules lie in the current folder; appended last so that they shadow nothing
     _refuse_groups_as_values(config)
-    config = validate(_without_task_settings(config, overrides))
+    config = validate(from_the_folder(_without_task_settings(config, overrides)))
     if is_transformers(config["model"]):
         config = inline(config, attribute(config["task"]["_target_"], "objective", "next"))
     if config["stage"]["name"] == "finetune" and config["resume"] is None:
@@ -201,8 +201,14 @@ def settle(config: Config, overrides: Sequence[str] = ()) -> Config:
 
 def _without_task_settings(config: Config, overrides: Sequence[str]) -> Config:
     """Drop the settings that a file of conf/task/ gives to every model (`causal`, say) where the model's class has none of that name."""
-    accepted, model = signature(config["model"].get("_target_", "")) if isinstance(config.get("model"), dict) else None, config.get("model")
-    if accepted is None or accepted.open_ended:
+    model = config.get("model")
+    if not isinstance(model, dict) or not isinstance(model.get("_target_"), str):
+        return config
+    try:
+        accepted = signature(model["_target_"])
+    except TargetNotFound:  # validate() says so
+        return config
+    if accepted.open_ended:
         return config
     typed = {override.lstrip("+~").partition("=")[0] for override in overrides}
     dropped = {key for key in OF_TASKS if key not in accepted.parameters and f"model.{key}" not in typed}
@@ -219,8 +225,9 @@ def adopt(config: Config, source: Config, overrides: Sequence[str]) -> Config:
     named = {name.replace("/", ".").split(".")[1] for name in typed if name.replace("/", ".").startswith("model.")}
     config = {**config, "model": dict(config["model"]), "data": dict(config["data"])}
     if is_transformers(source["model"]):
-        mine = config["model"] if is_transformers(config["model"]) else {"auto_class": "auto", "context_length": config["model"].get("context_length")}
-        config["model"] = {**source["model"], **{key: mine[key] for key in ("auto_class", "context_length") if mine.get(key)}, "outputs": None}
+        mine = config["model"] if is_transformers(config["model"]) else {"context_length": config["model"].get("context_length")}
+        config["model"] = {**source["model"], **{key: mine[key] for key in ("context_length",) if mine.get(key)}}
+        config["model"] |= {"auto_class": mine.get("auto_class", "auto"), "outputs": None}
         config = inline(config, attribute(config["task"]["_target_"], "objective", "next"))
     elif "model" not in typed:
         theirs, own_head = source["model"], HEAD if has_own_head(config) else ()

@@ -12,9 +12,10 @@ from meshformer.config import ConfigError, did_you_mean
 from meshformer.config.paths import run_of
 from meshformer.huggingface.check import layout_for
 from meshformer.huggingface.source import derive
+from meshformer.huggingface.transformers_config import is_transformers
 
 SUFFIX = {"sharded": "", "single": SINGLE, "safetensors": WEIGHTS}
-EXPORTED = {"huggingface": "", "safetensors": WEIGHTS, "adapter": f"-adapter{WEIGHTS}", "onnx": ".onnx", "torch_export": ".pt2"}
+EXPORTED = {"huggingface": "", "safetensors": WEIGHTS, "adapter": "", "onnx": ".onnx", "torch_export": ".pt2"}
 
 
 def source_and_target(options: dict[str, Any]) -> tuple[Path, Path]:
@@ -43,7 +44,7 @@ def export_source_and_target(options: dict[str, Any]) -> tuple[Path, Path]:
         raise ConfigError("run= names weights that have no steps", "checkpoint", options["checkpoint"], fix="Leave it out.")
     try:
         model = derive(source)
-        if form == "huggingface":
+        if form == "huggingface" and not is_transformers(model):
             layout_for(model, lambda: _weight_names(source))
     except ConfigError as error:
         raise ConfigError(error.message, error.key or "run", error.value, error.fix) from None
@@ -52,7 +53,7 @@ def export_source_and_target(options: dict[str, Any]) -> tuple[Path, Path]:
     for package in ("onnx", "onnxscript") if form == "onnx" else ():
         if importlib.util.find_spec(package) is None:
             raise ConfigError(f"it takes the package {package}", "format", form, fix="Run `pip install 'meshformer[export]'`.")
-    output = options["output"] or (run_of(source) / "exports" / f"{source.name.removesuffix(SINGLE)}{EXPORTED[form] or '-huggingface'}")
+    output = options["output"] or (run_of(source) / "exports" / f"{source.name.removesuffix(SINGLE)}{EXPORTED[form] or f'-{form}'}")
     return source, _target(source, EXPORTED[form], f"format={form}", str(output))
 
 
@@ -104,7 +105,6 @@ def _target(source: Path, suffix: str, what: str, output: str | None) -> Path:
         target = folder / (source.name.removesuffix(SINGLE) + suffix)
     else:
         target = Path(output).expanduser().absolute()
-        suffix = Path(f"x{suffix}").suffix  # -adapter.safetensors -> .safetensors
         if (target.suffix if target.suffix in {*SUFFIX.values(), *EXPORTED.values()} else "") != suffix:
             named = f"ends in {suffix}" if suffix else "is a folder, so it has no such ending"
             raise ConfigError(f"what {what} writes {named}", "output", output, fix=f"Use output={target.with_suffix(suffix)}.")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from meshformer.config.errors import ConfigError
+from meshformer.config.schema import MISSING
 from meshformer.config.signature import attribute
 from meshformer.config.suggest import did_you_mean
 from meshformer.model.settings import STYLES, SYNONYMS
@@ -37,6 +38,14 @@ def is_transformers(model: Config) -> bool:
     return model.get("_target_") == TARGET
 
 
+def from_the_folder(config: Config) -> Config:
+    """With `model.path`, stage=finetune starts from the weights of that folder unless `stage.init_from` names others."""
+    model, stage = config.get("model"), config.get("stage")
+    if isinstance(model, dict) and isinstance(stage, dict) and is_transformers(model) and model.get("path") and stage.get("init_from") == MISSING:
+        return {**config, "stage": {**stage, "init_from": model["path"]}}
+    return config
+
+
 def inline(config: Config, objective: str) -> Config:
     """Reads the config.json that `model.path` or `model.config` names into the setting `model.config`, and chooses the Auto class by the task.
 
@@ -54,7 +63,7 @@ def inline(config: Config, objective: str) -> Config:
     if (path is None) == (file is None):
         raise ConfigError("needs one of path and config", "model", "transformers", fix=f"Add {EXAMPLE}.")
     key = "model.path" if path is not None else "model.config"
-    place = Path(path if path is not None else file).expanduser().absolute()
+    place = Path(str(path if path is not None else file)).expanduser().absolute()
     found = read(place / CONFIG if path is not None or place.is_dir() else place, key, path if path is not None else file)
     found |= model.get("settings") or {}
     if path is not None:
@@ -100,10 +109,15 @@ def check(config: Config) -> None:
     auto = model["auto_class"]
     table = next((table for name, table in AUTO.values() if name == auto), None)
     if table is None:
-        raise ConfigError("is none of the classes that a task here can train", "model.auto_class", auto, fix=did_you_mean(auto, [n for n, _ in AUTO.values()]))
+        fix = did_you_mean(auto, [name for name, _ in AUTO.values()])
+        raise ConfigError("is none of the classes that a task here can train", "model.auto_class", auto, fix=fix)
+    if auto == AUTO["next"][0] and _is_encoder(kind) and settings.get("is_decoder") is not True:
+        message = f"{kind} sees the next token, so predicting it is trivial"
+        fix = "Use task=masked_language_modelling, or 'model.settings={is_decoder: true}'."
+        raise ConfigError(message, "task", _task(config), fix=fix)
     if kind not in auto_types(table):
         message = f"transformers has no {auto} for {kind}, which the task needs"
-        raise ConfigError(message, "task", str(config["task"]["_target_"]).rpartition(".")[2], fix="Use another task or model.")
+        raise ConfigError(message, "task", _task(config), fix="Use another task or model.")
     length = settings.get("max_position_embeddings") or settings.get("n_positions")
     if isinstance(length, int) and config["data"]["context_length"] > length:
         message = f"the model has positions for {length} tokens (max_position_embeddings in its config.json)"
@@ -113,6 +127,15 @@ def check(config: Config) -> None:
         raise ConfigError(message, "strategy.context", strategy["context"], fix="Use strategy=fsdp or tensor, or a model of ours (stage.init_from).")
     if model.get("plan") is None:
         _check_axes(kind, settings, strategy)
+
+
+def _is_encoder(kind: str) -> bool:
+    """Whether a model that can be asked for next tokens sees both sides unless `is_decoder` is set, as BERT does."""
+    return kind in auto_types(AUTO["mask"][1]) and declared(kind, "is_decoder") is False
+
+
+def _task(config: Config) -> str:
+    return str(config["task"]["_target_"]).rpartition(".")[2]
 
 
 def _check_axes(kind: str, settings: Config, strategy: Config) -> None:
@@ -172,5 +195,6 @@ def _tables(module: str) -> dict[str, dict[str, str]]:
         value = getattr(statement, "value", None)
         if isinstance(target, ast.Name) and isinstance(value, ast.Call) and value.args and isinstance(value.args[0], ast.List):
             pairs = [item for item in value.args[0].elts if isinstance(item, ast.Tuple) and len(item.elts) == 2]
-            tables[target.id] = {key.value: item.value for key, item in (p.elts for p in pairs) if isinstance(key, ast.Constant) and isinstance(item, ast.Constant)}
+            plain = [pair.elts for pair in pairs if all(isinstance(element, ast.Constant) for element in pair.elts)]
+            tables[target.id] = {ast.literal_eval(key): ast.literal_eval(item) for key, item in plain}
     return tables

@@ -23,11 +23,13 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from meshformer.compat.transformers import draw_parameters
+from meshformer.config.errors import ConfigError
 from meshformer.model.draw import normal
 from meshformer.model.layout import Plan, allocate, blocks_name, retie, ties
 from meshformer.model.settings import STYLES, SYNONYMS
 
-from .source import header, model_files
+from .check import KEEPS_ALL
+from .source import header, listed, model_files
 
 transformers.logging.set_verbosity_error()
 NET = "net."  # prefix of the parameter names: the transformers model is the submodule `net`
@@ -77,6 +79,7 @@ class TransformersModel(nn.Module):
         self.d_model = getattr(text, "hidden_size", 0)
         parameters = inspect.signature(self.net.forward).parameters
         self._takes, self._cache = set(parameters), "cache" if "cache" in parameters else "past_key_values"
+        self._classifies = auto_class.endswith("Classification")
         prefix = self.net.base_model_prefix
         self._base = prefix if hasattr(self.net, prefix) else ""
         self._pools = auto_class == "AutoModelForSequenceClassification" and isinstance(getattr(self.net, "score", None), nn.Linear)
@@ -182,7 +185,8 @@ class TransformersModel(nn.Module):
         return stored.partition(".")[0] not in {self._base, *(name for name, _ in body.named_children())}
 
     def _of_head(self, name: str) -> bool:
-        return any(fnmatchcase(f"{NET}{name}", pattern) for pattern in self.head_parameters)
+        """Whether a parameter belongs to a new head, which no folder needs to hold."""
+        return self._classifies and any(fnmatchcase(f"{NET}{name}", pattern) for pattern in self.head_parameters)
 
     def _converted(self, folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
         """The weights as transformers converts them while loading, for folders that store them in another form (experts one by one, say). Each
@@ -193,6 +197,21 @@ class TransformersModel(nn.Module):
         if report["unexpected_keys"] or any(not self._of_head(name) for name in report["missing_keys"]):
             return None
         return {name: x for name, x in net.state_dict().items() if name not in report["missing_keys"]}, {}
+
+
+def stored_form(model: Mapping[str, Any], weights: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(contents of config.json, tensors to store) of the model node `model` of this class, as `from_pretrained` reads them. ConfigError names each
+    weight that the class lacks, and each one that is missing."""
+    with torch.device("meta"):
+        built = TransformersModel(**{name: value for name, value in model.items() if not name.startswith("_") and name != "plan"})
+    own, tied = dict(built.net.named_parameters(remove_duplicate=False)), ties(built.net)
+    stored = {name.removeprefix(NET): x for name, x in weights.items()}
+    if wrong := sorted((stored.keys() ^ own.keys()) - tied.keys()):
+        raise ConfigError(f"the weights and {type(built.net).__name__} do not both have {listed(wrong)}", "format", "huggingface", fix=KEEPS_ALL)
+    tensors = {name: x.contiguous() for name, x in stored.items() if name not in tied}
+    config = {**built.net.config.to_dict(), "architectures": [type(built.net).__name__]}
+    types = {str(x.dtype).removeprefix("torch.") for x in tensors.values()}
+    return config | ({"dtype": types.pop()} if len(types) == 1 else {}), tensors
 
 
 class OwnRule:
@@ -233,7 +252,7 @@ def plan_for(net: Any) -> Plan:
     the vocabulary. Names begin with `net.`.
     """
     blocks, base = blocks_name(net), net.base_model_prefix
-    styles = {name: SYNONYMS.get(style, style) for name, style in net.tp_plan.items()}
+    styles: dict[str, Any] = {name: SYNONYMS.get(style, style) for name, style in net.tp_plan.items()}
     inner = [name for name in net.pp_plan if name.startswith(f"{base}.")]
     outer = [name for name, child in net.named_children() if name != base and next(child.parameters(), None) is not None]
     known = all(style in STYLES for style in styles.values())

@@ -22,7 +22,9 @@ from meshformer.data import load_tokenizer
 from meshformer.huggingface import derive, load_pretrained
 from meshformer.huggingface.source import TOKENIZER, tokenizer_of
 from meshformer.huggingface.tensors import laid_out, save
+from meshformer.huggingface.transformers_config import is_transformers
 from meshformer.job.convert import convert
+from meshformer.job.model_card import model_card
 from meshformer.model import Attention, Transformer, VisionTransformer, attend_reference
 from meshformer.model.settings import HEAD_PARAMETERS, SECOND_NAME
 from meshformer.printing import say
@@ -66,16 +68,37 @@ def _adapter(source: Path) -> Write:
 
 def _huggingface(source: Path) -> Write:
     model = derive(source)
-    config, tensors = laid_out(model, _weights(source))
-    return lambda target: _write_folder(target, config, tensors, tokenizer_of(source), model.get("context_length"))
+    if is_transformers(model):
+        from meshformer.huggingface.transformers_model import stored_form  # imports transformers
+
+        config, tensors = stored_form(model, _weights(source))
+    else:
+        config, tensors = laid_out(model, _weights(source))
+
+    def write(target: Path) -> None:
+        loading = f"import transformers\n\nmodel = transformers.{_auto_class(config)}.from_pretrained({target.name!r})"
+        card = model_card(source, loading)
+        _write_folder(target, config, tensors, tokenizer_of(source), model.get("context_length"), card)
+
+    return write
 
 
-def _write_folder(target: Path, config: dict[str, Any], tensors: dict[str, Tensor], tokenizer: Path | None, length: int | None) -> None:
+def _auto_class(config: dict[str, Any]) -> str:
+    """The Auto class of transformers that builds the class in `architectures`."""
+    architecture = next(iter(config.get("architectures") or ()), "")
+    kinds = ("CausalLM", "MaskedLM", "SequenceClassification", "TokenClassification", "ImageClassification")
+    return next((f"AutoModelFor{kind}" for kind in kinds if architecture.endswith((f"For{kind}", "LMHeadModel"))), "AutoModel")
+
+
+def _write_folder(
+    target: Path, config: dict[str, Any], tensors: dict[str, Tensor], tokenizer: Path | None, length: int | None, card: str
+) -> None:
     aside = target.with_name(target.name + ".tmp")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
     try:
         save(aside, config, tensors)
+        (aside / "README.md").write_text(card, encoding="utf-8")
         if tokenizer is not None:
             (aside / TOKENIZER).write_text(_tokenizer(tokenizer), encoding="utf-8")
             about = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": length}
@@ -148,7 +171,7 @@ def _usage(target: Path, form: str) -> str:
     uses = {
         "huggingface": f"transformers.AutoModel.from_pretrained({str(target)!r}), or here: stage=finetune stage.init_from={target}",
         "safetensors": f"meshformer.huggingface.load_pretrained({str(target)!r})",
-        "adapter": f"meshformer.checkpoint.weights.load_adapters(model, {str(target)!r})",
+        "adapter": f"peft.PeftModel.from_pretrained(model, {str(target)!r}), or meshformer.checkpoint.weights.load_adapters(model, …)",
         "onnx": f"onnxruntime.InferenceSession({str(target)!r})",
         "torch_export": f"torch.export.load({str(target)!r}).module()",
     }

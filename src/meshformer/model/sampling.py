@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from .cache import KeyValueCache
-from .transformer import Transformer
 
 
 def filter_logits(logits_BV: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None) -> Tensor:
@@ -35,7 +34,7 @@ def keeps_what_it_read(model: Any) -> bool:
 
 @torch.no_grad()
 def generate(
-    model: Transformer,
+    model: Any,
     prompt_BT: Tensor,
     max_tokens: int,
     *,
@@ -45,7 +44,9 @@ def generate(
     seed: int = 0,
     use_cache: bool = True,
 ) -> Tensor:
-    """The prompt followed by `max_tokens` sampled tokens, (B, T + max_tokens). `temperature=0` is greedy decoding. Dropout is disabled.
+    """Continues text with `model`, a Transformer or another model that `keeps_what_it_read`.
+
+    Returns the prompt followed by `max_tokens` sampled tokens, (B, T + max_tokens). `temperature=0` is greedy decoding. Dropout is disabled.
 
     When the context is full, generation continues from its second half with positions starting at 0 again, so no position exceeds the trained
     range. Raises ValueError for an empty prompt.
