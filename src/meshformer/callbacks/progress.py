@@ -64,9 +64,11 @@ class ProgressBar(Callback):
             self.bar = None
 
     def _numbers(self) -> str:
+        """The last numbers, for example `loss 1.712  val 1.803 (step 400)  tok/s 41,000`. The validation's are named with their step."""
         latest = self.rows.latest
-        shown = [("loss", "train/loss", "{:.3f}"), ("val", "val/loss", "{:.3f}"), ("tok/s", "train/tokens_per_second", "{:,.0f}")]
-        return "  ".join(f"{label} {form.format(latest[key])}" for label, key, form in shown if key in latest)
+        validated = f"val {{:.3f}} (step {self.rows.validated_step})"
+        shown = [("train/loss", "loss {:.3f}"), ("val/loss", validated), ("train/tokens_per_second", "tok/s {:,.0f}")]
+        return "  ".join(form.format(latest[key]) for key, form in shown if key in latest)
 
     def _show(self, trainer: pl.Trainer) -> None:
         step, total = trainer.global_step, trainer.max_steps

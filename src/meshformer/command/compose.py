@@ -68,6 +68,7 @@ def make_hydra(config_dir: str | None = None) -> Hydra:
     """Create a Hydra object that searches the user's own folder first and then conf/."""
     GlobalHydra.instance().clear()
     hydra_version.setbase("1.3")
+    OmegaConf.register_new_resolver("meshformer.run_name", run_name, replace=True)
     OmegaConf.register_new_resolver("meshformer.suffix", lambda: secrets.token_hex(2), use_cache=True, replace=True)
     search_path = create_config_search_path(str(conf_dir()))
     if config_dir is not None:
@@ -76,6 +77,21 @@ def make_hydra(config_dir: str | None = None) -> Hydra:
             raise ConfigError("there is no such folder", "--config-dir", config_dir)
         search_path.prepend("command-line", f"file://{folder}", SearchPathQuery(provider="main", path=None))
     return Hydra.create_main_hydra2("meshformer", search_path)
+
+
+def run_name(*, _root_: DictConfig) -> str | None:
+    """Return the name of the folder of runs: the experiment's, or that of the data where the command chose data and no experiment."""
+    hydra = HydraConfig.get()
+    typed = dict(override.lstrip("+").partition("=")[::2] for override in hydra.overrides.task)
+    choice = hydra.runtime.choices.get("experiment")
+    if "experiment" in typed or "," in (data := typed.get("data", "shakespeare")) or data == "shakespeare":
+        return choice
+    settings: Any = OmegaConf.to_container(_root_["data"], resolve=False)
+    files = settings.get("files") or settings.get("file") or data
+    first = str(files[0] if isinstance(files, list) else files)
+    if first == "???" or "$" in first:
+        first = data
+    return re.sub(r"[^\w.-]+", "_", Path(first).stem).strip("_.") or data
 
 
 def compose_config(hydra: Hydra, config_name: str, overrides: Sequence[str], multirun: bool = False) -> DictConfig:
@@ -367,6 +383,8 @@ def recorded(
     old = plain(compose_config(hydra, config_name, before))
     new = plain(compose_config(hydra, config_name, combine(before, overrides)))
     for key in differences(old, new):
+        if key == "experiment":  # a run keeps its folder's name
+            continue
         part = next((part for part in allowed if key == part or key.startswith(f"{part}.")), None)
         if part is None:
             raise refuse(key, _get(config, key))

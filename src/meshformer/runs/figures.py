@@ -32,8 +32,8 @@ STYLE: Any = {
 }  # fmt: skip
 AXIS = {"step": "optimizer step", "tokens": "tokens", "training_s": "training time (s)"}
 NAME = {
-    "val/loss": "validation loss (nats a token)",
-    "train/loss": "training loss (nats a token)",
+    "val/loss": "validation loss (nats)",
+    "train/loss": "training loss (nats)",
     "val/bits_per_byte": "bits a byte (validation)",
     "train/grad_norm": "gradient norm",
     "train/lr": "learning rate",
@@ -80,7 +80,7 @@ def one_run(metrics: pd.DataFrame) -> Figure:
             end = part.iloc[-1]
             place = {"xytext": (-3, 9), "textcoords": "offset points", "ha": "right", "color": colour, "fontsize": 8}
             loss.annotate(f"{end['value']:.3f}", (end["step"], end["value"]), **place)
-    loss.set(xlabel=AXIS["step"], ylabel="loss (nats a token)")
+    loss.set(xlabel=AXIS["step"], ylabel="loss (nats)")
     loss.legend()
     for axes, name in ((rate, "train/lr"), (speed, "train/tokens_per_second")):
         part = metrics[metrics["metric"] == name]

@@ -10,6 +10,7 @@ from torch import Tensor
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
+from meshformer.data.tokenizer import CharTokenizer
 from meshformer.model import Head
 
 from .evaluation import IGNORED, SUMMED_HERE, Evaluated
@@ -64,7 +65,9 @@ class LanguageModelling(Evaluated):
 
     def headline(self, final: dict[str, float]) -> str:
         bits = final.get("val/bits_per_byte")
-        return f"validation loss {final['val/loss']:.4f} nats a token" + (f" ({bits:.3f} bits a byte)" if bits is not None else "")
+        tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
+        unit = "character" if isinstance(tokenizer, CharTokenizer) else "token"
+        return f"validation loss {final['val/loss']:.4f} nats a {unit}" + (f" ({bits:.3f} bits a byte)" if bits is not None else "")
 
 
 class MaskedLanguageModelling(LanguageModelling):
