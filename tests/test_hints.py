@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -67,8 +68,6 @@ def test_the_path_is_printed_where_last_would_mean_another_run(tmp_path: Path, m
 
 
 def test_the_progress_line_says_of_which_step_the_validation_is() -> None:
-    class Rows:
-        latest = {"train/loss": 1.25, "val/loss": 2.5, "train/tokens_per_second": 1234.0}
-        validated_step = 400
-
-    assert ProgressBar(Rows())._numbers() == "loss 1.250  val 2.500 (step 400)  tok/s 1,234"
+    latest = {"train/loss": 1.25, "val/loss": 2.5, "train/tokens_per_second": 1234.0}
+    rows = SimpleNamespace(latest=latest, validated_step=400)
+    assert ProgressBar(rows)._numbers() == "loss 1.250  val 2.500 (step 400)  tok/s 1,234"
