@@ -98,6 +98,7 @@ def workplace(folder: Path) -> None:
     (damaged / "linked" / "samples").symlink_to(folder / "texts")
     assert main(["convert", f"run={run}", "to=single", f"output={folder}/step-00000500.ckpt"]) == 0
     assert main(["export", f"run={run}", "format=huggingface", f"output={folder}/models/gpt2"]) == 0
+    shutil.copytree(folder / "models" / "gpt2", folder / "models" / "llama")
 
 
 def train(folder: Path, run: Path, *overrides: str) -> None:

@@ -340,6 +340,11 @@ def test_what_cannot_be_is_refused_before_anything_starts(folder: Path, tmp_path
     assert "code of its own, which is never run" in refusal(written(model_type="mine", auto_map={"AutoModel": "x.Y"}))
     assert "quantised" in refusal(written(model_type="llama", quantization_config={"quant_method": "gptq"}))
     assert "plan for phi3 needs" in refusal(written(model_type="phi3", num_attention_heads=4), "strategy=tensor")
+    texts = ["data=csv", f"data.file={tmp_path / 'a.csv'}", "data.packing=true"]
+    (tmp_path / "a.csv").write_text("text\na b\nc d\n" * 9)
+    assert "does not keep apart" in refusal(bert, "task=masked_language_modelling", *texts)
+    assert "does not keep apart" in refusal(written(model_type="bloom"), *texts)
+    assert compose(["model=transformers", llama, "data.context_length=16", *texts])["data"]["packing"]
     assert "0 blocks" in refusal(written(model_type="llama", num_hidden_layers=0), "strategy=pipeline")
 
 

@@ -10,13 +10,29 @@ from pathlib import Path
 
 import torch
 
-from meshformer.bench import drawing, gpu, layouts, learning, memory_plan, plan, prepare, profiling, runs, safety, speed, sweeps, transfer
+from meshformer.bench import (
+    drawing,
+    gpu,
+    layouts,
+    learning,
+    memory_plan,
+    models,
+    plan,
+    prepare,
+    profiling,
+    runs,
+    safety,
+    speed,
+    sweeps,
+    transfer,
+)
 
 MEASUREMENTS = {
     "speed": speed.report,
     "gpu": gpu.report_gpu,
     "trainer": speed.report_trainer,
     "memory": speed.report_memory,
+    "models": models.report_models,
     "memory_plan": memory_plan.report_memory_plan,
     "learning": learning.report_learning,
     "speedrun": learning.report_speedrun,

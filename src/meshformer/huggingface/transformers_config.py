@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
+import re
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -122,6 +123,9 @@ def check(config: Config) -> None:
     if isinstance(length, int) and config["data"]["context_length"] > length:
         message = f"the model has positions for {length} tokens (max_position_embeddings in its config.json)"
         raise ConfigError(message, "data.context_length", config["data"]["context_length"], fix=f"Use at most {length}.")
+    if config["data"]["packing"] and (auto != AUTO["next"][0] or not _separates_texts(kind)):
+        message = f"transformers' {kind} does not keep apart the texts that share a sample"
+        raise ConfigError(message, "data.packing", "true", fix="Leave it out, or use a model of ours.")
     if strategy["context"] > 1:
         message = "cuts sequences over processes, and transformers' models attend within one process"
         raise ConfigError(message, "strategy.context", strategy["context"], fix="Use strategy=fsdp or tensor, or a model of ours (stage.init_from).")
@@ -132,6 +136,13 @@ def check(config: Config) -> None:
 def _is_encoder(kind: str) -> bool:
     """Whether a model that can be asked for next tokens sees both sides unless `is_decoder` is set, as BERT does."""
     return kind in auto_types(AUTO["mask"][1]) and declared(kind, "is_decoder") is False
+
+
+def _separates_texts(kind: str) -> bool:
+    """Whether the model's causal mask is made from `position_ids` too, from which transformers finds where a packed text begins."""
+    module = _module(kind)
+    source = _source(f"transformers.models.{module}.modeling_{module}")
+    return source is not None and re.search(r"mask_kwargs = \{[^}]*position_ids|(create_causal_mask|mask_function)\([^)]*position_ids", source) is not None
 
 
 def _task(config: Config) -> str:
@@ -175,22 +186,29 @@ def auto_types(table: str) -> Sequence[str]:
 
 def declared(kind: str, name: str) -> Any:
     """A class attribute of the configuration class of a model_type, such as `base_model_tp_plan`."""
-    special = _tables("transformers.models.auto.auto_mappings").get("SPECIAL_MODEL_TYPE_TO_MODULE_NAME", {})
-    module = special.get(kind, kind.replace("-", "_"))
+    module = _module(kind)
     return attribute(f"transformers.models.{module}.configuration_{module}.{model_types()[kind]}", name)
+
+
+def _module(kind: str) -> str:
+    special = _tables("transformers.models.auto.auto_mappings").get("SPECIAL_MODEL_TYPE_TO_MODULE_NAME", {})
+    return special.get(kind, kind.replace("-", "_"))
+
+
+def _source(module: str) -> str | None:
+    """The source of a module of transformers, without importing it."""
+    package = importlib.util.find_spec("transformers")
+    if package is None or not package.submodule_search_locations:
+        return None
+    file = Path(package.submodule_search_locations[0], *module.split(".")[1:]).with_suffix(".py")
+    return file.read_text(encoding="utf-8") if file.is_file() else None
 
 
 @cache
 def _tables(module: str) -> dict[str, dict[str, str]]:
     """The module-level `NAME = OrderedDict([(key, value), …])` tables of a module, from its source."""
-    package = importlib.util.find_spec("transformers")
-    if package is None or not package.submodule_search_locations:
-        return {}
-    file = Path(package.submodule_search_locations[0], *module.split(".")[1:]).with_suffix(".py")
-    if not file.is_file():
-        return {}
     tables: dict[str, dict[str, str]] = {}
-    for statement in ast.parse(file.read_text(encoding="utf-8")).body:
+    for statement in ast.parse(_source(module) or "").body:
         target = statement.targets[0] if isinstance(statement, ast.Assign) else statement.target if isinstance(statement, ast.AnnAssign) else None
         value = getattr(statement, "value", None)
         if isinstance(target, ast.Name) and isinstance(value, ast.Call) and value.args and isinstance(value.args[0], ast.List):
