@@ -31,6 +31,7 @@ from omegaconf.errors import OmegaConfBaseException
 from meshformer.checkpoint.check import is_own
 from meshformer.checkpoint.find import candidates, is_foreign
 from meshformer.command.check import check, resolve
+from meshformer.command.recorded import without_option
 from meshformer.compat.hydra import Hydra, create_config_search_path
 from meshformer.config import ConfigError, did_you_mean, validate
 from meshformer.config.foreign import confine, read_config, refuse_links
@@ -310,10 +311,20 @@ def quoted(text: str) -> str:
     return QuotedString(text, Quote.single).with_quotes()
 
 
-def combine(before: Sequence[str], overrides: Sequence[str]) -> list[str]:
-    """Combine a run's recorded overrides with new ones. A new `strategy=` drops all recorded strategy settings."""
-    if any(override.startswith("strategy=") for override in overrides):
-        before = [override for override in before if override.lstrip("+~").partition("=")[0].partition(".")[0] != "strategy"]
+def combine(hydra: Hydra, config_name: str, before: Sequence[str], overrides: Sequence[str]) -> list[str]:
+    """Combine a run's recorded overrides with new ones.
+
+    A new option of a group drops the recorded settings that the old option's file has; a new `strategy=` drops all of the strategy's.
+    """
+    roots = [Path(source.path) for source in hydra.config_loader.get_sources() if source.scheme() == "file"]
+    chosen = dict(override.split("=", 1) for override in overrides if re.match(r"[\w/]+=", override))
+    chosen = {group: option for group, option in chosen.items() if any((root / group).is_dir() for root in roots)}
+    old = compose_config(hydra, config_name, before).hydra.runtime.choices if chosen else {}
+    for group in chosen:
+        if group == "strategy":
+            before = [override for override in before if override.lstrip("+~").partition("=")[0].partition(".")[0] != "strategy"]
+        elif isinstance(old.get(group), str) and old[group] != chosen[group]:
+            before = without_option(before, group, [root / group / f"{old[group]}.yaml" for root in roots])
     # Hydra refuses to add (+) or delete (~) a key twice, so a recorded override that is typed again is dropped.
     again = {override.partition("=")[0] for override in overrides if override.startswith(("+", "~"))}
     return [*(override for override in before if override.partition("=")[0] not in again), *overrides]
@@ -329,13 +340,18 @@ def recorded(
     """
     config = read_config(run)
     old = plain(compose_config(hydra, config_name, before))
-    new = plain(compose_config(hydra, config_name, combine(before, overrides)))
-    for key in differences(old, new):
+    new = plain(compose_config(hydra, config_name, combine(hydra, config_name, before, overrides)))
+    changed = differences(old, new)
+    nodes = [key.removesuffix("_target_") for key in changed if key.endswith("._target_")]
+    for key in (key for key in changed if key.endswith("._target_") or not key.startswith(tuple(nodes))):
         part = next((part for part in allowed if key == part or key.startswith(f"{part}.")), None)
         if part is None:
             raise refuse(key, _get(config, key))
-        target = key if part in ("trainer", "data", "paths") and "." in key else part
+        # Another class takes other arguments, so a node with another `_target_` is replaced whole.
+        target = key.removesuffix("._target_") if part in ("trainer", "data", "paths") and "." in key else part
         _set(config, target, copy.deepcopy(_get(new, target)))
+        if key.startswith("data.") and not _holds(new, key):
+            _get(config, "data").pop(key.removeprefix("data."), None)  # a setting of the old option alone: validation gives its default
     for key in PER_MACHINE:
         _set(config, key, copy.deepcopy(_get(new, key)))
     # A run folder is not trusted: its `allow` list counts only if this command repeats it.
@@ -370,6 +386,12 @@ def _get(config: Config, key: str) -> Any:
     for part in key.split("."):
         node = node.get(part) if isinstance(node, dict) else None
     return node
+
+
+def _holds(config: Config, key: str) -> bool:
+    parent, _, last = key.rpartition(".")
+    node = _get(config, parent)
+    return isinstance(node, dict) and last in node
 
 
 def _set(config: Config, key: str, value: Any) -> None:

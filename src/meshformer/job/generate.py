@@ -23,7 +23,7 @@ def generate(config: dict[str, Any], options: dict[str, Any]) -> list[str]:
         raise ConfigError(message, "run", options["run"], fix="Load it in a notebook: meshformer.runs.load_model.")
     ids = list(map(int, tokenizer.encode(options["prompt"])))
     if not ids:
-        raise ConfigError("the prompt is empty", key="prompt", fix="give at least one character, for example prompt='ROMEO:'")
+        raise ConfigError("the prompt is empty", key="prompt", fix="Give at least one character, for example prompt='ROMEO:'")
     prompt_BT = torch.tensor([ids]).expand(options["count"], -1)
     tokens_BT = draw(
         model,

@@ -71,7 +71,7 @@ class Composer:
         except EXPLAINED as error:
             if "submitit" in str(error) and find_spec("submitit") is None:
                 message = "SLURM jobs need hydra-submitit-launcher"
-                raise ConfigError(message, "hydra/launcher", fix="pip install 'meshformer[slurm]'.") from error
+                raise ConfigError(message, "hydra/launcher", fix="Install it: pip install 'meshformer[slurm]'.") from error
             raise explain(error, self.hydra, self.name, overrides) from error
 
     def parse(self, cfg: DictConfig, overrides: Sequence[str]) -> list[Override]:

@@ -148,7 +148,7 @@ def import_optuna() -> Any:
     try:
         import optuna
     except ImportError:
-        raise ConfigError("a search needs Optuna", "sweep.search", fix="pip install 'meshformer[search]'.") from None
+        raise ConfigError("a search needs Optuna", "sweep.search", fix="Install it: pip install 'meshformer[search]'.") from None
     return optuna
 
 
