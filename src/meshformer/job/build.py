@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,8 @@ import lightning.pytorch as pl
 from hydra.errors import InstantiationException
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.profilers import PassThroughProfiler
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from meshformer.callbacks import EMA, Checkpoint, ExactResume, Layout, Profile, ProgressBar, Rows, Samples
 from meshformer.checkpoint.lightning_io import FolderCheckpointIO
@@ -143,6 +145,22 @@ def build_model(config: Config) -> Any:
     freeze(model, stage.get("freeze") or ())
     fitting((name for name, _ in model.named_parameters()), stage.get("reinit") or (), "stage.reinit")  # checked here; load_weights applies it
     return model
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Moves every parameter to the meta device as soon as a module registers it. Buffers and other tensors keep the constructor's values."""
+
+    def without_values(module: nn.Module, name: str, parameter: nn.Parameter) -> Any:
+        if parameter.is_meta:  # registered a second time, under a tied name
+            return None
+        return nn.Parameter(parameter.data.to("meta"), parameter.requires_grad)
+
+    hook = register_module_parameter_registration_hook(without_values)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def build_plan(said: Config | str, config: Config) -> Plan:

@@ -197,8 +197,12 @@ class MeshStrategy(StepStrategy, ModelParallelStrategy):
         return model, whole
 
     def allocate(self, model: Any) -> None:
-        """Gives every parameter of a model on meta memory of its own, without values."""
+        """Gives every parameter of a model on meta memory of its own, without values. Buffers that have values keep them."""
+        buffers = {name: x for name, x in model.named_buffers() if not x.is_meta}
         model.to_empty(device="cpu" if self.settings["cpu_offload"] else self.root_device)
+        for name, x in model.named_buffers():
+            if name in buffers:
+                x.copy_(buffers[name])
         if not self._uses_fsdp:
             retie(model, self.ties)  # to_empty gave each tied name a tensor of its own
 

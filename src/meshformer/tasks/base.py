@@ -67,16 +67,16 @@ class Task(MicroBatches):
         """Argument name of our models -> tensor of the batch, or None if this batch has none. The first is the input of the first pipeline stage."""
         raise NotImplementedError(f"{type(self).__name__} must define inputs(batch)")
 
-    def given(self, batch: dict[str, Tensor], phase: str) -> dict[str, Any]:
+    def phase_inputs(self, batch: dict[str, Tensor], phase: str) -> dict[str, Any]:
         """`inputs` plus further arguments for this phase (train, val or test)."""
         return self.inputs(batch)
 
     def arguments(self, batch: dict[str, Tensor], phase: str) -> dict[str, Any]:
-        """Keyword arguments for the model's forward, the input first: `given`, renamed to the model's parameter names (config/arguments.py).
+        """Keyword arguments for the model's forward, the input first: `phase_inputs`, renamed to the model's parameter names (config/arguments.py).
 
         Arguments that are None are left out; required positions are then 0, 1, 2, …, (1, T). ConfigError for an argument the model does not accept.
         """
-        given = self.given(batch, phase)
+        given = self.phase_inputs(batch, phase)
         held = tuple(name for name, x in given.items() if x is not None)
         parameters, open_ended, known = self._forward_signature
         if held not in known:

@@ -36,7 +36,7 @@ class LanguageModelling(Evaluated):
         padding."""
         return {"tokens_BT": batch["tokens"], "positions_BT": batch.get("positions"), "documents_BT": batch.get("documents")}
 
-    def given(self, batch: dict[str, Tensor], phase: str) -> dict[str, Any]:
+    def phase_inputs(self, batch: dict[str, Tensor], phase: str) -> dict[str, Any]:
         """`inputs`, plus the targets if the head shall compute the loss: for many logits that nothing else needs."""
         head, targets_BT = getattr(self.model, "head", None), batch["targets"]
         own = type(self).score in (LanguageModelling.score, MaskedLanguageModelling.score)

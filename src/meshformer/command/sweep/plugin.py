@@ -21,8 +21,8 @@ from meshformer.config import ConfigError
 from meshformer.config.errors import Stopped
 from meshformer.config.foreign import confine, read_config
 
-from .book import Point
 from .points import open_folder
+from .record import Point
 
 Outcome = tuple[str, Any]  # as in local.JobResult
 

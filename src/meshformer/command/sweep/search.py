@@ -13,7 +13,7 @@ from meshformer.command.recorded import own_settings
 from meshformer.config import ConfigError
 from meshformer.config.foreign import PRUNING
 
-from .book import Point
+from .record import Point
 
 FILE, NAME = "study.db", "sweep"
 
