@@ -30,7 +30,7 @@ Files = dict[str, tuple[int, int]]  # name: (bytes, CRC-32)
 
 
 class ForeignFormat(NamedTuple):
-    """A folder of another program, whose weights the readers of this room accept like those of a checkpoint."""
+    """The format of another program. checkpoint/read.py reads the weights of such a folder like those of a checkpoint."""
 
     recognises: Callable[[Path], bool]
     read: Callable[[Path], Mapping[str, Any]]  # parameters by name; imports torch

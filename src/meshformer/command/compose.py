@@ -9,7 +9,6 @@ import copy
 import json
 import os
 import re
-import secrets
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -17,9 +16,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from hydra import version as hydra_version
-from hydra.core.config_search_path import SearchPathQuery
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
@@ -31,8 +27,9 @@ from omegaconf.errors import OmegaConfBaseException
 from meshformer.checkpoint.check import is_own
 from meshformer.checkpoint.find import candidates, is_foreign
 from meshformer.command.check import check, resolve
+from meshformer.command.hydra_object import Hydra as Hydra
+from meshformer.command.hydra_object import make_hydra as make_hydra
 from meshformer.command.recorded import without_option
-from meshformer.compat.hydra import Hydra, create_config_search_path
 from meshformer.config import ConfigError, did_you_mean, validate
 from meshformer.config.foreign import confine, read_config, refuse_links
 from meshformer.config.paths import conf_dir, run_of
@@ -60,20 +57,6 @@ PER_MACHINE = (
     "trainer.num_nodes",
     "trainer.threads",
 )  # config.yaml holds the values resolved for the machine that wrote it
-
-
-def make_hydra(config_dir: str | None = None) -> Hydra:
-    """Create a Hydra object that searches the user's own folder first and then conf/."""
-    GlobalHydra.instance().clear()
-    hydra_version.setbase("1.3")
-    OmegaConf.register_new_resolver("meshformer.suffix", lambda: secrets.token_hex(2), use_cache=True, replace=True)
-    search_path = create_config_search_path(str(conf_dir()))
-    if config_dir is not None:
-        folder = Path(config_dir).absolute()
-        if not folder.is_dir():
-            raise ConfigError("there is no such folder", "--config-dir", config_dir)
-        search_path.prepend("command-line", f"file://{folder}", SearchPathQuery(provider="main", path=None))
-    return Hydra.create_main_hydra2("meshformer", search_path)
 
 
 def compose_config(hydra: Hydra, config_name: str, overrides: Sequence[str], multirun: bool = False) -> DictConfig:

@@ -12,8 +12,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from meshformer.command.compose import compose_config
-from meshformer.compat.hydra import Hydra
+from meshformer.command.compose import Hydra, compose_config
 from meshformer.config import ConfigError, did_you_mean
 from meshformer.config.paths import conf_dir
 

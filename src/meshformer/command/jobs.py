@@ -16,6 +16,7 @@ from omegaconf import DictConfig, read_write
 
 from meshformer.checkpoint.find import candidates, latest_checkpoint
 from meshformer.command import compose
+from meshformer.command.compose import Hydra
 from meshformer.command.conversion import export_source_and_target, source_and_target
 from meshformer.command.explain import explain_errors
 from meshformer.command.folders import claim_folder, forget_folder, shared_folder, write_settings
@@ -23,7 +24,7 @@ from meshformer.command.plan import AUTO, CHOICE, choose
 from meshformer.command.recipe import FirstRun, pretraining
 from meshformer.command.recorded import read_overrides, write_overrides
 from meshformer.command.slurm import MARK, earlier_start, job_mark
-from meshformer.compat.hydra import Callbacks, Hydra, get_args_parser
+from meshformer.compat.hydra import Callbacks, get_args_parser
 from meshformer.config import ConfigError, Convert, Evaluate, Export, Generate, Root, validate
 from meshformer.config.foreign import confine, read_config
 from meshformer.config.paths import default_cache, run_of

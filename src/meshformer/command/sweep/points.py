@@ -18,10 +18,10 @@ from omegaconf import DictConfig, OmegaConf, read_write
 
 from meshformer.checkpoint.find import latest_checkpoint
 from meshformer.command import compose
+from meshformer.command.compose import Hydra
 from meshformer.command.explain import EXPLAINED, explain
 from meshformer.command.folders import claim_folder, write_settings
 from meshformer.command.recorded import write_overrides
-from meshformer.compat.hydra import Hydra
 from meshformer.config import ConfigError
 
 Config = dict[str, Any]
