@@ -31,12 +31,12 @@ class Task(MicroBatches):
     loss during the backward pass; training/step.py corrects it to the exact count.
     """
 
-    objective = "next"  # which targets the data module makes (data/objectives.py)
+    objective = "next"  # the training objective: it selects the targets (data/objectives.py)
     writes_text = False  # whether the model's outputs are next-token logits
     learns_from: tuple[str, ...] | None = None  # accepted values of data.kind; None: tasks/check.py does not check the data
     needs_column: str | None = None  # a setting of the data source that must name a column, if the source has it
     own_head = False  # whether the task trains a new head instead of loading that of pretrained weights
-    pooled = False  # whether all tokens of a sample give one result
+    pooled = False  # whether the model has one output per sample, pooled over its tokens
 
     def __init__(
         self,
