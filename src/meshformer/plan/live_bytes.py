@@ -23,7 +23,7 @@ BUFFERS = ("c10d.", "fsdp.")
 
 
 class LiveBytes(DispatchMode):
-    """While the context is active, `now` is the number of bytes in storages that are alive, `peak` its largest value since `reset`, `where` and `kinds` that moment.
+    """In the context, `now` is the number of bytes in live storages, `peak` its largest value since `reset`, `where` and `kinds` that moment.
 
     A storage counts once, however many views it has, from the first operation that takes or returns it (or from `hold`) until it is freed.
     Memory that an operation uses only inside its kernel is not seen. `reserved`: what PyTorch's allocator would have reserved since the beginning.
