@@ -10,7 +10,7 @@ import pytest
 
 from jobs import TINY, text_file
 from meshformer.cli import main
-from meshformer.command.sweep.book import Book, Point
+from meshformer.command.sweep.record import Point, SweepRecord
 from meshformer.config import ConfigError
 from meshformer.config.foreign import refuse_links
 from meshformer.runs import load_model, load_runs
@@ -100,7 +100,7 @@ def test_a_sweep_is_not_resumed_through_a_link(tmp_path: Path, capsys: pytest.Ca
     folder, plants = tmp_path / "sweep", Plants(tmp_path)
     (folder / "0").mkdir(parents=True)
     (folder / "0" / "checkpoints").symlink_to(plants.outside)
-    Book(folder, ["seed=1,2"], {"config_dir": None, "config_name": None}, [Point(0, ["seed=1"], "interrupted", "0")]).write("interrupted")
+    SweepRecord(folder, ["seed=1,2"], {"config_dir": None, "config_name": None}, [Point(0, ["seed=1"], "interrupted", "0")]).write("interrupted")
     assert main(["train", "-m", f"sweep.resume={folder}"]) == 2
     assert "checkpoints is a link" in capsys.readouterr().err
 

@@ -24,7 +24,7 @@ from meshformer.checkpoint.find import MANIFEST, METADATA, latest_checkpoint, re
 from meshformer.checkpoint.read import read_metadata, read_tensors
 from meshformer.checkpoint.write import write_folder
 from meshformer.cli import main
-from meshformer.command.sweep.book import Book, Point
+from meshformer.command.sweep.record import Point, SweepRecord
 from meshformer.config import ConfigError
 from meshformer.printing import csv_cell, visible
 from meshformer.runs import load_metrics, load_runs
@@ -286,7 +286,7 @@ def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     folder = tmp_path / "sweep"
     folder.mkdir()
     points = [Point(0, ["seed=1"], "done", "0", None, 1.0, {"val/loss": 2.0}), Point(1, ["seed=2"], "failed", "1", "no luck", 1.0)]
-    Book(folder, ["seed=1,2"], {"config_dir": None, "config_name": None}, points).write("failed")
+    SweepRecord(folder, ["seed=1,2"], {"config_dir": None, "config_name": None}, points).write("failed")
     yield folder
 
 

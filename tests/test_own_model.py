@@ -1,5 +1,6 @@
 """The model of docs/make_it_yours/model.md, plain PyTorch in a file outside the checkout, trains to the same loss in every layout."""
 
+import importlib
 import re
 import shlex
 import subprocess
@@ -8,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 import jobs
 from harness import RankFailed, run_ranks
 from jobs import run_tiny, text_file
 from layouts import layouts
+from meshformer.model.meta_device import parameters_on_meta
 from meshformer.record.metrics_csv import read_metrics
 from test_own_attention import SOURCE as GATED
 
@@ -95,6 +99,47 @@ def test_a_plan_that_does_not_fit_is_refused_before_the_first_step(tmp_path: Pat
         run_ranks(2, own_rows, tmp_path, "run", [f"strategy={layout}", "trainer.devices=2"])
     metrics = tmp_path / "run" / "metrics.csv"
     assert not metrics.exists() or read_metrics(metrics) == []
+
+
+# --- weights drawn by name
+
+
+BY_NAME = """self.ln, self.out = nn.LayerNorm(width), nn.Linear(width, vocab_size, bias=False)
+        self.register_buffer("scale", torch.arange(width) / width + 0.5, persistent=False)
+
+    def initial_value(self, name, shape, seed):
+        generator = torch.Generator().manual_seed(seed + sum(map(ord, name)))
+        return torch.ones(shape) if "ln" in name else torch.empty(shape).normal_(0, 0.1, generator=generator)"""
+LN_OUT = "self.ln, self.out = nn.LayerNorm(width), nn.Linear(width, vocab_size, bias=False)"
+
+
+@pytest.fixture(scope="module")
+def by_name(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    folder = tmp_path_factory.mktemp("by_name")
+    text_file(folder)
+    write_module(folder, (LN_OUT, BY_NAME))
+    code = (folder / "my_model.py").read_text()
+    (folder / "my_model.py").write_text(code.replace("self.out(self.ln(x))", "self.out(self.ln(x) * self.scale)"))
+    return folder, run_ranks(1, own_rows, folder, "one", [])[0]
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp", "tensor"])
+def test_weights_drawn_by_name_and_a_computed_buffer_are_the_same_in_every_layout(by_name, layout: str):
+    folder, rows = by_name
+    ours = run_ranks(2, own_rows, folder, layout, [f"strategy={layout}", "trainer.devices=2"])[0]
+    for a, b in zip(ours, rows, strict=True):
+        assert abs(a["train/loss"] - b["train/loss"]) < TOLERANCE
+
+
+def test_a_model_with_initial_value_is_built_without_parameters(by_name, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(by_name[0])
+    with parameters_on_meta():
+        net = importlib.import_module("my_model").Net(16, width=32, length=16)
+        tied = nn.Linear(2, 2)
+        tied.again = tied.weight
+    assert all(p.is_meta for p in net.parameters()) and tied.again is tied.weight
+    assert torch.equal(net.scale, torch.arange(32) / 32 + 0.5)
+    assert not nn.Linear(2, 2).weight.is_meta, "afterwards, modules are built as usual"
 
 
 # --- a subclass of Transformer

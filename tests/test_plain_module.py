@@ -15,7 +15,7 @@ from meshformer.cli import main
 from meshformer.command.compose import compose
 from meshformer.config import ConfigError
 from meshformer.job.build import build_model, build_task
-from meshformer.model import LoraLinear, Transformer, VisionTransformer, add_adapters, keeps_what_it_read
+from meshformer.model import LoraLinear, Transformer, VisionTransformer, add_adapters, supports_kv_cache
 from meshformer.model.lora import adaptable
 from meshformer.optim import muon
 from meshformer.optim.groups import LayerRates
@@ -57,9 +57,9 @@ def test_generate_says_in_one_sentence_why_it_cannot_continue_such_a_run(run: Pa
     assert error.startswith(f"error: run={run}: its model, jobs.PlainNet, cannot continue a text: its forward takes no `cache`")
 
 
-def test_only_a_model_that_keeps_what_it_read_can_continue_a_text() -> None:
-    assert keeps_what_it_read(Transformer(7, 1, 1, 8, 4)) and not keeps_what_it_read(PlainNet())
-    assert not keeps_what_it_read(VisionTransformer(4, 2, 1, 1, 8, classes=2))
+def test_only_a_model_that_supports_kv_cache_can_continue_a_text() -> None:
+    assert supports_kv_cache(Transformer(7, 1, 1, 8, 4)) and not supports_kv_cache(PlainNet())
+    assert not supports_kv_cache(VisionTransformer(4, 2, 1, 1, 8, classes=2))
 
 
 # --- its blocks

@@ -49,7 +49,7 @@ def finish(sweep: subprocess.Popen[str], seconds: float = 400) -> tuple[int, str
     return sweep.returncode, out, err
 
 
-def book(folder: Path) -> dict[str, Any]:
+def record_of(folder: Path) -> dict[str, Any]:
     try:
         return json.loads((folder / "sweep.json").read_text())
     except (FileNotFoundError, ValueError):
@@ -57,7 +57,7 @@ def book(folder: Path) -> dict[str, Any]:
 
 
 def states(folder: Path) -> list[str]:
-    return [point["state"] for point in book(folder)["points"]]
+    return [point["state"] for point in record_of(folder)["points"]]
 
 
 def wait_for(sweep: subprocess.Popen[str], ready: Callable[[], object], seconds: float = 300) -> None:
@@ -112,8 +112,8 @@ def two(work: Path) -> Two:
     grid = start(work, *settings(work, *HELD, LAYOUTS, "seed=0,1"))
     failing = start(work, *settings(work, *BROKEN, "model.n_heads=4,3", "seed=1,2"))
     top = work / "runs" / "shakespeare_char"
-    wait_for(grid, lambda: top.is_dir() and sum(len(book(folder)["points"]) > 0 for folder in top.iterdir()) == 2)
-    folders = {len(book(folder)["points"]): folder for folder in top.iterdir()}
+    wait_for(grid, lambda: top.is_dir() and sum(len(record_of(folder)["points"]) > 0 for folder in top.iterdir()) == 2)
+    folders = {len(record_of(folder)["points"]): folder for folder in top.iterdir()}
     wait_for(grid, lambda: saved(folders[8], 2))
     processes = psutil.Process(grid.pid).children(recursive=True)
     assert len(processes) >= 4, "a server, a job, two ranks"
@@ -217,7 +217,7 @@ def test_a_search_survives_an_interruption_and_goes_on(work: Path) -> None:
     assert states(folder) == ["done"] * 3
     study = optuna.load_study(study_name=None, storage=f"sqlite:///{folder}/study.db")
     assert [trial.number for trial in study.trials] == [0, 1, 2]
-    for trial, point in zip(study.trials, book(folder)["points"], strict=True):
+    for trial, point in zip(study.trials, record_of(folder)["points"], strict=True):
         assert trial.state.name == "COMPLETE" and trial.value == point["final"]["val/loss"]
         assert f"optimizer.lr={trial.params['optimizer.lr']}" in point["overrides"]
         assert list(trial.intermediate_values) == [2, 4], "every validation but the last is reported, before and after the interruption"

@@ -13,9 +13,9 @@ from meshformer.cli import main
 from meshformer.command.compose import compose
 from meshformer.command.recorded import read_overrides
 from meshformer.command.sweep import results
-from meshformer.command.sweep.book import Book, Point
 from meshformer.command.sweep.local import JobResult
 from meshformer.command.sweep.points import differences
+from meshformer.command.sweep.record import Point, SweepRecord
 from meshformer.command.sweep.resources import Machine, Need
 from meshformer.config import ConfigError
 
@@ -223,21 +223,21 @@ def test_differences_name_the_keys():
 
 
 def test_a_running_sweep_cannot_be_resumed(tmp_path):
-    book = Book(tmp_path / "s", [], {}, [Point(0, ["seed=1"])])
-    book.claim()
-    book.lock()
-    book.write()
+    record = SweepRecord(tmp_path / "s", [], {}, [Point(0, ["seed=1"])])
+    record.claim()
+    record.lock()
+    record.write()
     with pytest.raises(ConfigError, match="already used"):
-        Book(tmp_path / "s", [], {}, []).claim()
+        SweepRecord(tmp_path / "s", [], {}, []).claim()
     with pytest.raises(ConfigError, match="still running"):
-        Book.read(tmp_path / "s").lock(patience=0)
-    book.unlock()
-    Book.read(tmp_path / "s").lock(patience=0)
+        SweepRecord.read(tmp_path / "s").lock(patience=0)
+    record.unlock()
+    SweepRecord.read(tmp_path / "s").lock(patience=0)
 
 
 def test_a_sweep_that_is_resumed_keeps_the_time_of_its_start(tmp_path: Path):
-    book = Book(tmp_path / "s", [], {"config_dir": None, "config_name": None}, [Point(0, ["seed=1"])])
-    book.folder.mkdir()
-    book.started = "2026-01-01T00:00:00+00:00"
-    book.write("failed")
-    assert Book.read(book.folder).started == book.started
+    record = SweepRecord(tmp_path / "s", [], {"config_dir": None, "config_name": None}, [Point(0, ["seed=1"])])
+    record.folder.mkdir()
+    record.started = "2026-01-01T00:00:00+00:00"
+    record.write("failed")
+    assert SweepRecord.read(record.folder).started == record.started

@@ -377,3 +377,23 @@ def test_tensors_are_views_of_the_file(folders: Folders) -> None:
     found = foreign_tensors(folders("gpt2")[1])
     q, k = found["blocks.0.attention.q.weight"], found["blocks.0.attention.k.weight"]
     assert q.untyped_storage().data_ptr() == k.untyped_storage().data_ptr(), "parts of one stored matrix, not copies"
+
+
+WITHOUT_IMPORT = """
+import sys, torch
+from meshformer.checkpoint.weights import load_weights
+model, folder = torch.load(sys.argv[1], weights_only=False), sys.argv[2]
+assert "meshformer.huggingface" not in sys.modules
+expected = {name: p.clone() for name, p in model.state_dict().items()}
+for p in model.parameters():
+    p.data.zero_()
+load_weights(model, __import__("pathlib").Path(folder))
+assert all(torch.equal(p, expected[name]) for name, p in model.state_dict().items())
+"""
+
+
+def test_load_weights_reads_a_folder_without_an_import_of_huggingface(folders: Folders, tmp_path: Path) -> None:
+    folder = folders("llama, mlp bias")[1]
+    torch.save(load_pretrained(folder), tmp_path / "model.pt")
+    done = subprocess.run([sys.executable, "-c", WITHOUT_IMPORT, str(tmp_path / "model.pt"), str(folder)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -15,6 +15,7 @@ from meshformer.config.paths import conf_dir
 CONF = conf_dir()
 NEEDED = {
     **{f"model=llama3_{size}": ["model.n_layers=4", "model.d_model=512", "model.d_ff=64"] for size in ("8b", "70b", "405b")},
+    "model=transformers": ["model.config={config}"],
     "data=text": ["data.files={text}"],
     "data=hub": ["data.source.path=somebody/texts"],
     "model=custom": ["model.n_layers=4", "model.n_heads=2", "model.d_model=8"],
@@ -39,6 +40,7 @@ TASKS = [
     ["task=sentence_embedding", "data=csv"],
     ["task=image_classification", "data=digits", "model=vit_tiny"],
     ["task=image_classification", "data=mnist_5k", "model=vit_tiny"],
+    ["model=transformers"],  # it has no attention or position of ours to choose
 ]
 
 
@@ -73,7 +75,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_option_composes_and_passes_all_checks(choices: list[str], run: Path, tmp_path: Path):
     text = tmp_path / "a.txt"
     text.write_text("text,tags,other")
-    extra = [item.format(text=text, run=run) for choice in choices for item in NEEDED.get(choice, [])]
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    extra = [item.format(text=text, run=run, config=tmp_path / "config.json") for choice in choices for item in NEEDED.get(choice, [])]
     config = plain(compose_config(make_hydra(), "train", [*choices, *extra]))
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     settled = settle(config)

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from meshformer.checkpoint.read import read_into, tensor_sizes
 from meshformer.checkpoint.weights import AVERAGE
-from meshformer.compat.torch import foreach_lerp_
 from meshformer.config.errors import ConfigError
 from meshformer.optim.shardwise import local_tensors
 
@@ -63,7 +63,8 @@ class EMA(Callback):
         if self.decay is None:
             return
         n = trainer.global_step
-        foreach_lerp_(self._local_averages, [w.float() for w in self._local_weights], 1 - min(self.decay, (1 + n) / (10 + n)))
+        if self._local_averages:
+            get_ema_multi_avg_fn(min(self.decay, (1 + n) / (10 + n)))(self._local_averages, [w.float() for w in self._local_weights], None)
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"] |= {key: x for key, x in self._averages.items() if key not in self._second}

@@ -27,16 +27,16 @@ from meshformer.profile.trace import PREFIX
 if TYPE_CHECKING:
     PositiveInt = int
 
-TRIALS = 32  # transfers of each group at once, so that each of its two threads takes some
+TRIALS = 32  # concurrent all-reduces in each group: enough that both of its threads run some
 
 
 class Profile(Callback):
     """Records the steps from `steps[0]` to `steps[1]`, both included, and writes RUN/profile/: a trace for each rank (for Perfetto or Chrome), the
-    table parts.csv and figures. `steps` null disables it, and then a step costs nothing more. `memory` also records allocations.
+    table parts.csv and figures. `steps` null disables it, at no cost. `memory` also records allocations.
 
     A step begins with the fetch of its data and ends where the next begins, so it includes its rows, its checkpoint and its validation. While
-    steps are recorded, marks (torch.profiler.record_function) are put around Lightning's and the strategy's methods; then they are taken off.
-    When the last step is over, all ranks write their traces, and the others wait while rank 0 reads them. State: none.
+    steps are recorded, Lightning's and the strategy's methods are wrapped in torch.profiler.record_function. After the last step all ranks write
+    their traces, and wait until rank 0 has read them. State: none.
     """
 
     def __init__(self, steps: list[PositiveInt] | None = None, memory: bool = True):
@@ -44,7 +44,7 @@ class Profile(Callback):
         self.steps, self.memory = steps, memory
         self.folder: Path | None = None  # set by job/build.py: RUN/profile
         self._profiler: torch.profiler.profile | None = None
-        self._open: list[tuple[str, Any]] = []  # marks entered and not left, outermost first
+        self._open: list[tuple[str, Any]] = []  # record_function contexts that are open, outermost first
         self._replaced: list[tuple[Any, str, Any]] = []
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -54,7 +54,7 @@ class Profile(Callback):
             if trainer.is_global_zero:
                 say(f"callbacks.profile.steps={self.steps}: step {trainer.global_step} is done already, so nothing is recorded", error=True)
             return
-        # Before every fetch of a batch Lightning calls its profiler. Nothing else is called between one step and the next.
+        # Lightning calls `profiler.start` before it fetches a batch: the only hook between two steps.
         self._replace(trainer.profiler, "start", lambda action: self._fetches(trainer, pl_module) if action == FETCH else None)
 
     def _fetches(self, trainer: pl.Trainer, task: Any) -> None:
@@ -89,7 +89,7 @@ class Profile(Callback):
         self._restore()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
-        self._profiler = None  # not stopped: transfers may be in flight, and the run ends
+        self._profiler = None  # not stopped: collectives may be in flight, and the run ends
         self._restore()
 
     # --- the window
@@ -113,7 +113,7 @@ class Profile(Callback):
         self._put_marks(trainer, task)
 
     def _find_groups(self, trainer: Any) -> None:
-        """Has each process group transfer something inside a mark. gloo's events do not name their group, but each group has its own threads."""
+        """Runs a few all-reduces in each process group inside record_function: gloo's events lack the group, but their thread ids give it away."""
         groups = trainer.strategy.process_groups()
         for callback in _preemption(trainer):
             groups |= {"signals": callback.group} if callback.group is not None else {}
@@ -129,7 +129,7 @@ class Profile(Callback):
         self._restore()
         assert profiler is not None and self.folder is not None, "job/build.py sets Profile.folder"
         for callback in _preemption(trainer):
-            callback.settle()  # a transfer that ends after the profiler has stopped would write into its freed memory: a segmentation fault
+            callback.settle()  # a collective that ends after the profiler has stopped writes into freed memory: a segmentation fault
         profiler.stop()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -145,7 +145,7 @@ class Profile(Callback):
             except (OSError, ValueError) as error:  # a run must not end because its profile cannot be read
                 say(f"warning: the recorded steps could not be analysed: {error}", error=True)
 
-    # --- marks
+    # --- record_function contexts
 
     def _put_marks(self, trainer: pl.Trainer, task: Any) -> None:
         strategy: Any = trainer.strategy
@@ -174,7 +174,7 @@ class Profile(Callback):
             self._put_pipeline_marks(task)
 
     def _put_pipeline_marks(self, task: Any) -> None:
-        """On the methods by which a schedule runs one micro-batch through one stage."""
+        """Wraps the methods with which a schedule runs one micro-batch through one stage."""
         self._replace(task, "scored", _marked(task.scored, lambda *_: "forward"))
         for name, kind in (("forward_one_chunk", "forward"), ("backward_one_chunk", "backward"), ("backward_weight_one_chunk", "weights")):
 
@@ -189,7 +189,7 @@ class Profile(Callback):
         self._open.append((name, mark))
 
     def _leave(self, name: str | None = None) -> None:
-        """Leaves the marks inside `name` and itself, innermost first; all of them without a name. Nothing if it was not entered."""
+        """Closes the context `name` and those inside it, innermost first; without a name, all. Does nothing if `name` is not open."""
         if name is not None and name not in [entered for entered, _ in self._open]:
             return
         while self._open:
@@ -207,7 +207,7 @@ class Profile(Callback):
             owner, name, before = self._replaced.pop()
             if name == "remove":  # a module's hook
                 owner.remove()
-            elif before is None:  # the class's own method appears again
+            elif before is None:  # deleting the instance's attribute restores the class's method
                 delattr(owner, name)
             else:
                 setattr(owner, name, before)
@@ -222,7 +222,7 @@ def _mark(name: str) -> record_function:
 
 
 def _marked(method: Callable[..., Any], name: Callable[..., str]) -> Callable[..., Any]:
-    """`method` inside a mark whose name depends on its arguments."""
+    """`method`, wrapped in record_function with a name that depends on the arguments."""
 
     @wraps(method)
     def inside(*args: Any, **kwargs: Any) -> Any:

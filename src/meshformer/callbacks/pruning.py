@@ -8,7 +8,6 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
-from meshformer.compat.optuna import trial_of
 from meshformer.printing import say
 
 
@@ -39,10 +38,11 @@ class Pruning(Callback):
         }
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         url = URL.create("sqlite", database=self.study).render_as_string()
-        study = optuna.load_study(study_name=None, storage=url, pruner=pruners[self.pruner]())
-        found = study.trials[self.number]
-        if not found.state.is_finished():
-            self.trial = trial_of(study, found)
+        storage = optuna.storages.get_storage(url)
+        study = optuna.load_study(study_name=None, storage=storage, pruner=pruners[self.pruner]())
+        if not study.trials[self.number].state.is_finished():
+            in_study = storage.get_study_id_from_name(study.study_name)
+            self.trial = optuna.trial.Trial(study, storage.get_trial_id_from_study_id_trial_number(in_study, self.number))
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if trainer.state.fn != "fit" or trainer.global_step >= trainer.max_steps:

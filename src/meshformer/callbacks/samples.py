@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from meshformer.config.errors import ConfigError
-from meshformer.model import generate, keeps_what_it_read
+from meshformer.model import generate, supports_kv_cache
 
 
 class Samples(Callback):
@@ -42,7 +42,7 @@ def continuation(task: Any, tokenizer: Any, prompt: str, max_tokens: int, **opti
 
     If the prompt is empty or unknown to the tokenizer, token 0 is used instead, since a sample must not end a run. A collective: if the model is
     sharded, rank 0 gathers it."""
-    model = whole_model(task) if keeps_what_it_read(task.model) else None
+    model = whole_model(task) if supports_kv_cache(task.model) else None
     if model is None or getattr(model, "head", True) is None:
         return None
     try:

@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,13 +30,15 @@ Files = dict[str, tuple[int, int]]  # name: (bytes, CRC-32)
 
 
 class ForeignFormat(NamedTuple):
-    """A folder of another program, whose weights the readers of this room accept like those of a checkpoint."""
+    """The format of another program. checkpoint/read.py reads the weights of such a folder like those of a checkpoint."""
 
     recognises: Callable[[Path], bool]
     read: Callable[[Path], Mapping[str, Any]]  # parameters by name; imports torch
 
 
-FOREIGN_FORMATS: list[ForeignFormat] = []  # filled by meshformer.huggingface when it is imported, which this room must not import itself
+FOREIGN_FORMATS: list[ForeignFormat] = []
+# Modules that append to FOREIGN_FORMATS when they are imported. They stand on a higher floor, so they are named here and imported at the first look.
+PROVIDERS = ("meshformer.huggingface",)
 
 # {path: (state of its files, problem)} of the checkpoints that this process, or the one that started it, has verified.
 VERIFIED: dict[str, tuple[Any, str | None]] = {}
@@ -108,13 +111,19 @@ def _state_of_files(checkpoint: Path) -> Any:
 def step_of(checkpoint: Path) -> int:
     match = CHECKPOINT.fullmatch(Path(checkpoint).name)
     if match is None:
-        raise ConfigError(f"{checkpoint} is not named like a checkpoint", fix="checkpoints are named step-00000500")
+        raise ConfigError(f"{checkpoint} is not named like a checkpoint", fix="Checkpoints are named step-00000500.")
     return int(match[1])
+
+
+def foreign_formats() -> list[ForeignFormat]:
+    for name in PROVIDERS:
+        import_module(name)
+    return FOREIGN_FORMATS
 
 
 def is_foreign(path: Path) -> bool:
     """Whether `path` holds weights without the state of a run: a .safetensors file, or a folder of another program."""
-    return path.suffix == WEIGHTS or any(known.recognises(path) for known in FOREIGN_FORMATS)
+    return path.suffix == WEIGHTS or any(known.recognises(path) for known in foreign_formats())
 
 
 def latest_checkpoint(run: Path, key: str = "run") -> Path:
@@ -143,7 +152,7 @@ def latest_checkpoint(run: Path, key: str = "run") -> Path:
     if damaged:
         fix = "Restore the files from a copy, or start a new run."
         raise ConfigError(f"every checkpoint of the run is damaged: {'; '.join(damaged)}", key, str(run), fix=fix)
-    raise ConfigError(f"{run} holds no checkpoint", key=key, value=str(run), fix="name a run folder that has checkpoints/step-…")
+    raise ConfigError(f"{run} holds no checkpoint", key=key, value=str(run), fix="Name a run folder that has checkpoints/step-…")
 
 
 # --- manifest.json

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from meshformer.config.errors import ConfigError
 
 from . import single_file
-from .find import FOREIGN_FORMATS, METADATA, PARTS, REST
+from .find import METADATA, PARTS, REST, foreign_formats
 from .pieces import LoadPieces, Piece, pieces_of
 
 Foreign = Callable[[Path], Mapping[str, Tensor]]
@@ -75,7 +75,7 @@ def _whole(path: Path, foreign: Foreign | None = None) -> dict[str, Tensor] | No
     """Every tensor of a single file or of a foreign folder, as a memory-mapped view; None for a checkpoint folder."""
     if single_file.is_single(path):
         return single_file.load(path)[0]
-    for known in FOREIGN_FORMATS:
+    for known in foreign_formats():
         if known.recognises(Path(path)):
             return {f"model.{name}": x for name, x in (foreign or known.read)(Path(path)).items()}
     return None
@@ -116,7 +116,7 @@ def _check_is_checkpoint(path: Path) -> None:
     missing = [name for name in PARTS if not (path / name).is_file()]
     if missing:
         raise ConfigError(
-            f"{path} is not a complete checkpoint: {', '.join(missing)} missing", fix="name a folder like RUN/checkpoints/step-00000500"
+            f"{path} is not a complete checkpoint: {', '.join(missing)} missing", fix="Name a folder like RUN/checkpoints/step-00000500"
         )
 
 

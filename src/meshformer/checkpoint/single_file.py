@@ -58,7 +58,7 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
 
 
 def what_it_asks_for(error: pickle.UnpicklingError) -> str:
-    """What a refused pickle wanted to call, in words. (torch's own message recommends loading it anyway.)"""
+    """What a refused pickle would have called, in words. (torch's own message recommends loading it anyway.)"""
     found = re.search(r"(?:Unsupported|GLOBAL|global) (\w+\.[\w.]+)", str(error))
     asked = f"asks for {found[1]}, and a checkpoint holds tensors and plain values alone" if found else "cannot be read as one"
     return f"is no checkpoint of ours: it {asked}. It was not run"

@@ -9,7 +9,6 @@ import copy
 import json
 import os
 import re
-import secrets
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -17,9 +16,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from hydra import version as hydra_version
-from hydra.core.config_search_path import SearchPathQuery
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
@@ -31,7 +27,9 @@ from omegaconf.errors import OmegaConfBaseException
 from meshformer.checkpoint.check import is_own
 from meshformer.checkpoint.find import candidates, is_foreign
 from meshformer.command.check import check, resolve
-from meshformer.compat.hydra import Hydra, create_config_search_path
+from meshformer.command.hydra_object import Hydra as Hydra
+from meshformer.command.hydra_object import make_hydra as make_hydra
+from meshformer.command.recorded import without_option
 from meshformer.config import ConfigError, did_you_mean, validate
 from meshformer.config.foreign import confine, read_config, refuse_links
 from meshformer.config.paths import conf_dir, run_of
@@ -62,36 +60,6 @@ PER_MACHINE = (
     "trainer.num_nodes",
     "trainer.threads",
 )  # config.yaml holds the values resolved for the machine that wrote it
-
-
-def make_hydra(config_dir: str | None = None) -> Hydra:
-    """Create a Hydra object that searches the user's own folder first and then conf/."""
-    GlobalHydra.instance().clear()
-    hydra_version.setbase("1.3")
-    OmegaConf.register_new_resolver("meshformer.run_name", run_name, replace=True)
-    OmegaConf.register_new_resolver("meshformer.suffix", lambda: secrets.token_hex(2), use_cache=True, replace=True)
-    search_path = create_config_search_path(str(conf_dir()))
-    if config_dir is not None:
-        folder = Path(config_dir).absolute()
-        if not folder.is_dir():
-            raise ConfigError("there is no such folder", "--config-dir", config_dir)
-        search_path.prepend("command-line", f"file://{folder}", SearchPathQuery(provider="main", path=None))
-    return Hydra.create_main_hydra2("meshformer", search_path)
-
-
-def run_name(*, _root_: DictConfig) -> str | None:
-    """Return the name of the folder of runs: the experiment's, or that of the data where the command chose data and no experiment."""
-    hydra = HydraConfig.get()
-    typed = dict(override.lstrip("+").partition("=")[::2] for override in hydra.overrides.task)
-    choice = hydra.runtime.choices.get("experiment")
-    if "experiment" in typed or "," in (data := typed.get("data", "shakespeare")) or data == "shakespeare":
-        return choice
-    settings: Any = OmegaConf.to_container(_root_["data"], resolve=False)
-    files = settings.get("files") or settings.get("file") or data
-    first = str(files[0] if isinstance(files, list) else files)
-    if first == "???" or "$" in first:
-        first = data
-    return re.sub(r"[^\w.-]+", "_", Path(first).stem).strip("_.") or data
 
 
 def compose_config(hydra: Hydra, config_name: str, overrides: Sequence[str], multirun: bool = False) -> DictConfig:
@@ -362,10 +330,20 @@ def quoted(text: str) -> str:
     return QuotedString(text, Quote.single).with_quotes()
 
 
-def combine(before: Sequence[str], overrides: Sequence[str]) -> list[str]:
-    """Combine a run's recorded overrides with new ones. A new `strategy=` drops all recorded strategy settings."""
-    if any(override.startswith("strategy=") for override in overrides):
-        before = [override for override in before if override.lstrip("+~").partition("=")[0].partition(".")[0] != "strategy"]
+def combine(hydra: Hydra, config_name: str, before: Sequence[str], overrides: Sequence[str]) -> list[str]:
+    """Combine a run's recorded overrides with new ones.
+
+    A new option of a group drops the recorded settings that the old option's file has; a new `strategy=` drops all of the strategy's.
+    """
+    roots = [Path(source.path) for source in hydra.config_loader.get_sources() if source.scheme() == "file"]
+    chosen = dict(override.split("=", 1) for override in overrides if re.match(r"[\w/]+=", override))
+    chosen = {group: option for group, option in chosen.items() if any((root / group).is_dir() for root in roots)}
+    old = compose_config(hydra, config_name, before).hydra.runtime.choices if chosen else {}
+    for group in chosen:
+        if group == "strategy":
+            before = [override for override in before if override.lstrip("+~").partition("=")[0].partition(".")[0] != "strategy"]
+        elif isinstance(old.get(group), str) and old[group] != chosen[group]:
+            before = without_option(before, group, [root / group / f"{old[group]}.yaml" for root in roots])
     # Hydra refuses to add (+) or delete (~) a key twice, so a recorded override that is typed again is dropped.
     again = {override.partition("=")[0] for override in overrides if override.startswith(("+", "~"))}
     return [*(override for override in before if override.partition("=")[0] not in again), *overrides]
@@ -381,15 +359,19 @@ def recorded(
     """
     config = read_config(run)
     old = plain(compose_config(hydra, config_name, before))
-    new = plain(compose_config(hydra, config_name, combine(before, overrides)))
-    for key in differences(old, new):
-        if key == "experiment":  # a run keeps its folder's name
-            continue
+    new = plain(compose_config(hydra, config_name, combine(hydra, config_name, before, overrides)))
+    changed = differences(old, new)
+    nodes = [key.removesuffix("_target_") for key in changed if key.endswith("._target_")]
+    changed = [key for key in changed if key != "experiment"]  # a run keeps the name of its folder
+    for key in (key for key in changed if key.endswith("._target_") or not key.startswith(tuple(nodes))):
         part = next((part for part in allowed if key == part or key.startswith(f"{part}.")), None)
         if part is None:
             raise refuse(key, _get(config, key))
-        target = key if part in ("trainer", "data", "paths") and "." in key else part
+        # Another class takes other arguments, so a node with another `_target_` is replaced whole.
+        target = key.removesuffix("._target_") if part in ("trainer", "data", "paths") and "." in key else part
         _set(config, target, copy.deepcopy(_get(new, target)))
+        if key.startswith("data.") and not _holds(new, key):
+            _get(config, "data").pop(key.removeprefix("data."), None)  # a setting of the old option alone: validation gives its default
     for key in PER_MACHINE:
         _set(config, key, copy.deepcopy(_get(new, key)))
     # A run folder is not trusted: its `allow` list counts only if this command repeats it.
@@ -424,6 +406,12 @@ def _get(config: Config, key: str) -> Any:
     for part in key.split("."):
         node = node.get(part) if isinstance(node, dict) else None
     return node
+
+
+def _holds(config: Config, key: str) -> bool:
+    parent, _, last = key.rpartition(".")
+    node = _get(config, parent)
+    return isinstance(node, dict) and last in node
 
 
 def _set(config: Config, key: str, value: Any) -> None:

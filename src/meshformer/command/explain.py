@@ -12,8 +12,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from meshformer.command.compose import compose_config
-from meshformer.compat.hydra import Hydra
+from meshformer.command.compose import Hydra, compose_config
 from meshformer.config import ConfigError, did_you_mean
 from meshformer.config.paths import conf_dir
 
@@ -106,7 +105,7 @@ def _unknown_key(key: str, hydra: Hydra, config_name: str, overrides: Sequence[s
 
 
 def groups_of(hydra: Hydra) -> list[str]:
-    """List the groups of conf/ and of the user's folder by their directories. Hydra's own query takes a second in all."""
+    """List the groups of conf/ and of the user's folder by their directories. Hydra's own listing of groups would take a second."""
     roots = [Path(source.path) for source in hydra.config_loader.get_sources() if source.scheme() == "file"]
     folders = [(folder, root) for root in roots for folder in root.rglob("*") if folder.is_dir() and any(folder.glob("*.yaml"))]
     return sorted({folder.relative_to(root).as_posix() for folder, root in folders} - {"hydra"})

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from omegaconf import DictConfig, read_write
 
 from meshformer.checkpoint.find import candidates, latest_checkpoint
 from meshformer.command import compose
+from meshformer.command.compose import Hydra
 from meshformer.command.conversion import export_source_and_target, source_and_target
 from meshformer.command.explain import explain_errors
 from meshformer.command.folders import claim_folder, forget_folder, shared_folder, write_settings
@@ -21,8 +24,8 @@ from meshformer.command.plan import AUTO, CHOICE, choose
 from meshformer.command.recipe import FirstRun, pretraining
 from meshformer.command.recorded import read_overrides, write_overrides
 from meshformer.command.slurm import MARK, earlier_start, job_mark
-from meshformer.compat.hydra import Callbacks, Hydra, get_args_parser
-from meshformer.config import ConfigError, Convert, Evaluate, Export, Generate, validate
+from meshformer.compat.hydra import Callbacks, get_args_parser
+from meshformer.config import ConfigError, Convert, Evaluate, Export, Generate, Root, validate
 from meshformer.config.foreign import confine, read_config
 from meshformer.config.paths import default_cache, run_of
 from meshformer.config.resolve import external_launcher
@@ -190,8 +193,9 @@ def _train_from(args: argparse.Namespace, run_of: dict[str, str], overrides: lis
     if key == "resume" and any(override.startswith("hydra.run.dir=") for override in overrides):
         raise ConfigError("a resumed run stays in its folder", "hydra.run.dir", fix="Use fork= for a new one.")
     name = args.config_name or config_name or "train"
-    both = compose.combine(before, overrides)
     hydra = compose.make_hydra(args.config_dir)
+    with explain_errors(hydra, name, before):
+        both = compose.combine(hydra, name, before, overrides)
     with explain_errors(hydra, name, both):
         if any(getattr(args, show) for show in SHOWING):
             _show(hydra, args, name, both)
@@ -223,8 +227,10 @@ def _use_run(command: str, hydra: Hydra, config_name: str, overrides: list[str],
     if command == "evaluate":
         changes = [o for o in overrides if o.lstrip("+~").partition("=")[0].partition(".")[0] in ("trainer", "data", "strategy")]
         overrides = [o for o in overrides if o not in changes]
+        _refuse_recorded(command, overrides)
     else:  # a prompt is free text: Hydra must not parse its commas, brackets and quotes
         text, overrides = compose.take(overrides, "prompt")
+        _refuse_recorded(command, overrides)
     options = compose.plain(compose.compose_config(hydra, config_name, overrides))
     options = validate({**options, **text}, Evaluate if command == "evaluate" else Generate)
     source = compose.locate_weights(options["run"], options["paths"]["runs"], "run")
@@ -260,6 +266,16 @@ def _use_run(command: str, hydra: Hydra, config_name: str, overrides: list[str],
         from meshformer.job.generate import generate as use
     use({**config, "resume": None}, options)
     return 0
+
+
+def _refuse_recorded(command: str, overrides: list[str]) -> None:
+    """Raise ConfigError for an override of a setting of `train`, which the run has recorded."""
+    schema = Evaluate if command == "evaluate" else Generate
+    recorded = {spec.name for spec in dataclasses.fields(Root)} - {spec.name for spec in dataclasses.fields(schema)}
+    for override in overrides:
+        key, _, value = override.lstrip("+~").partition("=")
+        if re.split(r"[./@]", key, maxsplit=1)[0] in recorded:
+            raise ConfigError(f"{command} takes it from the run", key, value or None, fix="Leave it out.")
 
 
 def _convert_or_export(command: str, hydra: Hydra, config_name: str, overrides: list[str], multirun: bool) -> int:

@@ -34,9 +34,9 @@ from meshformer.printing import csv_cell, say
 from meshformer.record import atomic_write_text
 
 Config = dict[str, Any]
-ROWS = 10  # of the table
-COUNTED, MOST_COUNTED = 5, 15  # layouts whose memory is counted at a time, and at most
-# Bytes of optimizer state of a parameter, by the class that conf/optimizer/ names. Muon keeps one average, and AdamW's two of embeddings and norms.
+ROWS = 10  # in the table that is printed
+COUNTED, MOST_COUNTED = 5, 15  # layouts whose memory is counted at once, and in all
+# Bytes of fp32 optimizer state per parameter: AdamW has two moments, SGD and Muon one. (Muon's AdamW part, for embeddings and norms, has two.)
 STATE_BYTES = {"adamw": 8.0, "muon": 4.0, "sgd": 4.0}
 FIXABLE = ("activation_checkpointing", "schedule", "stages_per_rank", "sequence_parallel", "loss_parallel")
 THIS = "this"
@@ -101,7 +101,7 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def _check_outputs(flags: argparse.Namespace) -> None:
-    """Raise ConfigError, before anything is predicted or written, for a file that is there already and for a name that cannot be one."""
+    """Raise ConfigError, before anything is predicted or written, for an output file that exists already or a name that is invalid."""
     for flag, name in (("--csv", flags.csv), ("--figure", flags.figure)):
         if name is not None and Path(name).exists():
             raise ConfigError("exists already", flag, name, fix="Give another name, or remove it.")
@@ -121,9 +121,9 @@ def separated(typed: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def request_of(typed: Sequence[str], config_dir: str | None = None, measure: bool = False, as_given: bool = False) -> Request:
-    """The request that a command's overrides make. Raises ConfigError for settings that are wrong by themselves.
+    """The plan request for a command's overrides. Raises ConfigError for invalid settings.
 
-    `as_given`: with the precision and compilation of the configuration, as a run has them, also where they are not typed.
+    `as_given`: keep the configured precision and compilation, as a run does, instead of assuming bf16 and compilation where not typed.
     """
     mine, train = separated(typed)
     for override in train:
@@ -145,14 +145,14 @@ def request_of(typed: Sequence[str], config_dir: str | None = None, measure: boo
     if precision not in cluster.peak:
         fix = f"Give cluster.peak.{precision}=…, or another precision."
         raise ConfigError(f"the cluster has no rate for {precision}", "trainer.precision", there["trainer"]["precision"], fix=fix)
-    # With that many cores asked for, one process that uses them all is no answer.
+    # Where the command gives the number of cores, every candidate must use that many processes.
     cards = {"cards": cluster.cards} if any(o.lstrip("+").startswith("cluster.cards=") for o in mine) else {}
     state = STATE_BYTES.get(_optimizer(config), 8.0)
     return Request(there, sizes, cluster, fitted or constants(cluster.card), {**_fixed(config, names), **cards}, state)
 
 
 def _cluster(composed: Config, again: bool) -> tuple[Config, Constants | None]:
-    """The cluster's settings, and its constants if they were measured: for `this` the measured ones, under those that the command gives."""
+    """The cluster's settings, and its constants if they were measured: for `this` the measured ones, overridden by those of the command."""
     node = {key: value for key, value in composed["cluster"].items() if value is not None}
     if node.get("card") != THIS:
         return node, None
@@ -215,7 +215,7 @@ def _optimizer(config: Config) -> str:
 
 
 def _for_cluster(config: Config, cluster: Cluster, names: Sequence[str]) -> Config:
-    """The configuration as it would be resolved there: bf16 and compiled blocks where cards have bf16, unless the command says otherwise."""
+    """The configuration resolved for the cluster: bf16 and compiled blocks where its cards have bf16, unless the command sets them."""
     trainer = dict(config["trainer"])
     if "trainer.precision" not in names or trainer["precision"] == "auto":
         trainer["precision"] = "bf16-mixed" if "bf16" in cluster.peak else "32-true"
@@ -255,10 +255,10 @@ def _counted(rows: Sequence[Candidate], request: Request, train: Sequence[str], 
 
 
 def config_of(candidate: Candidate, request: Request, train: Sequence[str], config_dir: str | None) -> Config:
-    """The resolved configuration of a candidate on the cluster, which this machine need not be able to run.
+    """The resolved configuration of a candidate on the cluster; this machine need not be able to run it.
 
-    Of an accumulation two micro-batches are enough: from the second on, all need the same memory. So are four times as many in a pipeline as it
-    has ranks, which are more than it has in flight.
+    It has at most two accumulation steps, since the peak memory is the same from the second on, and at most four micro-batches per pipeline rank,
+    more than a schedule keeps in flight.
     """
     layout = candidate.layout
     fewer = replace(layout, accumulation=min(2, layout.accumulation), microbatches=min(layout.microbatches, 4 * layout.pipeline))
@@ -275,7 +275,7 @@ def config_of(candidate: Candidate, request: Request, train: Sequence[str], conf
 
 
 def _fullest_ranks(candidate: Candidate) -> list[int]:
-    """Of a pipeline the first stage, which has most micro-batches in flight, and the last, which has the head; else any rank."""
+    """The ranks that need most memory: in a pipeline those of the first stage (micro-batches in flight) and the last (head); else rank 0."""
     layout = candidate.layout
     return [0] if layout.pipeline == 1 else [0, layout.processes - layout.processes // layout.pipeline]
 
@@ -357,7 +357,7 @@ def _figure(name: str, draw: Callable[[Any, Path], None]) -> None:
 
 
 def _scale(flags: argparse.Namespace, request: Request) -> int:
-    """Print, for weak and strong scaling, the best layout on each number of cards, and up to where each kind pays."""
+    """Print, for weak and strong scaling, the fastest layout for each number of cards, and the number up to which each kind is efficient."""
     counts = read_counts(flags.scale, request.cluster.cards)
     points = scaled(request, counts)
     for strong in (False, True):

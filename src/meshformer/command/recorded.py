@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override, QuotedString
 from hydra.errors import HydraException
@@ -108,6 +109,34 @@ def split_command(overrides: Sequence[Any], typed: Sequence[str], place: str, co
             raise ConfigError(message, key, fix=f"If you trust it, add {line} to the command.")
     own_settings([line for line in kept if _key(_parsed(line, place)) not in LAUNCHER], place, config_dir)
     return kept
+
+
+def without_option(overrides: Sequence[str], group: str, files: Sequence[Path]) -> list[str]:
+    """Return the recorded overrides without the settings that belong to an option of `group`, one of whose `files` exists.
+
+    A setting belongs to it if the file has it, or if it is an argument, perhaps an added one, of a class that the file names by `_target_`.
+    """
+    file = next((file for file in files if file.is_file()), None)
+    content = yaml.safe_load(file.read_text(encoding="utf-8")) if file is not None else None
+    package = f"{group.replace('/', '.')}."
+    kept = []
+    for override in overrides:
+        key = override.lstrip("+~").partition("=")[0]
+        path = key.removeprefix(package).split(".")
+        below = any((file.parent / path[0]).is_dir() for file in files)  # `model.position.…` belongs to an option of model/position
+        if not key.startswith(package) or below or not _has(content, path):
+            kept.append(override)
+    return kept
+
+
+def _has(node: Any, path: Sequence[str]) -> bool:
+    for name in path:
+        if not isinstance(node, dict) or "_target_" in node:
+            return True
+        if name not in node:
+            return False
+        node = node[name]
+    return True
 
 
 def confirmed_config_dir(recorded: str | None, typed: str | None, key: str, folder: Path) -> str | None:

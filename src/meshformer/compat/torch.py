@@ -13,7 +13,6 @@ from torch.utils import _python_dispatch
 # public names.
 foreach_norm = torch._foreach_norm
 foreach_div_ = torch._foreach_div_
-foreach_lerp_ = torch._foreach_lerp_
 
 DispatchMode = _python_dispatch.TorchDispatchMode  # a context that sees every operation; torch's documentation names it, its module is private
 

@@ -18,7 +18,7 @@ from meshformer.data.windows import Batch, Batches, GlobalBatchSampler, Order, c
 
 
 class Steps:
-    """Yields one list of this rank's micro-batches for each optimizer step. Adds the seconds that the reader waits to ``data.waited``."""
+    """Yields one list of this rank's micro-batches for each optimizer step. Adds the time spent waiting for them to ``data.waited``."""
 
     def __init__(self, loader: Batches | DataLoader[Batch], data: SampledData) -> None:
         self.loader, self.data = loader, data
@@ -36,27 +36,27 @@ class Steps:
                 return
             yield step
 
-    def __getattr__(self, name: str) -> Any:  # what Lightning asks a DataLoader for: its sampler, its workers
-        if name == "loader":  # asked while a copy is made, before there is one
+    def __getattr__(self, name: str) -> Any:  # Lightning reads attributes of a DataLoader: sampler, num_workers, …
+        if name == "loader":  # copy and pickle look attributes up before `__init__` has set `loader`
             raise AttributeError(name)
         return getattr(self.loader, name)
 
 
 class SampledData(LightningDataModule):
-    """A subclass says what its samples are: ``order()``, ``training_set()``, ``eval_batches(...)`` and ``identity``.
+    """Base class of the data modules. A subclass implements ``order``, ``training_set``, ``eval_batches``, ``identity`` and ``model_settings``.
 
     Args:
         batch_size: samples in one optimizer step over all processes and micro-batches.
-        seed: of the order of the samples.
+        seed: determines the order of the samples.
         eval_batch_size: samples in one evaluation batch over all data-parallel ranks, rounded up to a multiple of them; by default as
             many as a training micro-batch. It changes speed and memory, never the result.
         workers: loader processes for training; 0 is fastest for data in memory.
         accumulation: micro-batches in one optimizer step.
 
-    ``samples`` is the position in the data: training samples consumed so far, over all epochs and processes. The trainer side sets it
-    after each optimizer step; it is saved in the checkpoint, and the next ``train_dataloader()`` goes on from there.
+    ``samples`` is the position in the data: training samples consumed so far, over all epochs and processes. callbacks/checkpoint.py sets it
+    after each optimizer step; the checkpoint saves it, and the next ``train_dataloader()`` starts there.
     ``waited`` counts the seconds that this process has waited for its training batches.
-    ``classes`` names the classes of labelled data; ``mean_length`` is the tokens of an average sample, None where the model decides.
+    ``classes`` names the classes of labelled data; ``mean_length`` is the mean number of tokens in a sample, None for images.
     """
 
     classes: list[str] | None = None
@@ -73,14 +73,14 @@ class SampledData(LightningDataModule):
         self.samples = 0
         self.waited = 0.0
 
-    # Abstract, all five: TextData, SequenceData and ImageData say what they are.
+    # Abstract methods, implemented by TextData, SequenceData and ImageData.
 
     def order(self) -> Order:
         """The order of the training samples."""
         raise NotImplementedError
 
     def training_set(self) -> Any:
-        """Something picklable with ``__getitems__(what a sampler yields) -> Batch``."""
+        """A picklable dataset whose ``__getitems__`` takes what the sampler yields and returns a collated batch."""
         raise NotImplementedError
 
     def eval_batches(self, split: str, batch_size: int, data_rank: int, data_world: int) -> Any:
@@ -89,7 +89,7 @@ class SampledData(LightningDataModule):
 
     @property
     def identity(self) -> str:
-        """A string that is equal for equal samples."""
+        """A string that identifies the samples: two data modules with the same samples have the same string."""
         raise NotImplementedError
 
     def model_settings(self) -> dict[str, int]:
@@ -112,15 +112,15 @@ class SampledData(LightningDataModule):
             return Batches(samples.__getitems__, sampler, self._on_gpu())
         return DataLoader(
             samples,
-            batch_sampler=sampler,  # pyright: ignore[reportArgumentType]  # arrays, which a dataset with __getitems__ is handed as they are
-            collate_fn=collated,  # pyright: ignore[reportArgumentType]  # and it returns the batch
+            batch_sampler=sampler,  # pyright: ignore[reportArgumentType]  # it yields arrays, which DataLoader passes to __getitems__ unchanged
+            collate_fn=collated,  # pyright: ignore[reportArgumentType]  # __getitems__ returns a collated batch
             num_workers=self.workers,
             persistent_workers=True,
             pin_memory=self._on_gpu(),
             worker_init_fn=_ignore_stop_signals,
-            # In a rank the default would be a fork server of the rank's own, which a signal to the process group ends, and the loaders with it.
+            # forkserver, the default, starts a server process in each rank; a signal to the process group ends it and the loader workers.
             multiprocessing_context="fork" if "fork" in multiprocessing.get_all_start_methods() else None,
-            generator=torch.Generator(),  # else each start draws from the global one
+            generator=torch.Generator(),  # without it, each iterator would draw a seed from the global generator
         )
 
     def val_dataloader(self) -> Batches:
@@ -162,9 +162,10 @@ class SampledData(LightningDataModule):
 
 
 def _ignore_stop_signals(worker: int) -> None:
-    """SLURM, Kubernetes and Ctrl-C tell every process of a group to stop. The trainer stops after its step, for which it needs its loaders.
+    """Ignore stop signals in a loader worker: SLURM, Kubernetes and Ctrl-C send them to the whole process group, and the trainer needs its workers
+    until its current step ends.
 
-    A loader ends when the trainer says so, and by itself within seconds when the trainer is gone (torch's worker loop watches its parent).
+    A worker exits when the trainer shuts it down, or within seconds of the trainer's death (torch's worker loop watches its parent process).
     """
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)

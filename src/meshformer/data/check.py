@@ -1,4 +1,4 @@
-"""Settings of the data that cannot work: files that are not there, a cache that cannot be written. No torch."""
+"""Checks of the data settings: missing files, a cache that is not writable. Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BYTE_TOKENS = 256  # a byte-level tokenizer starts from all bytes
 
 
 def check_tokenizer(config: Config) -> None:
-    """The number of the tokenizer's entries."""
+    """ConfigError for a BPE vocabulary smaller than the 256 bytes."""
     data = config["data"]
     if data["tokenizer"] == "bpe" and data["vocab_size"] < BYTE_TOKENS:
         message = f"byte-level BPE starts from {BYTE_TOKENS} bytes"
@@ -23,7 +23,7 @@ def check_tokenizer(config: Config) -> None:
 
 
 def check_cache(config: Config) -> None:
-    """ConfigError where `paths.data` can neither be written nor made. Everybody's prepared data lies there."""
+    """ConfigError where `paths.data` can neither be written nor made. It holds the downloaded and prepared data of all runs."""
     folder = Path(config["paths"]["data"])
     standing = next((one for one in (folder, *folder.parents) if one.exists()), None)
     if standing is None:
@@ -38,7 +38,7 @@ def check_cache(config: Config) -> None:
 
 
 def _prepared(folder: Path) -> bool:
-    """A cache that somebody else filled may be read-only."""
+    """Whether the cache already holds data: then it may be read-only."""
     return folder.is_dir() and any(folder.iterdir())
 
 
@@ -63,7 +63,7 @@ def check_files(config: Config) -> None:
 
 
 def check_room(config: Config) -> None:
-    """ConfigError where the model has no room for the samples: their tokens, or their vocabulary."""
+    """ConfigError where the model's context length or vocabulary is too small for the samples."""
     model, data = config["model"], config["data"]
     if model.get("context_length") is not None and model["context_length"] < data["context_length"]:
         message = f"the model sees fewer tokens than a sample has (data.context_length={data['context_length']})"
@@ -74,7 +74,7 @@ def check_room(config: Config) -> None:
 
 
 def check_labelled_files(config: Config) -> None:
-    """The files of data=csv are there and have the columns, before a process starts. (Their rows are read by the job.)"""
+    """ConfigError where a file of data=csv is missing or lacks a column. Reads the headers only; the job reads the rows."""
     for key in ("file", "validation_file"):
         name = config["data"][key]
         if name is None:

@@ -1,12 +1,12 @@
-"""A cache of folders named by the hash of their settings: built once however many processes ask, and checked before each use. No torch.
+"""A cache of folders named by the hash of their settings. One process builds a folder; every use verifies its checksums. Imports no torch.
 
-``checksums.json`` in a folder binds its files, CRC-32 by blocks of 4 MiB, to the settings (source and tokenizer among them) that it was built
-from; a folder that does not fit is built anew, with one line of warning.
+``checksums.json`` in a folder holds a CRC-32 for each block of 4 MiB of its files, and the hash of the settings (source, tokenizer, …) it was
+built from. A folder that fails the check is rebuilt, with one line of warning.
 
-To find an accident in gigabytes without reading gigabytes at each start, a note beside the folder keeps what the system tells of files that
-were read whole (size, times, inode): while that is the same, a start reads files of up to 64 MiB whole and of larger ones the first, the
-last and the next 30 blocks in turn; any write to a file changes it, and all blocks are read again. Of the processes that start together, the
-first checks under the lock, and the others take its note for their own check.
+Reading gigabytes at each start would be slow. So a file beside the folder, ``….checked``, records size, times and inode of every file that was
+verified completely. While these are unchanged, a start verifies files of up to 64 MiB completely, and of a larger file the first block, the last
+and 30 others, which rotate from start to start. After any write to a file they differ, and all blocks are verified again. Of several processes
+that start together, the first verifies under a lock, and the others rely on its record.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ Stamp = list[int]
 
 
 def built_once(settings: dict[str, Any], cache: str | Path, build: Callable[[Path], None]) -> Path:
-    """The folder below ``cache`` that is named by the hash of ``settings``; if it is not there, or not as it was built, ``build`` fills it,
-    once, however many processes ask at the same time."""
+    """Return the folder below ``cache`` that is named by the hash of ``settings``. If it is missing or fails the check, ``build`` fills it; of
+    several processes that call this at the same time, one builds and the others wait."""
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     folder = Path(cache).expanduser() / "prepared" / key[:16]
-    if _checked_since(folder, _began()):  # by another rank of this job, or another job of this grid: no need to wait for the lock
+    if _checked_since(folder, _began()):  # verified by another rank or job since this process started
         return folder
     lock = FileLock(f"{folder}.lock")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except (OSError, NotImplementedError) as error:
-        if folder.is_dir() and check(folder, key) is None:  # in a read-only cache; a folder appears by rename, complete
+        if folder.is_dir() and check(folder, key) is None:  # a read-only cache; a folder is renamed into place only when complete
             return folder
         raise _unwritable(cache, error) from error
     try:
@@ -68,7 +68,7 @@ def built_once(settings: dict[str, Any], cache: str | Path, build: Callable[[Pat
 
 
 def check(folder: Path, key: str) -> str | None:
-    """What is wrong with the folder, in a few words, or None; reads as much of it as this module's docstring says, and leaves a note."""
+    """Return what is wrong with the folder, in a few words, or None. Verifies the blocks that the module docstring names, and records it."""
     try:
         content = json.loads((folder / SUMS).read_bytes())
         told, files = content.pop("crc32"), content["files"]
@@ -107,7 +107,7 @@ def check(folder: Path, key: str) -> str | None:
 
 def _build(folder: Path, key: str, build: Callable[[Path], None]) -> None:
     log.info("preparing tokens in %s", folder)
-    for leftover in folder.parent.glob(f".{folder.name}-*"):  # of a process killed while it held our lock
+    for leftover in folder.parent.glob(f".{folder.name}-*"):  # left by a process that was killed while it held the lock
         shutil.rmtree(leftover, ignore_errors=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:
@@ -116,7 +116,7 @@ def _build(folder: Path, key: str, build: Callable[[Path], None]) -> None:
         content: dict[str, Any] = {"key": key, "files": {name: _entry(temporary / name) for name in names}}
         (temporary / SUMS).write_text(json.dumps({**content, "crc32": _own_sum(content)}), encoding="utf-8")
         temporary.chmod(0o755)  # mkdtemp makes it private; a cache may be shared
-        with suppress(FileNotFoundError):  # a folder that does not fit; processes that have opened its files keep them
+        with suppress(FileNotFoundError):  # a folder that failed the check; processes that have its files open can still read them
             os.rename(folder, folder.with_name(f".{folder.name}-unfit-{temporary.name[-8:]}"))
         os.replace(temporary, folder)
         _write_note(folder, _stamps(folder, names), 0)
@@ -138,7 +138,7 @@ def _entry(path: Path) -> dict[str, Any]:
 
 
 def _sums(path: Path, blocks: Iterable[int]) -> Iterable[int]:
-    """CRC-32 of the file's blocks of these numbers; zlib and the system's reading let other threads run meanwhile."""
+    """CRC-32 of the file's blocks with these numbers, in parallel: zlib and `os.pread` release the GIL."""
     with open(path, "rb", buffering=0) as file, ThreadPoolExecutor(_threads()) as pool:
         yield from pool.map(lambda number: zlib.crc32(os.pread(file.fileno(), BLOCK, number * BLOCK)), blocks)
 
@@ -151,11 +151,11 @@ def _own_sum(content: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
-# --- the note beside a folder: which files were read whole and found right, and when a check ended
+# --- the record beside a folder (….checked): which files were verified completely, and when
 
 
 def stamp(path: Path) -> Stamp:
-    """Numbers that change with every write to a file, even where somebody resets its size and date."""
+    """Size, modification and change time, inode: they differ after every write, since a program cannot reset the change time."""
     found = os.stat(path)
     return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
 
@@ -186,7 +186,7 @@ def _checked_since(folder: Path, moment: float) -> bool:
 
 
 def _began() -> float:
-    """When this process started, from Linux; on other systems, when this module was first imported."""
+    """When this process started, from /proc on Linux; on other systems, when this module was imported."""
     try:
         ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
         return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
@@ -195,7 +195,7 @@ def _began() -> float:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write the note by one rename, or not at all where the cache may not be written to."""
+    """Write the file atomically (temporary file and rename). Does nothing where the folder is not writable."""
     temporary = path.with_name(f".{path.name}-{os.getpid()}")
     with suppress(OSError):
         temporary.write_text(json.dumps(content), encoding="utf-8")

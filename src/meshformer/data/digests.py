@@ -1,4 +1,4 @@
-"""The SHA-256 of files, remembered for large ones while size, times and inode stay: reading 1 GB takes seconds of each start. No torch."""
+"""SHA-256 of files. For large files the hash is cached while size, times and inode are unchanged; hashing 1 GB takes seconds. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from filelock import FileLock
 from meshformer.data.checked import stamp, write_json
 
 LARGE, READ = 32 << 20, 1 << 20
-_SETTLED = 2e9  # nanoseconds: within the same tick of a file system's clock, a write may leave no trace
+_SETTLED = 2e9  # nanoseconds: two writes within one tick of the file system's clock leave the same modification time
 
 
 def sha256_of(path: Path, cache: str | Path | None = None) -> str:
-    """The SHA-256 in hexadecimal. ``cache``: the folder that remembers the hashes of large files. Of several ranks that ask at once, one reads."""
+    """The SHA-256 in hexadecimal. ``cache``: the folder where hashes of large files are stored. Of several ranks, one reads."""
     found = stamp(path)
     if cache is None or found[0] < LARGE:
         return _read(path)
@@ -30,7 +30,7 @@ def sha256_of(path: Path, cache: str | Path | None = None) -> str:
         lock = FileLock(f"{memory}.lock")
         lock.acquire()
         lock.release()
-    except (OSError, NotImplementedError):  # a cache that may not be written to
+    except (OSError, NotImplementedError):  # the cache is not writable
         lock = nullcontext()
     with lock:
         if (known := _known(memory, name, found)) is not None:

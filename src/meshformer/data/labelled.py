@@ -1,4 +1,4 @@
-"""Texts with labels: each source has ``examples()``, all of them, and ``identity()``, what the prepared data's cache key hashes. No torch.
+"""Labelled texts. ``examples()`` returns all examples of a source, and ``identity()`` the values that go into the cache key. Imports no torch.
 
 Every class can be built by hand: ``Sentiment("~/.cache/meshformer").examples()``.
 """
@@ -28,8 +28,8 @@ VADER = PinnedPackage(
 
 @dataclass(frozen=True)
 class Examples:
-    """Lists of one length. ``splits``: train, val or test; ``labels``: a class, or a tag for each word with spaces between them; ``partners``:
-    the other half of a pair. ``where`` names the n-th example for a message ("row 7 of a.csv")."""
+    """Lists with one entry for each example. ``splits``: train, val or test. ``labels``: a class, or space-separated tags, one for each word.
+    ``partners``: the second text of a pair. ``where``: its place, for error messages ("row 7 of a.csv")."""
 
     texts: list[str]
     splits: list[str]
@@ -50,7 +50,7 @@ class LabelledSource(Protocol):
 
 
 def split_at_random(n: int, validation_fraction: float, test_fraction: float, seed: int) -> list[str]:
-    """Which part each of ``n`` examples belongs to: shares drawn without replacement, the rest trains."""
+    """The split (train, val or test) of each of ``n`` examples, drawn at random; the given shares are held out."""
     n_val, n_test = round(n * validation_fraction), round(n * test_fraction)
     parts = np.array(["train"] * n, dtype=object)
     order = np.random.default_rng(seed).permutation(n)
@@ -60,12 +60,12 @@ def split_at_random(n: int, validation_fraction: float, test_fraction: float, se
 
 
 class Sentiment:
-    """Snippets with mean human ratings (Hutto & Gilbert 2014): the label is the rating's sign, and the few without one are left out.
+    """Snippets with mean human ratings (Hutto & Gilbert 2014): the label is the rating's sign; ratings of 0 are left out.
 
     Args:
         collection: movies (10,568 review sentences), tweets (4,196), amazon (3,610 product review sentences), nyt (4,946 editorial sentences),
-            or all of them, each with its own held-out part as if it were alone.
-        validation_fraction, test_fraction: shares held out, drawn with ``split_seed`` and so the same in runs of every seed.
+            or all of them; each is then split by itself.
+        validation_fraction, test_fraction: shares held out. They are drawn with ``split_seed``, so they do not depend on the run's seed.
     """
 
     FILES: ClassVar[dict[str, str]] = {
@@ -111,12 +111,13 @@ class Sentiment:
 
 
 class CsvTexts:
-    """The user's own table, UTF-8, a header in the first line; columns are separated by commas, or by tabs in a ``.tsv`` file.
+    """A CSV file in UTF-8 with a header line. Columns are separated by commas, or by tabs in a ``.tsv`` file.
 
     Args:
-        file: training examples, and the others too unless they have files of their own.
-        label_column: null for texts without labels (language modelling); ``pair_column``: the other half of each pair.
-        validation_fraction: share held out by ``split_seed`` where there is no ``validation_file``.
+        file: the training examples; without ``validation_file``, a share of them is held out for validation.
+        label_column: None for texts without labels (language modelling).
+        pair_column: the second text of each pair.
+        validation_fraction: the share held out, drawn with ``split_seed``.
     """
 
     def __init__(
@@ -162,7 +163,7 @@ class CsvTexts:
         return {"texts": "csv", "sha256": contents, "columns": self.columns, "split": [self.fraction, self.split_seed]}
 
     def _rows(self, file: Path) -> list[dict[str, str]]:
-        """Of each row the wanted columns, by the key that names the column."""
+        """The chosen columns of each row, keyed by the setting that names the column."""
         try:
             text = file.read_bytes().decode("utf-8-sig")
         except UnicodeDecodeError as error:
@@ -187,9 +188,9 @@ class CsvTexts:
 
 
 def _table(text: str, file: Path) -> tuple[list[str], list[dict[str, str]]]:
-    """(header, rows). ConfigError naming the row for whatever leaves open which cell belongs to which column."""
+    """(header, rows). ConfigError for a row whose cells cannot be assigned to columns, with its number."""
     separator = separator_of(file)
-    # Python's limit of 131,072 characters a cell would refuse long documents, and it is no guard: the text is in memory already.
+    # The csv module refuses cells of over 131,072 characters. Long documents exceed that, and the text is in memory already.
     before = csv.field_size_limit(2**31 - 1)
     reader, lines, first = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True), [], 1
     try:
@@ -222,8 +223,7 @@ class HubTexts:
 
     Args:
         path, name, revision: as for ``HubText``.
-        split: what trains; ``validation_split`` and ``test_split`` are the other parts, and without the former a share of the training part is
-            held out.
+        split: the training split. Without ``validation_split``, a share of it is held out for validation.
     """
 
     def __init__(
@@ -265,14 +265,14 @@ class HubTexts:
         return self._read
 
     def identity(self) -> dict[str, Any]:
-        # The content itself: names, revisions and local files all may change under the same words.
+        # A hash of the contents: a name, a revision or a path does not fix them.
         read = self.examples()
         content = repr((read.texts, read.labels, read.partners, read.splits)).encode("utf-8", "surrogatepass")
         return {"texts": "hub", "sha256": hashlib.sha256(content).hexdigest()}
 
 
 def _as_texts(rows: Any, column: str) -> list[str]:
-    """A column's values as text; numbers that stand for named classes by their names, lists (tags of words) joined by spaces."""
+    """A column's values as strings. Class numbers become class names (ClassLabel); lists, such as tags, are joined by spaces."""
     feature: Any = rows.features[column]
     names = getattr(feature, "names", None) or getattr(getattr(feature, "feature", None), "names", None)
 
@@ -283,7 +283,7 @@ def _as_texts(rows: Any, column: str) -> list[str]:
 
 
 def class_names(labels: Iterable[str], wanted: Sequence[str] | None = None) -> list[str]:
-    """The classes in the order of their numbers: as given, or the distinct labels, numbers by size and names by the alphabet."""
+    """The class names in the order of their indices: ``wanted``, or the distinct labels, sorted as numbers if all are integers, else as strings."""
     if wanted is not None:
         return [str(name) for name in wanted]
     distinct = set(labels)

@@ -1,4 +1,4 @@
-"""Hidden tokens for masked language modelling (Devlin et al. 2019). Shapes: B batch, T time."""
+"""Masking of tokens for masked language modelling (Devlin et al. 2019). Shapes: B batch, T time."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Masking:
 
 
 def masking_of(tokenizer: Tokenizer, seed: int, longest: int) -> Masking:
-    """``Masking`` with the tokenizer's mask token, which leaves its special tokens alone. ConfigError where it has no mask token."""
+    """``Masking`` with the tokenizer's mask token; special tokens are never masked. ConfigError where the tokenizer has no mask token."""
     if tokenizer.mask_id is None:
         raise ConfigError(
             "task=masked_language_modelling needs a mask token, and the tokenizer of the run to start from has none",
@@ -60,7 +60,7 @@ class Numbered:
 
 
 class MaskedWindows:
-    """Training windows of a text with some tokens hidden. The keys are those of a ``Numbered`` order."""
+    """Training windows of a text with masked tokens. The keys are those of a ``Numbered`` order."""
 
     def __init__(self, windows: Any, masking: Masking) -> None:
         self.windows, self.masking = windows, masking
@@ -71,7 +71,7 @@ class MaskedWindows:
 
 
 class MaskedEvaluation:
-    """Validation windows with some tokens hidden, the same ones in every validation and every layout."""
+    """Validation windows with masked tokens, the same ones in every validation and every layout."""
 
     def __init__(self, batches: Any, masking: Masking) -> None:
         self.batches, self.masking = batches, masking

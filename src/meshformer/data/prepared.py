@@ -1,4 +1,4 @@
-"""From a corpus to token files on disk, once for each combination of settings, however many processes ask at the same time. No torch."""
+"""Tokenizes a corpus into files on disk, once for each combination of settings, also when several processes start at once. Imports no torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from meshformer.data.streamed import Stream, write_tokens
 from meshformer.data.tokenizer import BpeTokenizer, CharTokenizer, Tokenizer, Tokens, Unknown, load_tokenizer
 
 SPLITS = ("train", "val", "test")
-_LAYOUT = 1  # of the folder; another number leaves folders of older versions unused
+_LAYOUT = 1  # version of the folder's format; part of the cache key
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Prepared:
 
     @property
     def identity(self) -> str:
-        """A string that is equal for equal tokens of equal texts."""
+        """A string that identifies the text and its tokens."""
         return self.folder.name
 
     @cached_property
@@ -47,7 +47,7 @@ class Prepared:
         return np.load(self.folder / f"{split}.npy", mmap_mode="r", allow_pickle=False)
 
     def bytes_per_token(self, split: str) -> float:
-        """Text bytes a token stands for on average: bits per byte = nats per token / ln 2 / this."""
+        """Mean UTF-8 bytes of text in a token. Bits per byte = nats per token / ln 2 / bytes per token."""
         return self.text_bytes[split] / len(self.tokens(split))
 
 
@@ -61,14 +61,14 @@ def prepare(
     unknown: Unknown = "error",
     mask: bool = False,
 ) -> Prepared:
-    """Tokenize ``source`` into a folder below ``cache``, or find the folder an earlier call left there.
+    """Tokenize ``source`` into a folder below ``cache``, or return the folder that an earlier call wrote.
 
     The text is split by characters: the first 90 % train, the next 5 % val, the last 5 % test.
 
     Args:
-        tokenizer: ``char`` or ``bpe``; ``vocab_size`` matters to ``bpe`` alone.
-        fixed_tokenizer: use this one and train none: fine-tuning must keep the ids its weights were trained with.
-        mask: the tokenizer that is trained gets a mask token.
+        tokenizer: ``char`` or ``bpe``; ``vocab_size`` is used by ``bpe`` only.
+        fixed_tokenizer: use this one instead of training one: fine-tuning needs the token ids of pretraining.
+        mask: add a mask token to the tokenizer that is trained.
         unknown: ``error`` or ``replace`` characters that a fixed character tokenizer does not know (see ``tokenizer.py``).
 
     Raises ConfigError for text that is missing, unreadable or too short, and for characters a fixed tokenizer does not know.
@@ -82,7 +82,7 @@ def prepare(
         bounds = _bounds(stream.length)
         chosen = fixed_tokenizer
         if chosen is None and tokenizer == "char":
-            chosen = CharTokenizer(stream.characters, mask)  # of all of the text, so that validation has no unknown ones
+            chosen = CharTokenizer(stream.characters, mask)  # of the whole text, so that validation has no unknown characters
         elif chosen is None and tokenizer == "bpe":
             chosen = BpeTokenizer.train(stream.part(*bounds["train"]), vocab_size, mask)
         elif chosen is None:
@@ -112,12 +112,12 @@ def tokenizer_settings(kind: str, vocab_size: int, fixed: Tokenizer | None, unkn
 
 
 def _bounds(length: int) -> dict[str, tuple[int, int]]:
-    """Split -> its first character and the one after its last."""
+    """Split -> (index of its first character, index after its last)."""
     if not length:
         raise ConfigError("the text is empty", "data.source", fix="Give a file or a dataset with text in it")
     first, second = length * 90 // 100, length * 95 // 100
     parts = ((0, first), (first, second), (second, length))
-    if min(end - begin for begin, end in parts) < 2:  # a model predicts a token from the one before: two are the least that can be scored
+    if min(end - begin for begin, end in parts) < 2:  # a loss needs at least two tokens: one to predict the other from
         message = f"{length} characters are too few: 5 % of them are kept for validation and 5 % for testing"
         raise ConfigError(message, "data.source", fix="Use 40 or more")
     return dict(zip(SPLITS, parts, strict=True))

@@ -1,6 +1,6 @@
 """Short texts as a LightningDataModule: labelled or not, padded to batches of similar length, or packed several to a row.
 
-What is read from them and predicted depends on the objective: see ``objectives.py``, one reader for each.
+The inputs and targets depend on the objective: see ``objectives.py``.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from meshformer.data.prepared import SPLITS, tokenizer_settings
 from meshformer.data.tokenizer import Tokenizer, Unknown, load_tokenizer, train_tokenizer
 from meshformer.data.windows import Batch, Order, Starts
 
-_LAYOUT = 1  # of the prepared folder; another number leaves folders of older versions unused
+_LAYOUT = 1  # version of the folder's format; part of the cache key
 _POOL = 16  # batches whose samples are sorted by length together
 
 
 class SequenceData(SampledData):
     """Batches for ``objective``, int64: ``tokens`` and ``documents`` (B, T), and
 
-    - ``label``: ``labels`` (B,), the class of each text, IGNORED for texts that only fill up a batch
+    - ``label``: ``labels`` (B,), the class of each text, IGNORED for rows of padding
     - ``tags``: ``targets`` (B, T), the class of each word at its last token, IGNORED elsewhere
-    - ``next``, ``mask``: ``targets`` (B, T), the next or the hidden token
+    - ``next``, ``mask``: ``targets`` (B, T), the next or the masked token
     - ``pairs``: rows 2i and 2i + 1 are a pair; B is twice the number of samples
 
     All batches of one optimizer step are as wide as its longest text, rounded up to ``pad_to``; the texts of a step are of similar length.
@@ -110,7 +110,7 @@ class SequenceData(SampledData):
 
     @cached_property
     def identity(self) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
-        # Not the folder's name, which depends on `classes`: a resumed run is given the classes that the first run found.
+        # Not the folder's name, which depends on `classes`: a resumed run gets the recorded classes, where the first start had None.
         parts = self.source.identity(), self.objective, self.packing, self.classes, self.tokenizer.to_json()
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -149,7 +149,7 @@ class SequenceData(SampledData):
     def _make_reader(self, split: str) -> Reader:
         with np.load(self.folder / f"{split}.npz", allow_pickle=False) as stored:
             arrays = dict(stored)
-        seed = self.seed if split == "train" else 0  # one seed for all evaluations, so that runs are compared on the same hidden tokens
+        seed = self.seed if split == "train" else 0  # fixed for evaluation, so that all runs are evaluated on the same masked tokens
         return self.reader(arrays, self.context_length, self.tokenizer, self.packing, seed)
 
 
@@ -177,8 +177,8 @@ class ByLength:
 
 
 class EvalRows:
-    """All samples of a part in batches of similar length, each sample once, whatever ``batch_size`` and ``data_world``; the last batch is filled
-    up with padding. The batches come in random order, so that the first few are representative of the part."""
+    """All samples of a part in batches of similar length, each sample once for any ``batch_size`` and ``data_world``. The last batch is
+    padded with empty rows. The batches come in random order, so that the first few are representative of the part."""
 
     def __init__(self, reader: Reader, batch_size: int, data_rank: int, data_world: int, pad_to: int, longest: int) -> None:
         self.reader, self.batch_size, self.data_rank, self.data_world = reader, batch_size, data_rank, data_world

@@ -1,4 +1,4 @@
-"""Text and tokens in pieces, so that preparing takes no more memory for a large corpus than for a small one. No torch."""
+"""Streams of text and tokens, so that the memory for tokenizing does not grow with the corpus. Imports no torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _POINTS = 0x110000
 
 
 class Stream:
-    """A corpus as pieces of at most ``PIECE`` characters, as often as asked for. A corpus without ``pieces()`` is asked for its text, once."""
+    """Yields a corpus in pieces of at most ``PIECE`` characters; may be iterated repeatedly. Without ``pieces()``, ``text()`` is called once."""
 
     def __init__(self, source: Any) -> None:
         self._source, self._text = source, None if hasattr(source, "pieces") else source.text()
@@ -28,7 +28,7 @@ class Stream:
                 yield piece[start : start + PIECE]
 
     def part(self, first: int, end: int) -> Iterator[str]:
-        """The characters from number ``first`` up to ``end``."""
+        """The characters [``first``, ``end``) in pieces."""
         at = 0
         for piece in self.pieces():
             if at + len(piece) > first:
@@ -53,16 +53,16 @@ class Stream:
 
     @property
     def characters(self) -> str:
-        """The characters that occur, in code point order."""
+        """The distinct characters, in code point order."""
         return self._survey[1]
 
 
 def write_tokens(path: Path, pieces: Iterable[Tokens], vocab_size: int) -> None:
-    """The pieces' ids as one ``.npy`` file, byte for byte what ``np.save`` makes of the whole."""
+    """Write the concatenated ids as one ``.npy`` file, byte for byte as ``np.save`` would."""
     dtype = np.dtype(token_type(vocab_size))
     about: dict[str, Any] = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False}
     with open(path, "wb") as file:
-        # NumPy leaves room in the header for the length to grow.
+        # NumPy pads the header, so the final length fits into it afterwards.
         np.lib.format.write_array_header_1_0(file, {**about, "shape": (0,)})
         begin, n = file.tell(), 0
         for ids in pieces:

@@ -1,10 +1,10 @@
-"""Three tokenizers with one interface: ``encode``, ``decode``, ``vocab_size``, ``to_json``, ``save``. No torch.
+"""Three tokenizers with one interface: ``encode``, ``decode``, ``vocab_size``, ``to_json``, ``save``. Imports no torch.
 
-- ``CharTokenizer``: one token a character, ids in code point order. It has no unknown token, for that would be a row of the embedding
-  that pretraining never trains. A character outside the vocabulary is an error that names it, or, where the caller asks for
-  ``unknown="replace"``, becomes ``?`` (the vocabulary's first character where it has no ``?``), with a warning.
+- ``CharTokenizer``: one token a character, ids in code point order. It has no unknown token, whose row of the embedding would
+  never be trained. A character outside the vocabulary raises ConfigError; with ``unknown="replace"`` it becomes ``?`` (the
+  vocabulary's first character where it has no ``?``), with a warning.
 - ``BpeTokenizer``: byte-level byte-pair encoding; every text can be encoded, and decodes to itself.
-- ``PretrainedTokenizer``: that of a pretrained model, of whatever kind.
+- ``PretrainedTokenizer``: the tokenizer.json of a pretrained model.
 """
 
 from __future__ import annotations
@@ -31,17 +31,12 @@ log = logging.getLogger(__name__)
 Tokens = npt.NDArray[np.unsignedinteger[Any]]
 Unknown = Literal["error", "replace"]
 MASK, MASK_SHOWN = "[MASK]", "\ufffd"
-CUT, LONGEST, BATCH, ALONE = (
-    1 << 16,
-    1 << 22,
-    32,
-    4,
-)  # characters of a piece for `tokenizers`, of one that offers no place to cut; pieces at a
-# time; batches that are encoded before it is worth while to start other processes
-REMEMBERED, TOGETHER = 100_000, 4000  # words: whose ids are kept, and that are encoded at once
-UNCUT, SIDE = 1 << 23, 200  # characters that a pretrained model's tokenizer is given at once, and that it is shown of each side of a cut
-# A space and what follows it up to the next: before a space that follows a non-space, the byte-level pre-tokenizer always cuts. Its spaces are
-# Unicode's, to which Python's \s adds four control characters.
+CUT, LONGEST = 1 << 16, 1 << 22  # characters in a piece for `tokenizers`: usually, and at most
+BATCH, ALONE = 32, 4  # pieces in a batch; batches that are encoded in this process before workers are started
+REMEMBERED, TOGETHER = 100_000, 4000  # words: size of the cache, and encoded in one call
+UNCUT, SIDE = 1 << 23, 200  # a pretrained tokenizer: characters encoded in one call, and compared on each side of a possible cut
+# Whitespace and the word after it. The byte-level pre-tokenizer always splits before whitespace that follows another character. It uses Unicode's
+# whitespace; Python's \s also matches four control characters.
 _SPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 _WORD = re.compile(f"[{_SPACE}]*[^{_SPACE}]+|[{_SPACE}]+")
 A = TypeVar("A")
@@ -56,7 +51,7 @@ class Tokenizer(Protocol):
 
     @property
     def mask_id(self) -> int | None:
-        """The token that stands for a hidden one in masked language modelling; None where the vocabulary has none."""
+        """The id of the mask token for masked language modelling; None where the vocabulary has none."""
         ...
 
     def encode(self, text: str, unknown: Unknown = "error") -> Tokens:
@@ -64,13 +59,13 @@ class Tokenizer(Protocol):
         ...
 
     def encode_pieces(self, pieces: Iterable[str], unknown: Unknown = "error") -> Iterator[Tokens]:
-        """The ids of the text that the pieces join to, wherever they were cut, a part at a time; on all cores."""
+        """Yield the ids of the concatenated pieces in parts, computed on all cores. They do not depend on where the text was cut."""
         ...
 
     def decode(self, ids: Sequence[int] | npt.NDArray[Any]) -> str: ...
 
     def to_json(self) -> str:
-        """The whole tokenizer as text; equal strings are equal tokenizers."""
+        """The tokenizer as JSON; equal tokenizers give equal strings."""
         ...
 
     def save(self, path: str | Path) -> None: ...
@@ -84,7 +79,7 @@ class CharTokenizer:
             raise ValueError("a vocabulary is a non-empty string of distinct characters")
         self.characters, self.mask_id = characters, len(characters) if mask else None
         self._points = code_points(characters)
-        # As narrow as the ids with one more for what is unknown; the last entry stands for everything beyond the table.
+        # Code point -> id. The dtype has room for the ids and a marker for unknown; the last entry is used for all code points beyond the table.
         self._absent, self._stand_in = len(characters) + 1, max(characters.find("?"), 0)
         self._table = np.full(int(self._points.max()) + 2, self._absent, dtype=token_type(self._absent + 1))
         self._table[self._points] = np.arange(len(characters))
@@ -110,7 +105,7 @@ class CharTokenizer:
         for ids, own in in_order(self._encoded, pieces):
             outside.update(own)
             yield ids
-        self._tell(outside, unknown)  # at the end, so that all of them are counted
+        self._tell(outside, unknown)  # after the last piece, when all are counted
 
     def decode(self, ids: Sequence[int] | npt.NDArray[Any]) -> str:
         return self._shown[np.asarray(ids, dtype=np.int64)].tobytes().decode("utf-32-le", "surrogatepass")
@@ -123,7 +118,7 @@ class CharTokenizer:
         Path(path).write_text(self.to_json(), encoding="utf-8")
 
     def _encoded(self, text: str) -> tuple[Tokens, Counter[str]]:
-        """The ids, what is unknown replaced, and how often each unknown character occurs."""
+        """(ids, with unknown characters replaced; count of each unknown character)."""
         ids = self._table[np.minimum(code_points(text), len(self._table) - 1)]
         outside: Counter[str] = Counter()
         if len(ids) and ids.max() == self._absent:
@@ -144,7 +139,7 @@ class CharTokenizer:
 
 
 class BpeTokenizer:
-    """Byte-level byte-pair encoding, trained and run by the ``tokenizers`` library. ``model`` is its JSON."""
+    """Byte-level byte-pair encoding by the ``tokenizers`` library. ``model`` is the JSON of a ``tokenizers.Tokenizer``."""
 
     def __init__(self, model: str) -> None:
         from tokenizers import Tokenizer as Model
@@ -153,8 +148,8 @@ class BpeTokenizer:
 
     @classmethod
     def train(cls, text: str | Iterable[str], vocab_size: int, mask: bool = False) -> BpeTokenizer:
-        """Learn the merges from ``text`` or the pieces it was cut into, wherever that was; a short text may fill fewer than ``vocab_size`` entries.
-        ``mask`` adds a mask token after them."""
+        """Train the merges on ``text``, a string or its consecutive pieces. A short text may give fewer than ``vocab_size`` entries. ``mask`` adds a
+        mask token after them."""
         from tokenizers import Tokenizer as Model
         from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -163,7 +158,7 @@ class BpeTokenizer:
         model = Model(models.BPE())
         model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         model.decoder = decoders.ByteLevel()
-        alphabet = pre_tokenizers.ByteLevel.alphabet()  # all 256, so that no text is ever outside the vocabulary
+        alphabet = pre_tokenizers.ByteLevel.alphabet()  # all 256 bytes, so that every text can be encoded
         trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False, special_tokens=[])
         model.train_from_iterator(_pieces((text,) if isinstance(text, str) else text), trainer)
         if mask:
@@ -179,11 +174,11 @@ class BpeTokenizer:
         return self._model.token_to_id(MASK)
 
     def encode(self, text: str, unknown: Unknown = "error") -> Tokens:
-        """``unknown`` belongs to the interface: nothing is unknown to a byte-level vocabulary."""
+        """``unknown`` has no effect: a byte-level vocabulary covers every text."""
         return np.concatenate([np.zeros(0, token_type(self.vocab_size)), *self.encode_pieces((text,))])
 
     def encode_pieces(self, pieces: Iterable[str], unknown: Unknown = "error") -> Iterator[Tokens]:
-        # A lone surrogate (a prompt in a broken locale) has no bytes.
+        # A lone surrogate (a prompt in a broken locale) cannot be encoded as UTF-8.
         whole = (piece.encode("utf-8", "replace").decode("utf-8") for piece in pieces)
         memory: dict[str, bytes] = {}
         batches = iter(_batches(_pieces(whole), BATCH))
@@ -198,8 +193,8 @@ class BpeTokenizer:
             yield from in_order(workers.encode, chain((batch,), batches), count)
 
     def encode_batch(self, pieces: list[str], memory: dict[str, bytes]) -> Tokens:
-        """The ids of ``_pieces`` one after the other. A text says most of its words again: ``memory`` has their ids, which is ten times as
-        fast as to merge their bytes once more."""
+        """The concatenated ids of the pieces. ``memory`` caches the ids of words: most words recur, and a look-up is ten times as fast as merging
+        the bytes again."""
         dtype = np.dtype(token_type(self.vocab_size))
         words = [word for piece in pieces for word in _WORD.findall(piece)]
         if len(memory) > REMEMBERED:
@@ -210,7 +205,7 @@ class BpeTokenizer:
         return np.frombuffer(b"".join(map(memory.__getitem__, words)), dtype)
 
     def decode(self, ids: Sequence[int] | npt.NDArray[Any]) -> str:
-        """Bytes that are no valid UTF-8 (a character cut in the middle) become U+FFFD."""
+        """Invalid UTF-8, such as part of a character, becomes U+FFFD."""
         return self._model.decode(np.asarray(ids, dtype=np.int64).tolist(), skip_special_tokens=False)
 
     def to_json(self) -> str:
@@ -223,8 +218,8 @@ class BpeTokenizer:
 class PretrainedTokenizer:
     """The tokenizer of a pretrained model, as the ``tokenizers`` library writes it (``tokenizer.json`` of a Hugging Face folder); its ids are kept.
 
-    ``encode`` gives the ids of running text: what the file would add around it ([CLS], a padding, a limit) is left out. ``model`` is the
-    library's object, for what adds those.
+    ``encode`` gives the ids of running text: special tokens ([CLS], padding) and truncation are left out. ``model`` is the library's
+    tokenizer, which can add them.
     """
 
     def __init__(self, model: str) -> None:
@@ -244,16 +239,17 @@ class PretrainedTokenizer:
 
     @property
     def special_ids(self) -> tuple[int, ...]:
-        """Special tokens, which stand for no text: begin, end, padding, …"""
+        """The ids of the special tokens: begin, end, padding, …"""
         return tuple(i for i, token in self.model.get_added_tokens_decoder().items() if token.special)
 
     def encode(self, text: str, unknown: Unknown = "error") -> Tokens:
-        """``unknown`` belongs to the interface: what the vocabulary lacks becomes its own unknown token."""
+        """``unknown`` has no effect: the tokenizer uses its own unknown token."""
         text = text.encode("utf-8", "replace").decode("utf-8")
         return np.asarray(self.model.encode(text, add_special_tokens=False).ids, token_type(self.vocab_size))
 
     def encode_pieces(self, pieces: Iterable[str], unknown: Unknown = "error") -> Iterator[Tokens]:
-        """In one where the text is short, and else cut where a look at both sides says that the tokens stay: this may be any tokenizer."""
+        """A short text is encoded in one call. A longer one is cut where encoding both sides separately gives the same tokens as together, since no
+        rule for cutting holds for every tokenizer."""
         rest, parts = "", iter(pieces)
         for part in parts:
             rest += part
@@ -297,7 +293,7 @@ class PretrainedTokenizer:
 
 
 def train_tokenizer(kind: str, text: str, train_text: str, vocab_size: int, mask: bool = False) -> Tokenizer:
-    """``char``: every character of ``text``, so that validation has no unknown ones. ``bpe``: merges learnt from ``train_text`` alone."""
+    """``char``: the characters of the whole ``text``, so that validation has no unknown ones. ``bpe``: merges learnt from ``train_text`` only."""
     if kind == "char":
         return CharTokenizer.train(text, mask)
     if kind == "bpe":
@@ -306,10 +302,10 @@ def train_tokenizer(kind: str, text: str, train_text: str, vocab_size: int, mask
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Read what ``save`` wrote, or a Hugging Face folder's ``tokenizer.json``; ConfigError for no such file and for one without a tokenizer."""
+    """Read what ``save`` wrote, or a Hugging Face folder's ``tokenizer.json``; ConfigError where it is missing or holds no tokenizer."""
     try:
         saved = json.loads(Path(path).read_text(encoding="utf-8"))
-        if "kind" not in saved and "model" in saved:  # another program's file
+        if "kind" not in saved and "model" in saved:  # a Hugging Face tokenizer.json
             return PretrainedTokenizer(json.dumps(saved))
         if saved["kind"] == "char":
             return CharTokenizer(saved["characters"], saved.get("mask", False))
@@ -333,9 +329,9 @@ def token_type(vocab_size: int) -> type[np.unsignedinteger[Any]]:
 
 
 def _pieces(texts: Iterable[str], size: int = CUT, longest: int = LONGEST) -> Iterator[str]:
-    """The text that ``texts`` join to, cut before a space that follows a non-space: there the byte-level pre-tokenizer always cuts as well, so
-    the tokens are those of the whole text, while `tokenizers` works on the pieces in parallel and in bounded memory. Where the texts were cut
-    changes nothing. Only a text without such a place for ``longest`` characters is cut at a place of no meaning."""
+    """Yield the concatenated ``texts`` in pieces for parallel encoding in bounded memory. A cut is made before whitespace that follows another
+    character, where the byte-level pre-tokenizer always splits, so the tokens are those of the whole text. Only where there is no such place
+    within ``longest`` characters is the text cut elsewhere."""
     boundary = re.compile(r"(?<=\S)\s")
     rest, looked = "", 0
     for text in texts:
@@ -369,7 +365,7 @@ def cores() -> int:
 
 
 def in_order(work: Callable[[A], B], items: Iterable[A], threads: int | None = None) -> Iterator[B]:
-    """Yield ``work`` of each item, computed on all cores a few items ahead of the reader."""
+    """Yield ``work(item)`` for each item, in order. Threads compute a few items ahead of the consumer."""
     threads = threads or cores()
     waiting: deque[Future[B]] = deque()
     with ThreadPoolExecutor(threads) as pool:

@@ -1,10 +1,10 @@
-"""Windows of tokens, and the order in which training sees them.
+"""Windows of tokens, and the order of the training samples.
 
 B samples in a batch, T time (context length). A batch is ``{"tokens": (B, T), "targets": (B, T)}``, both int64; ``targets`` is ``tokens``
 one step later, and IGNORED where there is nothing to predict.
 
 Training order is a function of (seed, epoch, sample number) alone. Ranks and micro-batches are slices of that one order, so an optimizer
-step sees the same samples whatever their number, and one integer, the samples consumed so far, says where to go on.
+step has the same samples for any number of ranks, and one integer, the samples consumed so far, is the position to resume from.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class _TokenFile:
         self.array = np.asarray(tokens)
 
     def check(self, ids: Tokens, vocab_size: int | None) -> None:
-        """ConfigError for an id beyond the vocabulary: of a large file a start reads some blocks only, and the embedding would fail at it."""
+        """ConfigError for an id outside the vocabulary. Only some blocks of a large file are verified at a start."""
         if vocab_size is not None and ids.max(initial=0) >= vocab_size:
             place = Path(self._file.filename).parent if isinstance(self._file, np.memmap) and self._file.filename else "the prepared data"
             message = f"the prepared tokens hold the id {ids.max()}, and there are {vocab_size} tokens: the file was damaged on its disk"
@@ -57,7 +57,7 @@ class _TokenFile:
 
 
 class WindowDataset(Dataset[Batch]):
-    """Training samples by where they start: a window is ``context_length + 1`` tokens, its input the first T, its targets the last T."""
+    """Training samples, indexed by their first token. A window is ``context_length + 1`` tokens, its input the first T, its targets the last T."""
 
     def __init__(self, tokens: Tokens, context_length: int, vocab_size: int | None = None) -> None:
         self._tokens, self._vocab_size = _TokenFile(tokens), vocab_size
@@ -75,7 +75,7 @@ class WindowDataset(Dataset[Batch]):
         positions = np.asarray(starts)[:, None] + self._reach
         windows = self._tokens.array[positions]
         self._tokens.check(windows, self._vocab_size)
-        # Copied by NumPy: at this size a torch operation costs three times as much (8 x 256: 20 us a batch instead of 40).
+        # NumPy copies small arrays faster than torch (8 × 256 tokens: 20 µs a batch instead of 40).
         inputs, targets = (part.astype(np.int64, order="C") for part in (windows[:, :-1], windows[:, 1:]))
         return {"tokens": torch.from_numpy(inputs), "targets": torch.from_numpy(targets)}
 
@@ -107,8 +107,8 @@ class Batches:
 
 
 class Order(Protocol):
-    """``starts(epoch)``: for each of the epoch's ``n_samples`` samples what its reader needs to know, a number or a row of numbers, as a
-    function of (seed, epoch) alone. ``told``: how few there are, for a message."""
+    """``starts(epoch)``: for each of the epoch's ``n_samples`` samples the key that the dataset takes, a number or a row of numbers,
+    which depends on (seed, epoch) only. ``told``: a sentence with the number of samples, for error messages."""
 
     n_samples: int
     told: str
@@ -117,10 +117,10 @@ class Order(Protocol):
 
 
 class EpochOrder:
-    """Where each sample of each epoch starts.
+    """The first token of each sample, epoch by epoch.
 
-    An epoch cuts the tokens into N windows, one every T tokens, from an offset in 0 … T-1 that is drawn anew each epoch (so the cuts
-    move), and visits them in a fresh random permutation. N is the same every epoch: ``n_tokens // T - 1``, or 1 for a text shorter than 2T.
+    An epoch cuts the tokens into N windows, one every T tokens, from an offset in 0 … T-1, in a random order. Offset and order are drawn anew in
+    each epoch. N is the same every epoch: ``n_tokens // T - 1``, or 1 for a text shorter than 2T.
     """
 
     def __init__(self, n_tokens: int, context_length: int, seed: int) -> None:
@@ -147,12 +147,12 @@ class GlobalBatchSampler(Sampler[Starts]):
     Args:
         batch_size: samples in one optimizer step, over all ranks and micro-batches.
         accumulation: micro-batches in one optimizer step.
-        data_rank, data_world: which of how many slices; ranks of one tensor or pipeline group share a slice.
+        data_rank, data_world: index and number of the data-parallel slices; the ranks of a tensor or pipeline group share one.
         start_sample: samples consumed before, over all epochs.
 
-    An epoch is ``N // batch_size`` full steps. ``len()`` is the micro-batches of a whole epoch, also after a start in the middle of one:
-    a trainer counts batches from the epoch's start. An iteration goes on from ``position``, wherever the one before it stopped, to the
-    end of that epoch. There is no ``set_epoch``: Lightning's own count is one too high after a stop in the middle of an epoch.
+    An epoch is ``N // batch_size`` full steps. ``len()`` is the number of micro-batches of a whole epoch, also after a resume in the middle of one,
+    because a trainer counts batches from the epoch's start. Iterating yields the batches from ``position`` to the end of that epoch. There is
+    no ``set_epoch``, since Lightning's epoch is one too high after a resume in the middle of an epoch.
     """
 
     def __init__(
@@ -174,18 +174,18 @@ class GlobalBatchSampler(Sampler[Starts]):
         self.batch_size = batch_size
         self.accumulation = accumulation
         self.data_rank, self.data_world = data_rank, data_world
-        self.position = start_sample  # samples of the steps handed out in full
+        self.position = start_sample  # samples in the steps whose micro-batches have all been yielded
 
     def __len__(self) -> int:
         return self.steps_per_epoch * self.accumulation
 
     def __iter__(self) -> Iterator[Starts]:
-        # Nothing before the first yield but what depends on the position then: a trainer may make an iterator long before it uses it.
+        # A generator runs nothing before its first `next`, so it reads `position` when iteration starts, not when the iterator is created.
         epoch_samples = self.steps_per_epoch * self.batch_size
         epoch, inside = divmod(self.position, epoch_samples)
         starts = self.order.starts(epoch)[:epoch_samples]
         steps = starts.reshape(self.steps_per_epoch, self.accumulation, self.data_world, -1, *starts.shape[1:])[:, :, self.data_rank]
-        # A position saved under another batch size (a fork) may lie inside a step: that step is taken whole.
+        # A position saved with another batch size (fork=) may lie inside a step, which is then repeated from its start.
         for step in range(inside // self.batch_size, self.steps_per_epoch):
             *first, last = steps[step]
             yield from first
@@ -194,10 +194,10 @@ class GlobalBatchSampler(Sampler[Starts]):
 
 
 class EvalBatches(Dataset[Batch]):
-    """The whole of a token file in order, as ready batches: every token but the first is a target exactly once.
+    """All tokens of a file in order, as collated batches: every token but the first is a target exactly once.
 
-    Windows of T do not overlap. What is missing at the end, of the last window, of the last batch, or of a rank that has no window left,
-    is filled with token 0 and targets IGNORED: all ranks have the same number of batches of the same shape, and the token-weighted mean
+    Windows of T tokens do not overlap. The last window, the last batch, and ranks without a window are padded with token 0 and targets
+    IGNORED: all ranks have the same number of batches of the same shape, and the token-weighted mean
     over them does not depend on ``batch_size`` or ``data_world``.
 
     Args:

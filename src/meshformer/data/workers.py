@@ -1,6 +1,6 @@
-"""Processes that encode byte-level BPE for another: Python's lock lets one thread at a time look words up, so threads would use one core. No torch.
+"""Worker processes for byte-level BPE encoding. Looking words up in Python holds the GIL, so threads would use one core. Imports no torch.
 
-They are programs of their own, not forks: whoever prepares may be a rank with threads and locks. They end with the process that started them.
+They are subprocesses rather than forks, since the parent may be a rank with threads and locks. They exit when the parent closes the pipe.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _PROGRAM = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from meshfo
 
 
 class Workers:
-    """``count`` processes of ``tokenizer``, which know the words of ``memory`` already; ``encode`` may be called from as many threads."""
+    """A pool of ``count`` processes that encode with ``tokenizer``; ``memory`` is their initial cache of words. ``encode`` is thread-safe."""
 
     def __init__(self, tokenizer: BpeTokenizer, memory: dict[str, bytes], count: int) -> None:
         self._tokenizer = tokenizer
@@ -34,7 +34,7 @@ class Workers:
         command = [sys.executable, "-c", _PROGRAM, json.dumps(sys.path)]
         for _ in range(count):
             process = None
-            with suppress(OSError):  # no memory or no process left: then this one does their work
+            with suppress(OSError):  # out of memory or processes: `encode` then runs in this process
                 process = subprocess.Popen(
                     command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
                 )
@@ -48,7 +48,7 @@ class Workers:
             if worker is not None:
                 _send(worker.stdin, pieces)
                 return np.frombuffer(*pickle.load(worker.stdout))  # pyright: ignore[reportArgumentType]
-        except (OSError, EOFError, pickle.UnpicklingError):  # the worker was killed, for example by a system short of memory
+        except (OSError, EOFError, pickle.UnpicklingError):  # the worker was killed, for example by the out-of-memory killer
             worker = None
         finally:
             self._idle.put(worker)
@@ -64,8 +64,8 @@ class Workers:
 
 
 def serve() -> None:
-    """The loop of a worker process: it reads batches of pieces and writes their ids until the other side closes the pipe."""
-    for number in (signal.SIGINT, signal.SIGUSR1):  # meant for the one who prepares, who ends the workers
+    """The main loop of a worker process: reads batches of pieces and writes their ids until the pipe is closed."""
+    for number in (signal.SIGINT, signal.SIGUSR1):  # sent to the whole process group; the parent stops its workers itself
         signal.signal(number, signal.SIG_IGN)
     with suppress(EOFError, BrokenPipeError):
         model, memory = pickle.load(sys.stdin.buffer)

@@ -142,7 +142,8 @@ def _separates_texts(kind: str) -> bool:
     """Whether the model's causal mask is made from `position_ids` too, from which transformers finds where a packed text begins."""
     module = _module(kind)
     source = _source(f"transformers.models.{module}.modeling_{module}")
-    return source is not None and re.search(r"mask_kwargs = \{[^}]*position_ids|(create_causal_mask|mask_function)\([^)]*position_ids", source) is not None
+    made = r"mask_kwargs = \{[^}]*position_ids|(create_causal_mask|mask_function)\([^)]*position_ids"
+    return source is not None and re.search(made, source) is not None
 
 
 def _task(config: Config) -> str:

@@ -10,8 +10,7 @@ import copy
 import hashlib
 import inspect
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -20,16 +19,17 @@ import torch
 import transformers
 from safetensors import safe_open
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from meshformer.compat.transformers import draw_parameters
 from meshformer.config.errors import ConfigError
 from meshformer.model.draw import normal
-from meshformer.model.layout import Plan, allocate, blocks_name, retie, ties
+from meshformer.model.layout import Plan, blocks_name, retie, ties
+from meshformer.model.meta_device import allocate, parameters_on_meta
 from meshformer.model.settings import STYLES, SYNONYMS
 
 from .check import KEEPS_ALL
 from .source import header, listed, model_files
+from .transformers_config import AUTO
 
 transformers.logging.set_verbosity_error()
 NET = "net."  # prefix of the parameter names: the transformers model is the submodule `net`
@@ -42,7 +42,8 @@ class TransformersModel(nn.Module):
 
     Args:
         config: the settings in config.json. Code that a folder brings along is never run.
-        auto_class: AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoModelForTokenClassification or AutoModel.
+        auto_class: AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoModelForTokenClassification or AutoModel;
+            auto: the first.
         path: the folder of the weights. Only recorded here: the weights are loaded like those of `stage.init_from`.
         settings: replace settings of config.json, for example `num_hidden_layers`; command/compose.py has merged them into `config`.
         vocab_size, outputs: tokens and classes of the data; None: those of `config`.
@@ -57,7 +58,7 @@ class TransformersModel(nn.Module):
     def __init__(
         self,
         config: dict[str, Any] | str | None = None,
-        auto_class: str = "AutoModelForCausalLM",
+        auto_class: str = "auto",
         path: str | None = None,
         settings: dict[str, Any] | None = None,
         vocab_size: int | None = None,
@@ -68,6 +69,7 @@ class TransformersModel(nn.Module):
         super().__init__()
         if not isinstance(config, dict):
             raise ValueError("config must be the contents of a config.json")
+        auto_class = AUTO["next"][0] if auto_class == "auto" else auto_class
         given = _settings(config, vocab_size, outputs)
         on_meta = torch.empty(0).is_meta
         with torch.device("cpu"), parameters_on_meta():
@@ -79,10 +81,10 @@ class TransformersModel(nn.Module):
         self.d_model = getattr(text, "hidden_size", 0)
         parameters = inspect.signature(self.net.forward).parameters
         self._takes, self._cache = set(parameters), "cache" if "cache" in parameters else "past_key_values"
-        self._classifies = auto_class.endswith("Classification")
+        self._classifies = auto_class in (AUTO["label"][0], AUTO["tags"][0])
         prefix = self.net.base_model_prefix
         self._base = prefix if hasattr(self.net, prefix) else ""
-        self._pools = auto_class == "AutoModelForSequenceClassification" and isinstance(getattr(self.net, "score", None), nn.Linear)
+        self._pools = auto_class == AUTO["label"][0] and isinstance(getattr(self.net, "score", None), nn.Linear)
         heads = [name for name, _ in self.net.named_children() if self._base and name != self._base]
         self.head_parameters = (*(f"{NET}{name}.*" for name in heads), f"{NET}{self._base}.pooler.*")
         self.plan = plan_for(self.net)
@@ -301,22 +303,6 @@ def _has_own(module: nn.Module) -> bool:
 
 def _is_norm(module: nn.Module) -> bool:
     return not list(module.children()) and all(parameter.ndim == 1 for parameter in module.parameters())
-
-
-@contextmanager
-def parameters_on_meta() -> Iterator[None]:
-    """Registers every parameter on the meta device, without memory, while buffers, which constructors compute, keep their values."""
-
-    def hook(module: nn.Module, name: str, parameter: Any) -> Any:
-        if parameter is None or parameter.is_meta:
-            return parameter
-        return nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
-
-    handle = register_module_parameter_registration_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _settings(config: Mapping[str, Any], vocab_size: int | None, outputs: int | None) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 import warnings
 from collections.abc import Callable
@@ -86,8 +87,8 @@ def _huggingface(source: Path) -> Write:
 def _auto_class(config: dict[str, Any]) -> str:
     """The Auto class of transformers that builds the class in `architectures`."""
     architecture = next(iter(config.get("architectures") or ()), "")
-    kinds = ("CausalLM", "MaskedLM", "SequenceClassification", "TokenClassification", "ImageClassification")
-    return next((f"AutoModelFor{kind}" for kind in kinds if architecture.endswith((f"For{kind}", "LMHeadModel"))), "AutoModel")
+    kind = re.search(r"For(\w+)$", architecture.replace("LMHeadModel", "ForCausalLM"))
+    return f"AutoModelFor{kind[1]}" if kind else "AutoModel"
 
 
 def _write_folder(

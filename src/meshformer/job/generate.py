@@ -10,7 +10,7 @@ import torch
 from meshformer.config.errors import ConfigError
 from meshformer.job.evaluate import load_run
 from meshformer.model import generate as draw
-from meshformer.model import keeps_what_it_read
+from meshformer.model import supports_kv_cache
 from meshformer.printing import say
 
 
@@ -18,7 +18,7 @@ def generate(config: dict[str, Any], options: dict[str, Any]) -> list[str]:
     """Prints and returns `options["count"]` continuations of `options["prompt"]` by the model of the run folder `options["run"]`."""
     torch.set_num_threads(config["trainer"]["threads"])
     model, tokenizer = load_run(config, Path(options["run"]))
-    if not keeps_what_it_read(model):  # a user's model
+    if not supports_kv_cache(model):  # a user's model
         message = f"its model, {config['model']['_target_']}, cannot continue a text: its forward takes no `cache` of what it has read"
         raise ConfigError(message, "run", options["run"], fix="Load it in a notebook: meshformer.runs.load_model.")
     ids = list(map(int, tokenizer.encode(options["prompt"])))

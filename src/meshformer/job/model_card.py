@@ -11,13 +11,10 @@ from typing import Any
 from meshformer.checkpoint.find import step_of
 from meshformer.config.foreign import read_config
 from meshformer.config.paths import CHECKPOINT, run_of
+from meshformer.config.signature import attribute
 from meshformer.record.run_json import read_run
 
 UNKNOWN = "unknown # say it before you publish"
-TASKS = {  # class of the task -> the hub's name of what the model does
-    "LanguageModelling": "text-generation", "MaskedLanguageModelling": "fill-mask", "SequenceClassification": "text-classification",
-    "TokenClassification": "token-classification", "SentenceEmbedding": "sentence-similarity", "ImageClassification": "image-classification",
-}  # fmt: skip
 LAYOUT = ("replicate", "shard", "context", "tensor", "pipeline")
 
 
@@ -34,8 +31,8 @@ def model_card(source: Path, load: str) -> str:
     task = str(config["task"].get("_target_", "")).rpartition(".")[2]
     start = config["stage"].get("init_from")
     fields: dict[str, str] = {"license": UNKNOWN, "library_name": "transformers", "tags": "[meshformer]"}
-    if task in TASKS:
-        fields["pipeline_tag"] = TASKS[task]
+    if (tag := attribute(str(config["task"].get("_target_", "")), "hub_tag")) is not None:
+        fields["pipeline_tag"] = tag
     if start:
         fields["base_model"] = json.dumps(Path(str(start)).name)
     sections = [

@@ -8,7 +8,7 @@ import re
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,12 +34,13 @@ from meshformer.job.build import build_callbacks, build_data, build_loggers, bui
 from meshformer.model import Transformer, training_flops_per_token
 from meshformer.model.layout import blocks_of
 from meshformer.model.lora import ADAPTERS
+from meshformer.model.meta_device import parameters_on_meta
 from meshformer.model.settings import HEAD_PARAMETERS
 from meshformer.optim.muon import multiplies_bfloat16
 from meshformer.parallel.check import BF16, no_bf16
 from meshformer.parallel.memory_options import apply_memory_options
 from meshformer.parallel.products import in_float8
-from meshformer.parallel.strategy import MeshStrategy
+from meshformer.parallel.strategy import MeshStrategy, fill
 from meshformer.printing import argument, say
 from meshformer.record.run_folder import PENDING, atomic_write_text, find_run
 from meshformer.record.run_json import RunRecord
@@ -152,13 +153,17 @@ def configure_model(config: Config, task: Any, strategy: Any, start: Start) -> N
     if isinstance(strategy, MeshStrategy):
         with torch.device("meta"):
             task.configure_model()
-        if not hasattr(task.model, "initial_value"):  # a user's model that cannot be initialised by name: build it with real weights
-            task.model = None
+        if not type(task.model).__module__.startswith("meshformer."):  # a user's model, which may compute buffers in its constructor
+            # Without `initial_value` only the constructor can draw the weights, so every rank builds all of them.
+            by_name, task.model = hasattr(task.model, "initial_value"), None
             torch.manual_seed(config["seed"])
-            task.configure_model()
+            with parameters_on_meta() if by_name else nullcontext():
+                task.configure_model()
         strategy.init_from, strategy.new_parts, strategy.reinit = start.weights, new_parts(config, task.model), reinit
     else:
         task.configure_model()
+        if hasattr(task.model, "initial_value") and not hasattr(task.model, "initialise"):  # Transformer's constructor has called `initialise`
+            fill(task.model, task.seed, {})
         if start.weights:
             load_weights(task.model, start.weights, new=new_parts(config, task.model), reinit=reinit)
     if float8:

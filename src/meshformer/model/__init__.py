@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from .position import sinusoid as sinusoid
     from .sampling import filter_logits as filter_logits
     from .sampling import generate as generate
-    from .sampling import keeps_what_it_read as keeps_what_it_read
+    from .sampling import supports_kv_cache as supports_kv_cache
     from .transformer import Embedding as Embedding
     from .transformer import HeadTransform as HeadTransform
     from .transformer import Transformer as Transformer
@@ -52,7 +52,7 @@ _HOME = {
     "lora": ("LoraLinear", "add_adapters"),
     "norm": ("RMSNorm",),
     "position": ("Alibi", "Learned", "NoPosition", "Position", "PositionalAttention", "Rotary", "Sinusoidal", "sinusoid"),
-    "sampling": ("filter_logits", "generate", "keeps_what_it_read"),
+    "sampling": ("filter_logits", "generate", "supports_kv_cache"),
     "transformer": ("Embedding", "HeadTransform", "Transformer"),
     "vision": ("PatchEmbedding", "VisionTransformer"),
 }  # fmt: skip

@@ -18,7 +18,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
-import torch
 from torch import nn
 
 from .settings import STYLES, SYNONYMS
@@ -126,12 +125,3 @@ def retie(model: nn.Module, tied: Mapping[str, str]) -> None:
         if other in names and name in names:
             owner, _, last = other.rpartition(".")
             setattr(model.get_submodule(owner), last, names[name])
-
-
-def allocate(model: nn.Module, device: torch.device) -> None:
-    """Gives every parameter on the meta device memory on `device`, without values, and moves the buffers that have values."""
-    buffers = {name: buffer for name, buffer in model.named_buffers() if not buffer.is_meta}
-    model.to_empty(device=device)
-    for name, values in buffers.items():
-        owner, _, last = name.rpartition(".")
-        model.get_submodule(owner).get_buffer(last).copy_(values)

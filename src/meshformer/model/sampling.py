@@ -27,7 +27,7 @@ def filter_logits(logits_BV: Tensor, temperature: float = 1.0, top_k: int | None
     return logits_BV
 
 
-def keeps_what_it_read(model: Any) -> bool:
+def supports_kv_cache(model: Any) -> bool:
     """Whether `generate` can sample from the model: its forward takes a `cache`, and it has a `context_length`."""
     return hasattr(model, "context_length") and "cache" in inspect.signature(model.forward).parameters
 

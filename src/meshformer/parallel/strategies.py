@@ -47,7 +47,7 @@ def make_strategy(
 ) -> Strategy:
     """`single` (on `device`) and `ddp` are Lightning's own strategies; every other layout is MeshStrategy with other degrees.
 
-    `strategy["timeout"]`: seconds until a collective without an answer fails. `static_graph`: DDP's option; every backward pass must have the same
+    `strategy["timeout"]`: seconds until a collective fails for want of a rank. `static_graph`: DDP's option; every backward pass must have the same
     graph and reduce gradients, since DDP fails in an internal assert if its first backward pass is inside `no_sync`.
     """
     if strategy["name"] == "single":

@@ -31,7 +31,8 @@ from meshformer.compat.torch import foreach_norm
 from meshformer.config.degrees import Degrees, uses_fsdp
 from meshformer.config.errors import ConfigError
 from meshformer.model.draw import fill_part
-from meshformer.model.layout import allocate, plan_of, retie, ties
+from meshformer.model.layout import plan_of, retie, ties
+from meshformer.model.meta_device import allocate
 from meshformer.printing import say
 from meshformer.training.protocol import StepStrategy
 
@@ -197,7 +198,7 @@ class MeshStrategy(StepStrategy, ModelParallelStrategy):
         return model, whole
 
     def allocate(self, model: Any) -> None:
-        """Gives every parameter of a model on meta memory of its own, without values."""
+        """Gives every parameter of a model on meta memory of its own, without values. Buffers that have values keep them."""
         allocate(model, torch.device("cpu") if self.settings["cpu_offload"] else self.root_device)
         if not self._uses_fsdp:
             retie(model, self.ties)  # to_empty gave each tied name a tensor of its own

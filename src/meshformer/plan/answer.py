@@ -65,7 +65,7 @@ def throughput(candidate: Candidate, sizes: Sizes) -> float:
 
 
 def mfu(candidate: Candidate, sizes: Sizes, cluster: Cluster) -> float:
-    """Share of the cards' peak that the model's own FLOPs take; recomputation does not count."""
+    """Model FLOPs utilisation: the model's FLOPs/s (without recomputation) divided by the peak FLOP/s of all cards."""
     layout = candidate.layout
     rate = throughput(candidate, sizes) * sizes.flops_per_token
     return rate / (layout.processes * cluster.peak[layout.precision])
@@ -78,7 +78,7 @@ def budget(candidate: Candidate, request: Request, tokens: float) -> tuple[float
 
 
 def best_of_each(found: Sequence[Candidate]) -> list[Candidate]:
-    """The first candidate of each product of degrees, in the same order."""
+    """The first candidate of each combination of degrees, in the same order."""
     seen: set[object] = set()
     return [c for c in found if c.degrees not in seen and not seen.add(c.degrees)]
 
@@ -159,7 +159,7 @@ def remedies(request: Request) -> list[str]:
         if fitting:
             found.append(text.format(best=" ".join(overrides(fitting[0], changed)), checkpointing=fitting[0].checkpointing))
         if len(found) == 3 or (fitting and changed.cluster.nodes > request.cluster.nodes):
-            break  # more cards still are no cheaper way
+            break  # larger clusters would not be cheaper
     return found
 
 
@@ -196,7 +196,7 @@ def gigabytes(size: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them."""
+    """Format seconds as a duration, such as `3.2 h`."""
     for limit, unit, name in ((1e-1, 1e-3, "ms"), (120, 1, "s"), (7200, 60, "min"), (172800, 3600, "h")):
         if seconds < limit:
             return f"{seconds / unit:.3g} {name}"

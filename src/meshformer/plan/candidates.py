@@ -21,7 +21,7 @@ CHECKPOINTING = ("none", "selective", "full")
 # Shares of products, attention and other operations of a block that its backward pass repeats (parallel/memory_options.py).
 RECOMPUTED = {"none": (0.0, 0.0, 0.0), "selective": (0.0, 0.0, 1.0), "full": (1.0, 1.0, 1.0)}
 SCHEDULES = ("1f1b", "gpipe", "interleaved_1f1b", "interleaved_zero_bubble")
-SHORTEST = 512  # tokens that a rank of the context axis must keep
+SHORTEST = 512  # the fewest tokens of a sequence on a rank of the context axis
 SAME = 0.03  # the mean error of the predictions: of layouts whose times differ by less, the one with fewer axes comes first
 SPARE = 0.9  # share of a card's memory that a plan may fill
 
@@ -42,13 +42,13 @@ class Candidate:
 
     @property
     def axes(self) -> int:
-        """Axes in use: of two layouts that are about as fast, people prefer the one with fewer."""
+        """The number of axes in use. Of two layouts that are about as fast, the one with fewer is listed first."""
         return sum(getattr(self.layout, axis) > 1 for axis in AXES)
 
 
 @dataclass(frozen=True)
 class Request:
-    """What `plan` is asked: a composed training configuration, the axes and settings that the user typed, and the cluster."""
+    """A request to `plan`: a composed training configuration, the axes and settings that the user typed, and the cluster."""
 
     config: Config
     sizes: Sizes
@@ -83,7 +83,7 @@ def layouts(request: Request) -> Iterator[tuple[Layout, str]]:
     """Every (layout, activation checkpointing) that the checks of the configuration allow."""
     base = _base(request.config)
     batch = request.config["data"]["batch_size"]
-    allowed: dict[tuple[int, int, bool, bool], bool] = {}  # the checks take most of the time, and depend on these alone
+    allowed: dict[tuple[int, int, bool, bool], bool] = {}  # the checks, which are slow, depend on the degrees only
     for axes in _products(request):
         data = axes["replicate"] * axes["shard"]
         key = (axes["tensor"], axes["context"], axes["pipeline"] > 1, data > 1)
@@ -139,7 +139,7 @@ def _products(request: Request) -> Iterator[dict[str, int]]:
         if pipeline > request.sizes.layers:
             continue
         for tensor in _divisors(world // pipeline):
-            if tensor > cards:  # its exchanges in every layer would cross the network
+            if tensor > cards:  # the collectives in every layer would cross the network between nodes
                 continue
             for context in _divisors(world // pipeline // tensor):
                 if context > 1 and request.sizes.length // context < SHORTEST:
@@ -190,7 +190,7 @@ def _counts(request: Request, layout: Layout, samples: int) -> Iterator[Layout]:
             for reduce_every in _choices(request, "reduce_every", every):
                 yield replace(counted, reduce_every=reduce_every)
         return
-    accumulation = request.fixed.get("accumulation", 1)  # a pipeline's micro-batches do what accumulation does
+    accumulation = request.fixed.get("accumulation", 1)  # a pipeline's micro-batches replace accumulation
     if samples % accumulation:
         return
     samples //= accumulation

@@ -14,7 +14,7 @@ from typing import Any
 from meshformer.config.errors import ConfigError
 
 Config = dict[str, Any]
-REFUSED = 2  # exit code of a ConfigError
+REFUSED = 2  # exit code for a ConfigError
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def live_memory_apart(config: Config, rank: int = 0, timeout: float = 600.0) -> 
 
 
 def count_all(configs: Sequence[tuple[Config, Sequence[int]]], at_once: int) -> list[LiveMemory | str]:
-    """The rank that needs most of the given ranks of each configuration, or the reason why it could not be counted."""
+    """For each configuration the result of the given rank with the highest peak, or the reason why it could not be counted."""
 
     def fullest(item: tuple[Config, Sequence[int]]) -> LiveMemory | str:
         config, ranks = item

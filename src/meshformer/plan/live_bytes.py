@@ -1,4 +1,4 @@
-"""Counts the bytes of the tensors that are alive, on fake or on real tensors, and remembers the most."""
+"""Counts the bytes of the tensors that are alive, on fake or on real tensors, and records the maximum."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BUFFERS = ("c10d.", "fsdp.")
 
 
 class LiveBytes(DispatchMode):
-    """Inside, `now` is the number of bytes in storages that are alive, `peak` its largest value since `reset`, `where` and `kinds` that moment.
+    """In the context, `now` is the number of bytes in live storages, `peak` its largest value since `reset`, `where` and `kinds` that moment.
 
     A storage counts once, however many views it has, from the first operation that takes or returns it (or from `hold`) until it is freed.
     Memory that an operation uses only inside its kernel is not seen. `reserved`: what PyTorch's allocator would have reserved since the beginning.
@@ -77,7 +77,7 @@ class LiveBytes(DispatchMode):
         self._set(id(storage), storage.nbytes(), kind, storage)
 
     def hold(self, tensors: Iterable[Any], kind: str) -> None:
-        """Counts the storages of `tensors` as `kind`, whatever they counted as before."""
+        """Counts the storages of `tensors` as `kind`, even if they were counted as another kind before."""
         for x in tensors:
             storage = local_tensor(x).untyped_storage()
             key = id(storage)
@@ -167,7 +167,7 @@ class LiveBytes(DispatchMode):
             self.at = f"backward of {name}"
 
         def leave(part: nn.Module, inputs: Any, output: Any) -> None:
-            self.at = "loss"  # until the next part begins, so after the last one
+            self.at = "loss"  # the phase after the last part ends; the next part to begin overwrites it
             for x in tensors_in(output):
                 if x.requires_grad:
                     x.register_hook(backward)

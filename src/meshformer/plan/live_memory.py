@@ -90,7 +90,7 @@ def countable(config: Config) -> Config:
     model, data = config["model"], config["data"]
     on_gpu, config["trainer"]["accelerator"] = config["trainer"]["accelerator"] == "gpu", "cpu"
     config["trainer"]["compile"] = False
-    if on_gpu and (model.get("attention") or {}).get("_target_", "").endswith(".attend_auto"):  # which would choose for the CPU
+    if on_gpu and (model.get("attention") or {}).get("_target_", "").endswith(".attend_auto"):  # `auto` would choose a kernel for the CPU
         model["attention"]["_target_"] = model["attention"]["_target_"].replace("attend_auto", "attend_fused")
     if data["kind"] != "images" and "vocab_size" in model and model["vocab_size"] is None:
         if data["tokenizer"] != "bpe":
@@ -104,7 +104,7 @@ def build(config: Config, rank: int, folder: Path) -> Any:
     trainer = build_trainer(config, folder, STEPS, [], [])
     strategy: Any = trainer.strategy
     task: Any = build_task(config, STEPS)
-    with torch.device("meta"):  # here for all strategies
+    with torch.device("meta"):  # unlike in a run, for every strategy
         configure_model(config, task, strategy, Start(None, False, None))
     task.trainer = trainer
     cut: Any = lambda batch: batch  # noqa: E731

@@ -53,7 +53,7 @@ def measure() -> dict[str, Any]:
         torch.multiprocessing.spawn(_rank, (processes, folder), nprocs=processes)
         ranks = [json.loads(Path(folder, str(rank)).read_text(encoding="utf-8")) for rank in range(processes)]
         alone = _alone(folder, 1) / _alone(folder, cores())
-    slowest = {key: max(rank[key] for rank in ranks) for key in ranks[0]}  # seconds, so the slowest rank, for which the others wait
+    slowest = {key: max(rank[key] for rank in ranks) for key in ranks[0]}  # the maximum over ranks, since the others wait for the slowest
     cluster, constants = fitted(slowest, processes)
     return {"cluster": {**cluster, "alone": alone}, "constants": constants}
 
@@ -112,7 +112,7 @@ def fitted(seconds: dict[str, float], processes: int) -> tuple[dict[str, Any], d
         "card": "this", "cards": processes, "nodes": 1, "memory": (machine_memory() or 2**33) / processes / 1e9,
         "peak": {"fp32": rate / 1e12}, "bandwidth": 10.0, "link": 1 / max(float(beta), 1e-12) / 1e9, "network": 1.0,
         "link_latency": max(0.0, float(alpha)) * 1e6 / max(1, processes - 1), "network_latency": 0.0, "power": 0.0,
-        # With four tokens nearly all of a step is starting operations.
+        # With four tokens, launching operations takes nearly all of a step.
         "host": seconds["tiny model"] / (3 * HOST_OPERATIONS * LAYERS) * 1e6,
         "reduction": statistics.median(seconds[f"reduce {size}"] / seconds[f"gather {size}"] for size in BYTES),
         "sharded": seconds["sharded operation"] / seconds["operation"],

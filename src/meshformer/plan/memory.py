@@ -31,7 +31,7 @@ class Memory:
 
 
 def estimate(sizes: Sizes, layout: Layout, checkpointing: str, optimizer_bytes: float, mixed: bool = True) -> Memory:
-    """Memory of the rank that holds most: in a pipeline the first one, which has most micro-batches in flight, or the last, which has the head.
+    """Memory of the rank that needs most: in a pipeline the first one, which has most micro-batches in flight, or the last, which has the head.
 
     `optimizer_bytes`: state of one parameter. `mixed`: bf16 computation on fp32 weights.
     """
@@ -75,7 +75,7 @@ class _Part(NamedTuple):
 
 
 def _rank(sizes: Sizes, layout: Layout, part: _Part) -> Memory:
-    """The larger of two moments: the loss, when all activations are there, and the backward pass of the last block after it."""
+    """The larger of the memory at two moments: the loss, when all activations are held, and the backward pass of the last block."""
     n, parts = layout.tensor, layout.parts
     block, ends = sizes.block_parameters / n, (part.ends + sizes.position_table) / n
     held = part.blocks * block + ends

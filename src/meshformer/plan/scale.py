@@ -14,7 +14,7 @@ PAYS = 0.05  # a layout pays while it is at most this much slower than the best 
 
 @dataclass(frozen=True)
 class Point:
-    """The best candidate of one kind of layout on one number of cards. `strong`: the batch stays; else it grows with the cards."""
+    """The best candidate of one kind of layout on one number of cards. `strong`: the batch size is fixed; else it grows with the cards."""
 
     cards: int
     strong: bool

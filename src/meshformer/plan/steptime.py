@@ -68,7 +68,7 @@ class Layout:
 
     @property
     def parts(self) -> int:
-        """Ranks that the state of a parameter is spread over by FSDP."""
+        """The number of FSDP shards of a parameter."""
         return self.shard * self.context
 
 
@@ -233,10 +233,10 @@ def _block(sizes: Sizes, layout: _Work, cluster: Cluster, c: Constants) -> _Part
     host = HOST_OPERATIONS * cluster.host * (c.compiled if layout.compiled else 1)
     busy = (3 + of_products) * products + (3.5 + of_attention) * attention + (3 + of_rest) * memory
     starts = (3 + of_rest) * host * (cluster.sharded if n > 1 else 1)
-    waits = starts if cluster.alone else max(0.0, starts - busy)  # a core that starts operations computes nothing meanwhile
+    waits = starts if cluster.alone else max(0.0, starts - busy)  # a CPU core cannot launch operations and compute at the same time
     exchanges = (TENSOR_EXCHANGES + RECOMPUTED_EXCHANGES * of_products * (of_attention > 0)) * tokens * sizes.width * layout.exchange_bytes
     tensor = _inside(exchanges, TENSOR_EXCHANGES, n, 1, cluster, c) * (1 - c.async_hidden * layout.async_tensor)
-    tensor *= (1 + cluster.reduction) / 2  # every second exchange is a reduction
+    tensor *= (1 + cluster.reduction) / 2  # half of the collectives are reductions
     keys = 2 * layout.samples * sizes.length * sizes.key_width / n * layout.activation_bytes  # K and V of the whole sequence
     context = _inside((1 + of_rest) * keys, 1, layout.context, n, cluster, c) + cluster.reduction * _inside(keys, 1, layout.context, n, cluster, c)
     return (3 + of_products) * products, (3.5 + of_attention) * attention, (3 + of_rest) * memory, waits, tensor, context

@@ -31,12 +31,13 @@ class Task(MicroBatches):
     loss during the backward pass; training/step.py corrects it to the exact count.
     """
 
-    objective = "next"  # which targets the data module makes (data/objectives.py)
+    objective = "next"  # the training objective: it selects the targets (data/objectives.py)
     writes_text = False  # whether the model's outputs are next-token logits
     learns_from: tuple[str, ...] | None = None  # accepted values of data.kind; None: tasks/check.py does not check the data
     needs_column: str | None = None  # a setting of the data source that must name a column, if the source has it
     own_head = False  # whether the task trains a new head instead of loading that of pretrained weights
-    pooled = False  # whether all tokens of a sample give one result
+    hub_tag: str | None = None  # what the Hugging Face hub calls such a task, for model cards
+    pooled = False  # whether the model has one output per sample, pooled over its tokens
 
     def __init__(
         self,
@@ -67,16 +68,16 @@ class Task(MicroBatches):
         """Argument name of our models -> tensor of the batch, or None if this batch has none. The first is the input of the first pipeline stage."""
         raise NotImplementedError(f"{type(self).__name__} must define inputs(batch)")
 
-    def given(self, batch: dict[str, Tensor], phase: str) -> dict[str, Any]:
+    def phase_inputs(self, batch: dict[str, Tensor], phase: str) -> dict[str, Any]:
         """`inputs` plus further arguments for this phase (train, val or test)."""
         return self.inputs(batch)
 
     def arguments(self, batch: dict[str, Tensor], phase: str) -> dict[str, Any]:
-        """Keyword arguments for the model's forward, the input first: `given`, renamed to the model's parameter names (config/arguments.py).
+        """Keyword arguments for the model's forward, the input first: `phase_inputs`, renamed to the model's parameter names (config/arguments.py).
 
         Arguments that are None are left out; required positions are then 0, 1, 2, …, (1, T). ConfigError for an argument the model does not accept.
         """
-        given = self.given(batch, phase)
+        given = self.phase_inputs(batch, phase)
         held = tuple(name for name, x in given.items() if x is not None)
         parameters, open_ended, known = self._forward_signature
         if held not in known:

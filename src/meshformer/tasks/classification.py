@@ -78,6 +78,7 @@ class SequenceClassification(Classification):
     The head is linear, so pooling the logits equals pooling the hidden states, and it works in every layout without changes.
     """
 
+    hub_tag = "text-classification"
     learns_from = ("texts",)
     needs_column = "label_column"
     pooled = True
@@ -103,6 +104,7 @@ class SequenceClassification(Classification):
 class TokenClassification(Classification):
     """Classifies each labelled token, for example to find names in a text; accuracy and F1 are over tokens."""
 
+    hub_tag = "token-classification"
     learns_from = ("texts",)
     needs_column = "label_column"
     objective = "tags"
@@ -118,6 +120,7 @@ class TokenClassification(Classification):
 class ImageClassification(Classification):
     """Classifies an image with a model that maps images to logits (B, K), such as VisionTransformer."""
 
+    hub_tag = "image-classification"
     learns_from = ("images",)
 
     def inputs(self, batch: dict[str, Tensor]) -> dict[str, Any]:

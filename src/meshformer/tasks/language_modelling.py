@@ -30,6 +30,7 @@ class LanguageModelling(Evaluated):
 
     learns_from = ("corpus", "texts")
     writes_text = True
+    hub_tag = "text-generation"
     large = 2**26  # from so many logits (256 MiB in fp32) on, the head computes the loss in chunks (model/head.py)
 
     def inputs(self, batch: dict[str, Tensor]) -> dict[str, Any]:
@@ -37,7 +38,7 @@ class LanguageModelling(Evaluated):
         padding."""
         return {"tokens_BT": batch["tokens"], "positions_BT": batch.get("positions"), "documents_BT": batch.get("documents")}
 
-    def given(self, batch: dict[str, Tensor], phase: str) -> dict[str, Any]:
+    def phase_inputs(self, batch: dict[str, Tensor], phase: str) -> dict[str, Any]:
         """`inputs`, plus the targets if the head shall compute the loss: for many logits that nothing else needs."""
         head, targets_BT = getattr(self.model, "head", None), batch["targets"]
         own = type(self).score in (LanguageModelling.score, MaskedLanguageModelling.score)
@@ -77,6 +78,7 @@ class MaskedLanguageModelling(LanguageModelling):
     """
 
     writes_text = False
+    hub_tag = "fill-mask"
     objective = "mask"
 
     def looks_at_logits(self, phase: str) -> bool:

@@ -26,6 +26,7 @@ class SentenceEmbedding(Evaluated):
     the layout; a micro-batch must hold a multiple of it. Logs val/loss and val/accuracy, the share of texts whose nearest text is the partner.
     """
 
+    hub_tag = "sentence-similarity"
     learns_from = ("texts",)
     needs_column = "pair_column"
     own_head = True

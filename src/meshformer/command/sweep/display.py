@@ -14,7 +14,7 @@ from rich.text import Text
 
 from meshformer.printing import visible
 
-from .book import STATES, Point
+from .record import STATES, Point
 from .results import settings_of, varying
 
 COLOURS = {"queued": "dim", "running": "bold", "done": "green", "pruned": "cyan", "failed": "red", "interrupted": "yellow"}

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 import traceback
 from collections.abc import Sequence
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn
 from hydra.types import HydraContext
 from omegaconf import DictConfig
 
 from meshformer.checkpoint.find import candidates
 from meshformer.command import compose
+from meshformer.command.compose import Hydra
 from meshformer.command.recorded import write_overrides
-from meshformer.compat.hydra import Callbacks, Hydra, job_result
+from meshformer.compat.hydra import Callbacks
 from meshformer.config import ConfigError
 from meshformer.config.errors import Stopped
 from meshformer.config.foreign import confine, read_config
 
-from .book import Point
 from .points import open_folder
+from .record import Point
 
 Outcome = tuple[str, Any]  # as in local.JobResult
 
@@ -85,4 +89,13 @@ class PluginLauncher:
         HydraConfig.instance().set_config(self.cfg)
         given = [[*point.overrides, *allow, f"hydra.sweep.subdir={compose.quoted(point.folder)}"] for point in points]
         returns = self.launcher.launch(given, initial_job_idx=points[0].number)
-        return [value if (value := job_result(done)) and isinstance(value, tuple) else ("failed", str(value)) for done in returns]
+        return [value if (value := _result(done)) and isinstance(value, tuple) else ("failed", str(value)) for done in returns]
+
+
+def _result(job: JobReturn) -> Any:
+    """The value of a job, or the exception that ended it. `return_value` raises the exception, after a line on stderr, which is discarded."""
+    try:
+        with redirect_stderr(io.StringIO()):
+            return job.return_value
+    except Exception as error:
+        return error

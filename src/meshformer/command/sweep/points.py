@@ -18,10 +18,10 @@ from omegaconf import DictConfig, OmegaConf, read_write
 
 from meshformer.checkpoint.find import latest_checkpoint
 from meshformer.command import compose
+from meshformer.command.compose import Hydra
 from meshformer.command.explain import EXPLAINED, explain
 from meshformer.command.folders import claim_folder, write_settings
 from meshformer.command.recorded import write_overrides
-from meshformer.compat.hydra import Hydra
 from meshformer.config import ConfigError
 
 Config = dict[str, Any]
@@ -71,7 +71,7 @@ class Composer:
         except EXPLAINED as error:
             if "submitit" in str(error) and find_spec("submitit") is None:
                 message = "SLURM jobs need hydra-submitit-launcher"
-                raise ConfigError(message, "hydra/launcher", fix="pip install 'meshformer[slurm]'.") from error
+                raise ConfigError(message, "hydra/launcher", fix="Install it: pip install 'meshformer[slurm]'.") from error
             raise explain(error, self.hydra, self.name, overrides) from error
 
     def parse(self, cfg: DictConfig, overrides: Sequence[str]) -> list[Override]:

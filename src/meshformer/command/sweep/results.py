@@ -17,7 +17,7 @@ from rich.text import Text
 from meshformer.printing import csv_cell, visible
 from meshformer.record import atomic_write_text
 
-from .book import Point
+from .record import Point
 
 SPEED = "train/tokens_per_second"
 

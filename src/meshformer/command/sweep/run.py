@@ -28,12 +28,12 @@ from meshformer.printing import argument, say
 from meshformer.record import RunRecord
 
 from . import results
-from .book import FILE as BOOK
-from .book import Book, Point
 from .display import Display
 from .local import JobResult, LocalLauncher
 from .plugin import PluginLauncher, resumed_config
 from .points import Composer, Confined, Job, differences, grid, module_path, open_folder
+from .record import FILE as BOOK
+from .record import Point, SweepRecord
 from .resources import Machine, Need
 from .search import FILE as STUDY
 from .search import Search
@@ -49,44 +49,44 @@ def run_sweep(args: argparse.Namespace, overrides: list[str]) -> int:
         raise ConfigError("a sweep starts its own processes", "--multirun", fix="Start it without torchrun or srun.")
     taken, overrides = compose.take(overrides, "sweep.resume")
     flags = {"config_dir": str(Path(args.config_dir).absolute()) if args.config_dir else None, "config_name": args.config_name}
-    book, typed, confine = None, overrides, None
+    record, typed, confine = None, overrides, None
     if "sweep.resume" in taken:
-        book = Book.read(Path(taken["sweep.resume"]).expanduser().absolute())
-        place = str(book.folder / BOOK)
-        flags["config_dir"] = confirmed_config_dir(book.flags.get("config_dir"), flags["config_dir"], "sweep.resume", book.folder)
-        flags["config_name"] = flags["config_name"] or option_name(book.flags.get("config_name"), place)
-        of_the_runs = split_command(book.overrides, typed, place, flags["config_dir"])
-        for point in book.points:
+        record = SweepRecord.read(Path(taken["sweep.resume"]).expanduser().absolute())
+        place = str(record.folder / BOOK)
+        flags["config_dir"] = confirmed_config_dir(record.flags.get("config_dir"), flags["config_dir"], "sweep.resume", record.folder)
+        flags["config_name"] = flags["config_name"] or option_name(record.flags.get("config_name"), place)
+        of_the_runs = split_command(record.overrides, typed, place, flags["config_dir"])
+        for point in record.points:
             point.overrides = own_settings(point.overrides, place, flags["config_dir"])
         confine = Confined(flags, typed)
         if not _point_overrides(overrides):
             # A sweep's folder is not trusted: its `allow` list counts only if this command repeats it.
-            allowed = [override for override in book.overrides if override.lstrip("+").startswith("allow=")]
+            allowed = [override for override in record.overrides if override.lstrip("+").startswith("allow=")]
             if allowed and not any(override.lstrip("+").startswith("allow=") for override in overrides):
                 message = "its runs build classes or functions that are not on the list of what a configuration may build"
-                raise ConfigError(message, "sweep.resume", str(book.folder), fix=f"If you trust it, add {allowed[-1]} to the command.")
+                raise ConfigError(message, "sweep.resume", str(record.folder), fix=f"If you trust it, add {allowed[-1]} to the command.")
             overrides = [o for o in of_the_runs if not o.lstrip("+").startswith("allow=")] + overrides
-        overrides = [o for o in overrides if not o.startswith("hydra.sweep.dir=")] + [f"hydra.sweep.dir={compose.quoted(str(book.folder))}"]
+        overrides = [o for o in overrides if not o.startswith("hydra.sweep.dir=")] + [f"hydra.sweep.dir={compose.quoted(str(record.folder))}"]
     composer = Composer(flags, [], confine)
     cfg = composer.command(overrides)
     composer.hydra_overrides = [o for o in cfg.hydra.overrides.hydra if not o.startswith("hydra.mode=")]
     options = validate({"sweep": OmegaConf.to_container(cfg.sweep, resolve=True)}, SweepOptions)["sweep"]
-    _check_options(cfg, options, book)
+    _check_options(cfg, options, record)
     parsed = composer.parse(cfg, [o for o in cfg.hydra.overrides.task if not o.lstrip("+~").startswith("sweep.")])
-    folder = book.folder if book else Path(str(cfg.hydra.sweep.dir)).absolute()
+    folder = record.folder if record else Path(str(cfg.hydra.sweep.dir)).absolute()
     search = Search(folder, parsed, options, cfg.get("seed") or 0) if options["search"] else None
     points = [] if search else [Point(number, point) for number, point in enumerate(grid(parsed))]
-    if book:
-        _refuse_other_points(book, overrides, points, search)
-    jobs = {} if book else _check_points(composer, points, options["fail_fast"])
-    if book is None:
-        book = Book(folder, typed, flags, points)
-        book.claim()
-    with _Locked(book) as lock:
+    if record:
+        _refuse_other_points(record, overrides, points, search)
+    jobs = {} if record else _check_points(composer, points, options["fail_fast"])
+    if record is None:
+        record = SweepRecord(folder, typed, flags, points)
+        record.claim()
+    with _Locked(record) as lock:
         callbacks = Callbacks(cfg)
         callbacks.on_multirun_start(config=cfg, config_name=composer.name)
         try:
-            return _Sweep(composer, cfg, options, book, jobs, search, lock).run()
+            return _Sweep(composer, cfg, options, record, jobs, search, lock).run()
         finally:
             callbacks.on_multirun_end(config=cfg, config_name=composer.name)
 
@@ -94,42 +94,42 @@ def run_sweep(args: argparse.Namespace, overrides: list[str]) -> int:
 class _Locked:
     """Context manager that holds the sweep's lock and returns its file descriptor."""
 
-    def __init__(self, book: Book):
-        self.book = book
+    def __init__(self, record: SweepRecord):
+        self.record = record
 
     def __enter__(self) -> int:
-        return self.book.lock()
+        return self.record.lock()
 
     def __exit__(self, *_: object) -> None:
-        self.book.unlock()
+        self.record.unlock()
 
 
-def _check_options(cfg: DictConfig, options: dict[str, Any], book: Book | None) -> None:
+def _check_options(cfg: DictConfig, options: dict[str, Any], record: SweepRecord | None) -> None:
     if not str(cfg.hydra.sweeper.get("_target_", "")).endswith("BasicSweeper"):
         chosen = cfg.hydra.runtime.choices.get("hydra/sweeper")
         raise ConfigError("grids and searches have their own sweeper here", "hydra/sweeper", chosen, fix="Use sweep.search=tpe or random.")
     if not options["minimize"] + options["maximize"]:
         raise ConfigError("no metric is named here or in sweep.maximize", "sweep.minimize", fix="Use sweep.minimize=[val/loss].")
-    if options["retry_failed"] and book is None:
+    if options["retry_failed"] and record is None:
         raise ConfigError("a new sweep has nothing to retry", "sweep.retry_failed", True, fix="Add sweep.resume=DIR.")
     if options["pruner"] and not options["search"]:
         raise ConfigError("a grid runs every point", "sweep.pruner", options["pruner"], fix="Add sweep.search=tpe or random.")
 
 
-def _refuse_other_points(book: Book, typed: Sequence[str], points: list[Point], search: Search | None) -> None:
+def _refuse_other_points(record: SweepRecord, typed: Sequence[str], points: list[Point], search: Search | None) -> None:
     """Raise ConfigError if a resumed sweep has other points than the recorded one. `typed`: this command's overrides, or the recorded ones."""
-    leave_out = f"Leave the overrides out: meshformer train -m {argument('sweep.resume', book.folder)} takes them from there."
-    if (book.folder / STUDY).exists() != (search is not None):
+    leave_out = f"Leave the overrides out: meshformer train -m {argument('sweep.resume', record.folder)} takes them from there."
+    if (record.folder / STUDY).exists() != (search is not None):
         there = "a search" if search is None else "a grid"
-        raise ConfigError(f"that is {there}", "sweep.resume", str(book.folder), fix=leave_out)
+        raise ConfigError(f"that is {there}", "sweep.resume", str(record.folder), fix=leave_out)
     if search:  # its points depend on results, so the overrides are compared instead
-        found = differences([_point_overrides(book.overrides)], [_point_overrides(typed)])
+        found = differences([_point_overrides(record.overrides)], [_point_overrides(typed)])
     else:
-        found = differences([_point_overrides(p.overrides) for p in book.points], [_point_overrides(p.overrides) for p in points])
+        found = differences([_point_overrides(p.overrides) for p in record.points], [_point_overrides(p.overrides) for p in points])
     if found:
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
         kind = "search" if search else "grid"
-        raise ConfigError(f"that folder holds a different {kind} ({'; '.join(found[:3])}{more})", "sweep.resume", str(book.folder), fix=leave_out)
+        raise ConfigError(f"that folder holds a different {kind} ({'; '.join(found[:3])}{more})", "sweep.resume", str(record.folder), fix=leave_out)
 
 
 def _point_overrides(overrides: Sequence[str]) -> list[str]:
@@ -163,13 +163,13 @@ class _Sweep:
         composer: Composer,
         cfg: DictConfig,
         options: dict[str, Any],
-        book: Book,
+        record: SweepRecord,
         jobs: dict[int, Job],
         search: Search | None,
         lock: int,
     ):
         self.composer, self.cfg, self.options, self.lock = composer, cfg, options, lock
-        self.book, self.jobs, self.search = book, jobs, search
+        self.record, self.jobs, self.search = record, jobs, search
         self.metrics = [*options["minimize"], *options["maximize"]]
         self.largest_first = not options["minimize"]
         # A resumed sweep takes these from the command, not from its recorded points.
@@ -180,18 +180,18 @@ class _Sweep:
         self.signals: list[int] = []
         self.stop_sent = False
         self.stopping: str | None = None  # once stopping: the final state of the sweep
-        self.display = Display(book.points, book.folder, self.metrics[0], options["trials"] if search else len(book.points))
+        self.display = Display(record.points, record.folder, self.metrics[0], options["trials"] if search else len(record.points))
 
     def run(self) -> int:
         self._collect_waiting()
-        self.book.write("running")
+        self.record.write("running")
         before = {}
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
                 before[number] = signal.signal(number, lambda number, frame: self.signals.append(number))
         try:
             with self.display:
-                for point in self.book.in_state("failed"):
+                for point in self.record.in_state("failed"):
                     self.display.changed(point)
                 if self.cfg.hydra.launcher.get("_target_"):
                     self._run_plugin()
@@ -205,16 +205,16 @@ class _Sweep:
     def _collect_waiting(self) -> None:
         """Collect the points that still have to run, after correcting the states that a killed command left behind."""
         retried = ("failed",) if self.options["retry_failed"] and not self.search else ()
-        for point in self.book.points:
+        for point in self.record.points:
             if point.state == "running":  # the command was killed, perhaps after the run had finished
-                record = RunRecord(self.book.folder / point.folder).fields if point.folder else {}
+                record = RunRecord(self.record.folder / point.folder).fields if point.folder else {}
                 point.state, point.final = ("done", dict(record["final"])) if record.get("state") == "finished" else ("interrupted", {})
         if self.search:
-            self.book.points += self.search.open(self.book.points)
-            for point in self.book.points:
+            self.record.points += self.search.open(self.record.points)
+            for point in self.record.points:
                 if point.state not in ("queued", "interrupted"):
                     self.search.report(point)
-        for point in self.book.in_state("queued", "interrupted", *retried):
+        for point in self.record.in_state("queued", "interrupted", *retried):
             point.state, point.error = "queued", None
             self.waiting.append(point)
 
@@ -223,7 +223,7 @@ class _Sweep:
     def _job(self, point: Point) -> Job:
         """The point's job, composed on first use. A run that has a checkpoint continues with its own config.yaml."""
         if point.number not in self.jobs:
-            folder = self.book.folder / point.folder
+            folder = self.record.folder / point.folder
             if point.folder and candidates(folder):
                 job = Job(resumed_config(folder, list(self.cfg.get("allow") or []), self.composer.own(self.cfg)), point.folder, {})
             else:
@@ -236,11 +236,11 @@ class _Sweep:
 
     def _next(self) -> list[Point]:
         """Points that may start now, in order. A search proposes a new one if none is waiting."""
-        if not self.waiting and self.search and self.search.more(self.book.points):
+        if not self.waiting and self.search and self.search.more(self.record.points):
             point = self.search.propose()
-            self.book.points.append(point)
+            self.record.points.append(point)
             self.waiting.append(point)
-            self.book.write()
+            self.record.write()
         return self.waiting
 
     def _set(self, point: Point, state: str, error: str | None = None, seconds: float | None = None) -> None:
@@ -254,7 +254,7 @@ class _Sweep:
             self.jobs.pop(point.number, None)
             if self.search:
                 self.search.report(point)
-        self.book.write()
+        self.record.write()
         self.display.changed(point)
         if point.state == "failed" and self.options["fail_fast"] and self.stopping is None:
             self.stopping = "failed"
@@ -262,7 +262,7 @@ class _Sweep:
     def _ended(self, point: Point, outcome: tuple[str, Any] | None, seconds: float | None = None) -> None:
         if outcome is None:
             words = "killed" if self.stopping else "died without an error message (killed, or out of memory)"
-            record = RunRecord(self.book.folder / point.folder)
+            record = RunRecord(self.record.folder / point.folder)
             if record.fields.get("state") == "running":
                 record.finish("failed", error=words)
             self._set(point, "interrupted" if self.stopping else "failed", None if self.stopping else words, seconds)
@@ -297,7 +297,7 @@ class _Sweep:
 
     def _start(self, launcher: LocalLauncher, most: int | str) -> None:
         limit = len(launcher.machine.gpus) + launcher.machine.cores if most == "auto" else int(most)
-        total = self.options["trials"] if self.search else len(self.book.points)
+        total = self.options["trials"] if self.search else len(self.record.points)
         refused: list[Point] = []
         while len(self.started_at) < limit and (waiting := [point for point in self._next() if point not in refused]):
             point = waiting[0]  # a point that does not fit yet waits, and later ones may overtake it
@@ -317,7 +317,7 @@ class _Sweep:
                 refused.append(point)
                 continue
             self.waiting.remove(point)
-            folder = self.book.folder / point.folder
+            folder = self.record.folder / point.folder
             try:
                 if not job.config["resume"]:
                     shutil.rmtree(folder, ignore_errors=True)  # left by an earlier start that saved no checkpoint
@@ -330,7 +330,7 @@ class _Sweep:
             self._set(point, "running")
 
     def _end(self, end: JobResult) -> None:
-        self._ended(next(point for point in self.book.points if point.number == end.number), end.outcome, end.seconds)
+        self._ended(next(point for point in self.record.points if point.number == end.number), end.outcome, end.seconds)
 
     def _handle_signals(self, launcher: LocalLauncher) -> None:
         """On the first signal, or the first failure with fail_fast, ask the runs to save and stop; on a second signal, kill them."""
@@ -376,25 +376,25 @@ class _Sweep:
     # --- the end
 
     def _finish(self) -> int:
-        book = self.book
-        left = book.in_state("queued", "interrupted")
-        failed = book.in_state("failed")
+        record = self.record
+        left = record.in_state("queued", "interrupted")
+        failed = record.in_state("failed")
         state = self.stopping or ("failed" if failed else "preempted" if left else "finished")
-        book.write(state)
-        results.write(book.folder, book.points, self.metrics, self.largest_first)
+        record.write(state)
+        results.write(record.folder, record.points, self.metrics, self.largest_first)
         console = Console(width=None if sys.stdout.isatty() else 160)
-        console.print(results.table(book.points, self.metrics, self.largest_first))
+        console.print(results.table(record.points, self.metrics, self.largest_first))
         if self.search and (best := self.search.best()):
             kind = "best trial" if len(self.metrics) == 1 else "Pareto-optimal trials"
-            say(f"{kind}: " + ", ".join(str(book.folder / next(p.folder for p in book.points if p.number == number)) for number in best))
+            say(f"{kind}: " + ", ".join(str(record.folder / next(p.folder for p in record.points if p.number == number)) for number in best))
         for point in failed:
-            log = book.folder / point.folder / "job.log" if point.folder else None
+            log = record.folder / point.folder / "job.log" if point.folder else None
             say(f"failed: {point.name}\n  {point.error}" + (f"\n  log: {log}" if log and log.is_file() else ""), error=True)
-        say(f"sweep folder  {book.folder}  (results.csv, results.json)")
+        say(f"sweep folder  {record.folder}  (results.csv, results.json)")
         if left:
-            say(f"  {len(left)} of {self.display.total} runs are left; continue with  meshformer train -m {argument('sweep.resume', book.folder)}")
+            say(f"  {len(left)} of {self.display.total} runs are left; continue with  meshformer train -m {argument('sweep.resume', record.folder)}")
         if failed:
-            say(f"  try the failed again with  meshformer train -m {argument('sweep.resume', book.folder)} sweep.retry_failed=true")
+            say(f"  try the failed again with  meshformer train -m {argument('sweep.resume', record.folder)} sweep.retry_failed=true")
         return {"finished": 0, "failed": 1, "preempted": 75, "interrupted": 130}[state]
 
 

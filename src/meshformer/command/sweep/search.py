@@ -13,7 +13,7 @@ from meshformer.command.recorded import own_settings
 from meshformer.config import ConfigError
 from meshformer.config.foreign import PRUNING
 
-from .book import Point
+from .record import Point
 
 FILE, NAME = "study.db", "sweep"
 
@@ -148,7 +148,7 @@ def import_optuna() -> Any:
     try:
         import optuna
     except ImportError:
-        raise ConfigError("a search needs Optuna", "sweep.search", fix="pip install 'meshformer[search]'.") from None
+        raise ConfigError("a search needs Optuna", "sweep.search", fix="Install it: pip install 'meshformer[search]'.") from None
     return optuna
 
 

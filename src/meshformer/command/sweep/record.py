@@ -39,7 +39,7 @@ class Point:
         return " ".join(self.overrides)
 
 
-class Book:
+class SweepRecord:
     """The record of one sweep, kept in its folder as sweep.json with the fields state, started, ended, overrides, flags and points."""
 
     def __init__(self, folder: Path, overrides: list[str], flags: dict[str, str | None], points: list[Point]):
@@ -48,19 +48,19 @@ class Book:
         self._lock: int | None = None
 
     @classmethod
-    def read(cls, folder: Path) -> Book:
+    def read(cls, folder: Path) -> SweepRecord:
         """Read the record in `folder`. Raises ConfigError if there is none or it is damaged."""
         refuse_links(folder, "sweep.resume", str(folder))
         try:
             fields = json.loads((folder / FILE).read_text(encoding="utf-8"))
-            book = cls(folder, fields["overrides"], fields["flags"], [Point(**point) for point in fields["points"]])
-            book.started = str(fields["started"])
+            record = cls(folder, fields["overrides"], fields["flags"], [Point(**point) for point in fields["points"]])
+            record.started = str(fields["started"])
         except (FileNotFoundError, NotADirectoryError):
             raise ConfigError("is not the folder of a sweep: it holds no sweep.json", "sweep.resume", str(folder)) from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise ConfigError("its sweep.json is damaged", "sweep.resume", str(folder)) from None
-        book.check()
-        return book
+        record.check()
+        return record
 
     def check(self) -> None:
         """Raise ConfigError unless `write` could have written this record, which is untrusted. recorded.py checks the overrides."""
