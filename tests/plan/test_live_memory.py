@@ -30,6 +30,8 @@ LAYOUTS: list[tuple[str, int, list[str]]] = [
     ("fsdp, full", 2, ["strategy=fsdp", "strategy.activation_checkpointing=full"]),
     ("fsdp, selective, bf16", 2,
         ["strategy=fsdp", "strategy.activation_checkpointing=selective", "trainer.precision=bf16-mixed", "strategy.param_dtype=bfloat16"]),
+    ("fsdp × tensor, Muon", 4, ["strategy=fsdp_tensor", "optimizer=muon"]),
+    ("fsdp × pipeline, Muon", 4, ["strategy=fsdp_pipeline", "optimizer=muon", *SCHEDULE]),
     ("tensor", 2, ["strategy=tensor"]),
     ("tensor, no sequence parallel, loss parallel, full", 2,
         ["strategy=tensor", "strategy.sequence_parallel=false", "strategy.loss_parallel=true", "strategy.activation_checkpointing=full"]),

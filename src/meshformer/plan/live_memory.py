@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from meshformer.compat.lightning import without_transfer_hook
 from meshformer.compat.torch import fake_tensor_mode
@@ -36,6 +37,7 @@ from meshformer.config.errors import ConfigError
 from meshformer.job.build import build_task, build_trainer, task_class
 from meshformer.job.train import Start, configure_model, quiet_libraries
 from meshformer.model.layout import retie, ties
+from meshformer.optim.gather_compute_scatter import mesh_ranks
 from meshformer.parallel.sharded import reshard
 from meshformer.parallel.strategy import MeshStrategy
 from meshformer.printing import say
@@ -60,6 +62,9 @@ def live_memory(config: Config, rank: int = 0) -> LiveMemory:
     try:
         with tempfile.TemporaryDirectory() as folder:
             task = build(config, rank, Path(folder))
+        for p in task.parameters():
+            if isinstance(p, DTensor):
+                mesh_ranks(p.device_mesh)  # Muon asks for them again
         with fake_tensor_mode(), LiveBytes() as live:
             optimizer = allocate(task, config)
             live.watch(task.model, optimizer)
