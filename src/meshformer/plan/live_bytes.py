@@ -20,6 +20,8 @@ KINDS: tuple[str, ...] = ("weights", "gradients", "optimizer", "activations", "c
 # Operations that write into buffers of collectives. The functional collectives (tensor and context parallelism) are not among them: autograd keeps
 # their results like any other activation.
 BUFFERS = ("c10d.", "fsdp.")
+# Fused updates of an optimizer return nothing and make nothing. Not all of them know fake tensors: torch would run these on real zeros of that size.
+IN_PLACE = ("aten._fused_sgd_.", "aten._fused_adam_.", "aten._fused_adamw_.")
 
 
 class LiveBytes(DispatchMode):
@@ -61,6 +63,8 @@ class LiveBytes(DispatchMode):
         name = name_of(function)
         if name in READS and is_fake(args[0]):
             return READS[name](args[0])
+        if name.startswith(IN_PLACE) and is_fake(args[0][0]):
+            return None
         result = function(*args, **(kwargs or {}))
         kind = "communication" if name.startswith(BUFFERS) else "optimizer" if self.at == "optimizer" else "activations"
         for x in tensors_in((result, args, kwargs)):
