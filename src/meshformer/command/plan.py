@@ -257,11 +257,12 @@ def _counted(rows: Sequence[Candidate], request: Request, train: Sequence[str], 
 def config_of(candidate: Candidate, request: Request, train: Sequence[str], config_dir: str | None) -> Config:
     """The resolved configuration of a candidate on the cluster, which this machine need not be able to run.
 
-    Of an accumulation two micro-batches are enough: from the second on, all need the same memory. So are four times as many in a pipeline as it
-    has ranks, which are more than it has in flight.
+    Of an accumulation two micro-batches are enough: from the second on, all need the same memory. So are twice as many in a pipeline as it
+    has ranks, of which it has fewer in flight; with gpipe all are in flight.
     """
     layout = candidate.layout
-    fewer = replace(layout, accumulation=min(2, layout.accumulation), microbatches=min(layout.microbatches, 4 * layout.pipeline))
+    most = layout.microbatches if layout.schedule == "gpipe" else 2 * layout.pipeline
+    fewer = replace(layout, accumulation=min(2, layout.accumulation), microbatches=min(layout.microbatches, most))
     candidate = replace(candidate, layout=fewer)
     asked = [o for o in train if o.lstrip("+") != AUTO]
     given = [*asked, *_types(request, asked), *overrides(candidate, request)]

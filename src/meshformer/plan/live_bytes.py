@@ -26,6 +26,7 @@ IN_PLACE = ("aten._fused_sgd_.", "aten._fused_adam_.", "aten._fused_adamw_.")
 
 class LiveBytes(DispatchMode):
     """Inside, `now` is the number of bytes in storages that are alive, `peak` its largest value since `reset`, `where` and `kinds` that moment.
+    `highest`: phase -> bytes by kind at its own highest moment.
 
     A storage counts once, however many views it has, from the first operation that takes or returns it (or from `hold`) until it is freed.
     Memory that an operation uses only inside its kernel is not seen. `reserved`: what PyTorch's allocator would have reserved since the beginning.
@@ -37,6 +38,8 @@ class LiveBytes(DispatchMode):
         self.where = self.at = ""
         self.by_kind = dict.fromkeys(KINDS, 0)
         self.kinds = dict(self.by_kind)
+        self.highest: dict[str, dict[str, int]] = {}
+        self._most: dict[str, int] = {}  # phase -> bytes at that moment
         self._held: dict[int, tuple[int, str]] = {}  # id of a storage -> bytes, kind
         self._trained: dict[int, Any] = {}
         self.pools = (
@@ -107,7 +110,7 @@ class LiveBytes(DispatchMode):
         self.by_kind[kind] += size - before
         self.now += size - before
         self._reserve(key, size, kind)
-        if self.now > self.peak:
+        if self.now > self._most.get(self.at, 0):
             self._highest()
 
     def _rename(self, key: int, kind: str) -> None:
@@ -134,10 +137,11 @@ class LiveBytes(DispatchMode):
         return sum(pool.reserved for pool in self.pools)
 
     def _highest(self) -> None:
-        self.peak, self.where = self.now, self.at
         if not self.at.startswith("forward"):
             self.find_gradients()
-        self.kinds = dict(self.by_kind)
+        self._most[self.at], self.highest[self.at] = self.now, dict(self.by_kind)
+        if self.now > self.peak:
+            self.peak, self.where, self.kinds = self.now, self.at, self.highest[self.at]
 
     @torch.no_grad()
     def find_gradients(self) -> None:
@@ -145,6 +149,7 @@ class LiveBytes(DispatchMode):
 
     def reset(self) -> None:
         self.peak = 0
+        self.highest, self._most = {}, {}
         self._highest()
 
     def watch(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
