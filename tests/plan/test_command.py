@@ -15,6 +15,8 @@ from meshformer.command.plan import choose, request_of
 from meshformer.config import ConfigError
 from meshformer.config.degrees import Degrees
 from meshformer.config.paths import conf_dir
+from meshformer.plan import candidates as candidates_module
+from meshformer.plan import steptime
 from meshformer.plan.answer import best_of_each, overrides, why
 from meshformer.plan.candidates import SAME, candidates
 from meshformer.plan.counted import LiveMemory
@@ -177,6 +179,22 @@ def test_an_impossible_request_says_what_would_help(capsys):
     said = capsys.readouterr().err
     assert "no layout fits in 90 % of 80 GB" in said and "cluster.nodes=2" in said
     assert main(["plan", *large, "cluster.nodes=2"]) == 0
+
+
+def test_remedies_predict_no_layout_that_cannot_fit(capsys, monkeypatch):
+    """405 billion parameters on a node: the request's own candidates have a predicted time, and of larger clusters only the fitting ones."""
+    calls = []
+    monkeypatch.setattr(candidates_module, "step_time", lambda *given: calls.append(given) or steptime.step_time(*given))
+    large = ["model=llama3_405b", "data.context_length=8192", "data.batch_size=512", "cluster=h100x8"]
+    assert main(["plan", *large, "--quick"]) == 2
+    assert "cluster.nodes=16" in capsys.readouterr().err
+    assert len(calls) < len(planned(*large)) + 200
+
+
+@pytest.mark.parametrize("more", [[], ["model.n_layers=80"]])
+def test_the_fitting_candidates_are_the_same_when_only_they_are_asked_for(more):
+    request = request_of([*LLAMA, *more])
+    assert candidates(request, only_fitting=True) == [candidate for candidate in candidates(request) if candidate.fits]
 
 
 def test_the_cheapest_remedy_comes_first(capsys):

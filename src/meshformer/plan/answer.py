@@ -155,7 +155,7 @@ def remedies(request: Request) -> list[str]:
     """What would make a request possible that no layout satisfies, the cheapest first: at most three ways."""
     found = []
     for text, changed in _changes(request):
-        fitting = [c for c in candidates(changed) if c.fits]
+        fitting = candidates(changed, only_fitting=True)
         if fitting:
             found.append(text.format(best=" ".join(overrides(fitting[0], changed)), checkpointing=fitting[0].checkpointing))
         if len(found) == 3 or (fitting and changed.cluster.nodes > request.cluster.nodes):

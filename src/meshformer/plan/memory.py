@@ -7,7 +7,7 @@ from functools import cache
 from typing import NamedTuple
 
 from meshformer.plan.sizes import Sizes
-from meshformer.plan.steptime import Layout, stage_blocks
+from meshformer.plan.steptime import StepLayout, stage_blocks
 
 FP32 = 4
 LOGITS_AT_ONCE, LARGE = 2**25, 2**26  # of the loss in chunks (model/head.py), and from how many logits on it is computed so
@@ -30,7 +30,7 @@ class Memory:
         return self.weights + self.gradients + self.optimizer + self.activations + self.communication + self.loss
 
 
-def estimate(sizes: Sizes, layout: Layout, checkpointing: str, optimizer_bytes: float, mixed: bool = True) -> Memory:
+def estimate(sizes: Sizes, layout: StepLayout, checkpointing: str, optimizer_bytes: float, mixed: bool = True) -> Memory:
     """Memory of the rank that holds most: in a pipeline the first one, which has most micro-batches in flight, or the last, which has the head.
 
     `optimizer_bytes`: state of one parameter. `mixed`: bf16 computation on fp32 weights.
@@ -51,7 +51,7 @@ def estimate(sizes: Sizes, layout: Layout, checkpointing: str, optimizer_bytes: 
     return first if first.total > end.total else end
 
 
-def in_flight(layout: Layout) -> float:
+def in_flight(layout: StepLayout) -> float:
     """Micro-batches whose activations the first rank of a pipeline holds at once (Narayanan et al. 2021)."""
     if layout.schedule == "gpipe":
         return layout.microbatches
@@ -74,7 +74,7 @@ class _Part(NamedTuple):
     optimizer_bytes: float
 
 
-def _rank(sizes: Sizes, layout: Layout, part: _Part) -> Memory:
+def _rank(sizes: Sizes, layout: StepLayout, part: _Part) -> Memory:
     """The larger of two moments: the loss, when all activations are there, and the backward pass of the last block after it."""
     n, parts = layout.tensor, layout.parts
     block, ends = sizes.block_parameters / n, (part.ends + sizes.position_table) / n
@@ -119,6 +119,6 @@ def _saved(sizes: Sizes, n: int, along: int, context: int, checkpointing: str, s
     return 2 * stream + small * (products + turned + normed + deep + elsewhere)
 
 
-def saved_by_block(sizes: Sizes, layout: Layout, checkpointing: str, small: int) -> float:
+def saved_by_block(sizes: Sizes, layout: StepLayout, checkpointing: str, small: int) -> float:
     """Bytes that the forward pass of a block keeps for its backward pass, for a token."""
     return _saved(sizes, layout.tensor, layout.tensor if layout.sequence_parallel else 1, layout.context, checkpointing, small)

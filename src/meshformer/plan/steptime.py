@@ -27,7 +27,7 @@ RECOMPUTED_EXCHANGES = 2  # of them again, if the block is recomputed
 
 
 @dataclass(frozen=True)
-class Layout:
+class StepLayout:
     """One way to run a step. `samples`: of one micro-batch on one replica; a pipeline runs `microbatches` of them for each of the
     `accumulation` passes of a step. `recomputed`: shares of a block's matrix products, attention and other operations that the backward pass
     repeats."""
@@ -129,7 +129,7 @@ def constants(card: str) -> Constants:
     return Constants(**{key: value for key, value in {**fitted["common"], **own}.items() if key in names})
 
 
-def step_time(sizes: Sizes, layout: Layout, cluster: Cluster, c: Constants) -> Step:
+def step_time(sizes: Sizes, layout: StepLayout, cluster: Cluster, c: Constants) -> Step:
     """Seconds of one optimizer step, in parts. `layout.processes` cards of the cluster take part, whatever `cluster.nodes` says."""
     block, head = _costs(sizes, _Work.of(layout), cluster, c)
     most, last = stage_blocks(sizes, layout.pipeline, layout.stages)
@@ -150,7 +150,7 @@ def step_time(sizes: Sizes, layout: Layout, cluster: Cluster, c: Constants) -> S
     )  # fmt: skip
 
 
-def _sends(sizes: Sizes, layout: Layout, cluster: Cluster, c: Constants) -> float:
+def _sends(sizes: Sizes, layout: StepLayout, cluster: Cluster, c: Constants) -> float:
     """Seconds that a pipeline's rank sends hidden states forward and their gradients back, in one pass, as far as computation does not hide them."""
     if layout.pipeline == 1:
         return 0.0
@@ -160,7 +160,7 @@ def _sends(sizes: Sizes, layout: Layout, cluster: Cluster, c: Constants) -> floa
     return c.exposed * 2 * layout.microbatches * layout.stages * (size / rate + latency)
 
 
-def bubbles(layout: Layout) -> float:
+def bubbles(layout: StepLayout) -> float:
     """The time that a rank waits in one pass through the pipeline, in micro-batches of its own work (Narayanan et al. 2021)."""
     if layout.pipeline == 1:
         return 0.0
@@ -200,7 +200,7 @@ class _Work(NamedTuple):
     async_tensor: bool
 
     @classmethod
-    def of(cls, layout: Layout) -> _Work:
+    def of(cls, layout: StepLayout) -> _Work:
         return cls(*_work(layout))
 
 
@@ -262,7 +262,7 @@ def _inside(size: float, calls: float, ranks: int, stride: int, cluster: Cluster
     return max(inside, between) + calls * (nodes * cluster.network_latency + here * cluster.link_latency)
 
 
-def _exposed(sizes: Sizes, layout: Layout, cluster: Cluster, c: Constants, compute: float) -> float:
+def _exposed(sizes: Sizes, layout: StepLayout, cluster: Cluster, c: Constants, compute: float) -> float:
     """Seconds that gathers and reductions over the data axes add to the `compute` seconds of one pass of an accumulation."""
     held = sizes.parameters / (layout.tensor * layout.pipeline)
     units = sizes.layers / layout.pipeline + 1
