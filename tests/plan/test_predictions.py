@@ -120,6 +120,21 @@ def test_the_head_counts_as_blocks():
     assert last < most and 3 * most + last >= SIZES.layers
 
 
+def test_ulysses_sends_less_from_three_ranks_on():
+    """Of each token a rank sends its own queries, keys, values and results once, and gathers every other rank's keys and values: equal at two."""
+    fast = replace(CLUSTER, link_latency=0.0, cards=16)
+
+    def seconds(context, ulysses, sizes=SIZES):
+        return step_time(sizes, StepLayout(samples=1, context=context, ulysses=ulysses), fast, FITTED).context
+
+    # Forward and backward, four exchanges of half of a rank's tokens, in bf16, of which half stay on the rank.
+    assert seconds(2, True) == pytest.approx(2 * 4 * 2 * SIZES.layers * SIZES.length / 2 * SIZES.width / 2 / (fast.link * FITTED.link))
+    assert seconds(2, True) == pytest.approx(seconds(2, False))
+    assert seconds(8, True) == pytest.approx(seconds(8, False) / 4)
+    few_keys = replace(SIZES, key_width=SIZES.key_width // 4)
+    assert seconds(4, True, few_keys) > seconds(4, False, few_keys)
+
+
 def test_float8_gains_more_from_wide_layers():
     def gain(width):
         sizes = replace(SIZES, width=width, feed_forward=4 * width, heads=width // 128, key_width=width)

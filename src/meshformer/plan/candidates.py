@@ -137,6 +137,7 @@ def _base(config: Config) -> StepLayout:
         sequence_parallel=strategy.get("sequence_parallel", True),
         loss_parallel=strategy.get("loss_parallel", False),
         async_tensor=strategy.get("async_tensor_parallel", False),
+        ulysses=strategy.get("context_method") == "ulysses",
     )
 
 

@@ -45,15 +45,19 @@ Config = dict[str, Any]
 STEPS = 2  # from the second step on the optimizer has its state
 
 
-def live_memory(config: Config, rank: int = 0) -> LiveMemory:
-    """`config`: a resolved configuration of any number of processes. Once a process, without a process group: see `counted.live_memory_apart`.
+def live_memory(config: Config, rank: int = 0, steps: int = STEPS) -> LiveMemory:
+    """`config`: a resolved configuration of any number of processes. In a process without a process group: see `counted.live_memory_apart`.
+
+    `steps`: 1 makes the optimizer's state by an update alone, not by a whole step before the counted one; `reserved` then knows one step less.
 
     ConfigError for what cannot be counted: cpu_offload, 16-mixed, an unknown vocabulary.
     """
     began = time.perf_counter()
-    with counting(config, rank) as (live, task, _):
+    with counting(config, rank) as (live, task, optimizer):
         start = 0
-        for _ in range(STEPS):
+        if steps < STEPS:
+            step_alone(task, optimizer)
+        for _ in range(steps):
             live.at = "forward"
             batches = [batch(config) for _ in range(config["trainer"]["accumulate_grad_batches"])]
             live.find_gradients()
@@ -68,15 +72,23 @@ def live_memory(config: Config, rank: int = 0) -> LiveMemory:
 def optimizer_memory(config: Config, rank: int = 0) -> dict[str, int]:
     """The bytes by kind at the peak of an optimizer's step on gradients that are there already."""
     with counting(config, rank) as (live, task, optimizer):
-        for p in task.parameters():
-            if p.requires_grad:
-                p.grad = torch.zeros_like(p)
+        for _ in range(STEPS):  # after the first one it has its state
+            step_alone(task, optimizer, live)
+    return live.kinds
+
+
+def step_alone(task: Any, optimizer: Any, live: LiveBytes | None = None) -> None:
+    """The optimizer's step on gradients that are there already; counted by `live` alone."""
+    for p in task.parameters():
+        if p.requires_grad:
+            p.grad = torch.zeros_like(p)
+    if live is not None:
         live.find_gradients()
         live.at = "optimizer"
-        for _ in range(STEPS):  # after the first one it has its state
-            live.reset()
-            optimizer.step()
-    return live.kinds
+        live.reset()
+    optimizer.step()
+    for p in task.parameters():
+        p.grad = None
 
 
 @contextmanager

@@ -40,7 +40,7 @@ def count(config: Config, rank: int = 0) -> LiveMemory:
     if smallest < WORTH or any(isinstance(value, list) and len(value) == sum(stages) for value in config["model"].values()):
         return live_memory(config, rank)
     fewer = [smallest - depth for depth in DEPTHS]
-    short = [live_memory(shorter(config, stages, held, less), rank) for less in fewer]
+    short = [live_memory(shorter(config, stages, held, less), rank, steps=1) for less in fewer]
     found = extrapolated(short, [[stages[k] - less for k in held] for less in fewer], fewer)
     # Muon gives each rank some whole matrices, so what its step takes is not linear in their number.
     highest = {**found, ("optimizer",): optimizer_memory(config, rank)} if "muon" in config["optimizer"]["_target_"].lower() else found

@@ -23,6 +23,7 @@ LOSS_BYTES = 24  # a logit in fp32: written, read and written by the softmax, it
 OPTIMIZER_BYTES = 28  # a parameter in AdamW: weight, two averages read and written, gradient read
 HOST_OPERATIONS = 25  # operations that the host starts for one pass of a block
 TENSOR_EXCHANGES = 8  # gathers and reductions of the hidden states of a block, forward and backward, under sequence parallelism
+ULYSSES_EXCHANGES = 4  # of queries, keys, values and results
 RECOMPUTED_EXCHANGES = 2  # of them again, if the block is recomputed
 
 
@@ -53,6 +54,7 @@ class StepLayout:
     sequence_parallel: bool = True
     loss_parallel: bool = False
     async_tensor: bool = False
+    ulysses: bool = False  # how the context axis communicates: all-to-alls of queries, keys, values and results, or else gathered keys and values
     reshard: bool = True
     reduce_every: bool = False  # True: each micro-batch of an accumulation reduces gradients
     fsdp: bool = True
@@ -198,6 +200,7 @@ class _Work(NamedTuple):
     exchange_bytes: float
     sequence_parallel: bool
     async_tensor: bool
+    ulysses: bool
 
     @classmethod
     def of(cls, layout: StepLayout) -> _Work:
@@ -237,9 +240,19 @@ def _block(sizes: Sizes, layout: _Work, cluster: Cluster, c: Constants) -> _Part
     exchanges = (TENSOR_EXCHANGES + RECOMPUTED_EXCHANGES * of_products * (of_attention > 0)) * tokens * sizes.width * layout.exchange_bytes
     tensor = _inside(exchanges, TENSOR_EXCHANGES, n, 1, cluster, c) * (1 - c.async_hidden * layout.async_tensor)
     tensor *= (1 + cluster.reduction) / 2  # every second exchange is a reduction
-    keys = 2 * layout.samples * sizes.length * sizes.key_width / n * layout.activation_bytes  # K and V of the whole sequence
-    context = _inside((1 + of_rest) * keys, 1, layout.context, n, cluster, c) + cluster.reduction * _inside(keys, 1, layout.context, n, cluster, c)
+    context = _context(sizes, layout, cluster, c)
     return (3 + of_products) * products, (3.5 + of_attention) * attention, (3 + of_rest) * memory, waits, tensor, context
+
+
+def _context(sizes: Sizes, layout: _Work, cluster: Cluster, c: Constants) -> float:
+    """Seconds in which the ranks of the context axis exchange what a block's attention needs, forward and backward."""
+    n, again = layout.tensor, 1 + layout.recomputed[2]
+    samples = layout.samples * sizes.length * layout.activation_bytes / n
+    if layout.ulysses:  # each of the four is as large as the rank's own tokens, and is sent back as a gradient
+        size = samples / layout.context * 2 * (sizes.query_width + sizes.key_width)
+        return (1 + again) * _inside(size, ULYSSES_EXCHANGES, layout.context, n, cluster, c)
+    keys = 2 * samples * sizes.key_width  # K and V of the whole sequence
+    return _inside(again * keys, 1, layout.context, n, cluster, c) + cluster.reduction * _inside(keys, 1, layout.context, n, cluster, c)
 
 
 def _head(sizes: Sizes, layout: _Work, cluster: Cluster, c: Constants) -> _Parts:
