@@ -238,7 +238,7 @@ def _first_that_fits(rows: Sequence[Candidate], request: Request, train: Sequenc
 def _counted(rows: Sequence[Candidate], request: Request, train: Sequence[str], config_dir: str | None) -> Candidate | None:
     """Print the memory that is counted for the rows; return the first that leaves 10 % free, or None."""
     say(f"\nMemory of {len(rows)} layouts, counted on the model itself (--quick leaves this out)")
-    configs = [(config_of(row, request, train, config_dir), _fullest_ranks(row)) for row in rows]
+    configs = [(config_of(row, request, train, config_dir), fullest_ranks(row)) for row in rows]
     found = count_all(configs, cores())
     cells: list[tuple[str, ...]] = [("layout", "counted", "weights", "gradients", "optimizer", "activations", "communication", "peak in")]
     fits: list[Candidate] = []
@@ -275,7 +275,7 @@ def config_of(candidate: Candidate, request: Request, train: Sequence[str], conf
     return config
 
 
-def _fullest_ranks(candidate: Candidate) -> list[int]:
+def fullest_ranks(candidate: Candidate) -> list[int]:
     """Of a pipeline the first stage, which has most micro-batches in flight, and the last, which has the head; else any rank."""
     layout = candidate.layout
     return [0] if layout.pipeline == 1 else [0, layout.processes - layout.processes // layout.pipeline]
