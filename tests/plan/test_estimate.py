@@ -2,7 +2,7 @@
 
 import pytest
 
-from meshformer.command.plan import fullest_ranks, config_of, request_of
+from meshformer.command.plan import config_of, fullest_ranks, request_of
 from meshformer.plan.candidates import candidates
 from meshformer.plan.counted import LiveMemory, count_all
 

@@ -39,6 +39,7 @@ COUNTED, MOST_COUNTED = 5, 15  # layouts whose memory is counted at a time, and 
 # Bytes of optimizer state of a parameter, by the class that conf/optimizer/ names. Muon keeps one average, and AdamW's two of embeddings and norms.
 STATE_BYTES = {"adamw": 8.0, "muon": 4.0, "sgd": 4.0}
 FIXABLE = ("activation_checkpointing", "schedule", "stages_per_rank", "sequence_parallel", "loss_parallel")
+FEW = 256  # tokens of a card and step below which nobody trains on such a cluster
 THIS = "this"
 EXPERIMENT = re.compile(r"[A-Za-z][\w-]*")
 
@@ -228,16 +229,19 @@ def _for_cluster(config: Config, cluster: Cluster, names: Sequence[str]) -> Conf
 def _first_that_fits(rows: Sequence[Candidate], request: Request, train: Sequence[str], config_dir: str | None) -> Candidate:
     """The first row whose counted memory leaves 10 % of a card free; a few rows are counted at a time."""
     for start in range(0, min(len(rows), MOST_COUNTED), COUNTED):
-        best = _counted(rows[start : start + COUNTED], request, train, config_dir)
+        best, failed = _counted(rows[start : start + COUNTED], request, train, config_dir)
         if best is not None:
             return best
+        if failed:
+            say("The memory of these layouts is only estimated; the command below is the first. Please report the reason above.")
+            return rows[0]
     say(f"None of them leaves {100 - 100 * SPARE:.0f} % of a card free; the command below is the first that was estimated to.")
     return rows[0]
 
 
-def _counted(rows: Sequence[Candidate], request: Request, train: Sequence[str], config_dir: str | None) -> Candidate | None:
-    """Print the memory that is counted for the rows; return the first that leaves 10 % free, or None."""
-    say(f"\nMemory of {len(rows)} layouts, counted on the model itself (--quick leaves this out)")
+def _counted(rows: Sequence[Candidate], request: Request, train: Sequence[str], config_dir: str | None) -> tuple[Candidate | None, bool]:
+    """Print the memory that is counted for the rows; return the first that leaves 10 % free, or None, and whether none could be counted."""
+    say(f"\nMemory of {len(rows)} layouts, counted on the model itself, which takes a minute or two (--quick leaves this out)")
     configs = [(config_of(row, request, train, config_dir), fullest_ranks(row)) for row in rows]
     found = count_all(configs, cores())
     cells: list[tuple[str, ...]] = [("layout", "counted", "weights", "gradients", "optimizer", "activations", "communication", "peak in")]
@@ -250,8 +254,12 @@ def _counted(rows: Sequence[Candidate], request: Request, train: Sequence[str], 
         cells.append((degrees_text(row), gigabytes(memory.peak), *kinds, memory.where))
         if memory.peak <= SPARE * request.cluster.memory:
             fits.append(row)
-    say(_aligned(cells))
-    return fits[0] if fits else None
+    failed = all(isinstance(memory, str) for memory in found)
+    if failed:
+        say("\n".join(dict.fromkeys(memory for memory in found if isinstance(memory, str))))
+    else:
+        say(_aligned(cells))
+    return (fits[0] if fits else None), failed
 
 
 def config_of(candidate: Candidate, request: Request, train: Sequence[str], config_dir: str | None) -> Config:
@@ -306,11 +314,13 @@ def _heading(request: Request, found: Sequence[Candidate]) -> str:
     cards = f"{cluster.processes} × {cluster.card}" + (f" ({cluster.nodes} nodes of {cluster.cards})" if cluster.nodes > 1 else "")
     batch = data["batch_size"]
     fitting = sum(candidate.fits for candidate in found)
+    per_card = batch * sizes.length / cluster.processes
+    few = f"Only {per_card:,.0f} tokens a card and step: give the data.context_length and data.batch_size of your run.\n" if per_card < FEW else ""
     trainer = request.config["trainer"]
     how = trainer["precision"] + (", compiled" if trainer["compile"] else "")
     return (
         f"{_count(sizes.parameters)} parameters, {batch:,} samples of {sizes.length:,} tokens a step ({_count(batch * sizes.length)} tokens), "
-        f"{cards}, {how}\n"
+        f"{cards}, {how}\n{few}"
         f"{fitting:,} of {len(found):,} ways to run it fit in {100 * SPARE:.0f} % of a card's {cluster.memory / 1e9:.0f} GB\n"
     )
 

@@ -14,7 +14,7 @@ from meshformer.parallel.check import check_cut, check_settings
 from meshformer.plan.cluster import Cluster
 from meshformer.plan.memory import Memory, estimate
 from meshformer.plan.sizes import Sizes
-from meshformer.plan.steptime import Constants, StepLayout, Step, step_time
+from meshformer.plan.steptime import Constants, Step, StepLayout, step_time
 
 Config = dict[str, Any]
 CHECKPOINTING = ("none", "selective", "full")

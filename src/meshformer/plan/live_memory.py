@@ -78,7 +78,7 @@ def optimizer_memory(config: Config, rank: int = 0) -> dict[str, int]:
 
 
 def step_alone(task: Any, optimizer: Any, live: LiveBytes | None = None) -> None:
-    """The optimizer's step on gradients that are there already; counted by `live` alone."""
+    """The optimizer's step on gradients that are there already, and stay, as after a whole step. `live` counts it alone."""
     for p in task.parameters():
         if p.requires_grad:
             p.grad = torch.zeros_like(p)
@@ -87,8 +87,6 @@ def step_alone(task: Any, optimizer: Any, live: LiveBytes | None = None) -> None
         live.at = "optimizer"
         live.reset()
     optimizer.step()
-    for p in task.parameters():
-        p.grad = None
 
 
 @contextmanager
