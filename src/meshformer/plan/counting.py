@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -34,7 +35,7 @@ def run(jobs: Sequence[Job], at_once: int, counter: Counter, timeout: float) -> 
     """The answer to each job, of which `at_once` run at a time and each for at most `timeout` seconds."""
     fork = multiprocessing.get_context("fork")
     answers: list[dict[str, Any]] = [{"failed": "it ended without an answer"} for _ in jobs]
-    waiting, running = list(enumerate(jobs)), dict[Connection, tuple[int, Any, float]]()
+    waiting, running = list(enumerate(jobs)), dict[Any, tuple[int, Any, float]]()
     while waiting or running:
         while waiting and len(running) < at_once:
             i, job = waiting.pop(0)
@@ -47,10 +48,8 @@ def run(jobs: Sequence[Job], at_once: int, counter: Counter, timeout: float) -> 
         for receiver in list(running):
             i, process, until = running[receiver]
             if receiver in ready:
-                try:
+                with suppress(EOFError):
                     answers[i] = receiver.recv()
-                except EOFError:
-                    pass
             elif time.monotonic() > until:
                 answers[i] = {"failed": f"it took more than {timeout:.0f} seconds"}
                 process.kill()

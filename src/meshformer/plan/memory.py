@@ -52,7 +52,8 @@ def estimate(sizes: Sizes, layout: StepLayout, checkpointing: str, optimizer_byt
         return _rank(sizes, layout, _Part(last, both, 1.0, True, saved, working, small, optimizer_bytes))
     flying = in_flight(layout)
     first = _rank(sizes, layout, _Part(blocks, ends, flying, False, saved, working, small, optimizer_bytes))
-    end = _rank(sizes, layout, _Part(last, ends, flying if layout.schedule == "gpipe" else min(flying, layout.stages), True, saved, working, small, optimizer_bytes))
+    at_end = flying if layout.schedule == "gpipe" else min(flying, layout.stages)
+    end = _rank(sizes, layout, _Part(last, ends, at_end, True, saved, working, small, optimizer_bytes))
     return first if first.total > end.total else end
 
 
