@@ -15,6 +15,8 @@ from meshformer.command.plan import choose, request_of
 from meshformer.config import ConfigError
 from meshformer.config.degrees import Degrees
 from meshformer.config.paths import conf_dir
+from meshformer.plan import candidates as candidates_module
+from meshformer.plan import steptime
 from meshformer.plan.answer import best_of_each, overrides, why
 from meshformer.plan.candidates import SAME, candidates
 from meshformer.plan.counted import LiveMemory
@@ -80,6 +82,24 @@ def test_memory_is_counted_until_a_layout_fits(monkeypatch, capsys):
     said = capsys.readouterr().out
     sixth = best_of_each([candidate for candidate in planned(*LLAMA) if candidate.fits])[5]
     assert " ".join(overrides(sixth, request_of(LLAMA))) in said.partition("Type this")[2]
+
+
+def test_a_count_that_fails_is_no_verdict_on_memory(monkeypatch, capsys):
+    """The reason is printed once, no further layouts are tried, and the screen does not say that none fits."""
+    asked = []
+    monkeypatch.setattr(command, "count_all", lambda configs, at_once: asked.append(configs) or ["it could not be counted"] * len(configs))
+    assert main(["plan", *LLAMA]) == 0
+    said = capsys.readouterr().out
+    assert len(asked) == 1 and said.count("it could not be counted") == 1
+    assert "only estimated" in said and "None of them" not in said
+    assert " ".join(overrides(planned(*LLAMA)[0], request_of(LLAMA))) in said
+
+
+def test_a_batch_that_was_forgotten_is_noticed(capsys):
+    assert main(["plan", "model=llama3_8b", "cluster=h100x8", "cluster.nodes=8", "--quick"]) == 0
+    assert "Only 32 tokens a card and step" in capsys.readouterr().out
+    assert main(["plan", *LLAMA, "--quick"]) == 0
+    assert "Only" not in capsys.readouterr().out
 
 
 def test_memory_decides_what_fits():
@@ -175,8 +195,24 @@ def test_an_impossible_request_says_what_would_help(capsys):
     large = ["model=llama3_70b", "data.context_length=8192", "data.batch_size=512", "cluster=h100x8", "--quick"]
     assert main(["plan", *large]) == 2
     said = capsys.readouterr().err
-    assert "no layout fits in 90 % of 80 GB" in said and "cluster.nodes=2" in said
-    assert main(["plan", *large, "cluster.nodes=2"]) == 0
+    assert "no layout fits in 90 % of 80 GB" in said and "cluster.nodes=4" in said
+    assert main(["plan", *large, "cluster.nodes=4"]) == 0
+
+
+def test_remedies_predict_no_layout_that_cannot_fit(capsys, monkeypatch):
+    """405 billion parameters on a node: the request's own candidates have a predicted time, and of larger clusters only the fitting ones."""
+    calls = []
+    monkeypatch.setattr(candidates_module, "step_time", lambda *given: calls.append(given) or steptime.step_time(*given))
+    large = ["model=llama3_405b", "data.context_length=8192", "data.batch_size=512", "cluster=h100x8"]
+    assert main(["plan", *large, "--quick"]) == 2
+    assert "cluster.nodes=16" in capsys.readouterr().err
+    assert len(calls) < len(planned(*large)) + 200
+
+
+@pytest.mark.parametrize("more", [[], ["model.n_layers=80"]])
+def test_the_fitting_candidates_are_the_same_when_only_they_are_asked_for(more):
+    request = request_of([*LLAMA, *more])
+    assert candidates(request, only_fitting=True) == [candidate for candidate in candidates(request) if candidate.fits]
 
 
 def test_the_cheapest_remedy_comes_first(capsys):

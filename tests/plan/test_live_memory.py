@@ -12,7 +12,7 @@ from jobs import run_tiny, text_file, tiny_config
 from meshformer.bench.memory_plan import PUBLISHED, measure_apart
 from meshformer.config import ConfigError
 from meshformer.job import train as job
-from meshformer.plan.counted import live_memory_apart
+from meshformer.plan.counted import LiveMemory, count_all, live_memory_apart
 from meshformer.plan.live_bytes import LiveBytes
 from meshformer.plan.reserve import Reserve
 from meshformer.tasks import base
@@ -30,6 +30,8 @@ LAYOUTS: list[tuple[str, int, list[str]]] = [
     ("fsdp, full", 2, ["strategy=fsdp", "strategy.activation_checkpointing=full"]),
     ("fsdp, selective, bf16", 2,
         ["strategy=fsdp", "strategy.activation_checkpointing=selective", "trainer.precision=bf16-mixed", "strategy.param_dtype=bfloat16"]),
+    ("fsdp × tensor, Muon", 4, ["strategy=fsdp_tensor", "optimizer=muon"]),
+    ("fsdp × pipeline, Muon", 4, ["strategy=fsdp_pipeline", "optimizer=muon", *SCHEDULE]),
     ("tensor", 2, ["strategy=tensor"]),
     ("tensor, no sequence parallel, loss parallel, full", 2,
         ["strategy=tensor", "strategy.sequence_parallel=false", "strategy.loss_parallel=true", "strategy.activation_checkpointing=full"]),
@@ -171,3 +173,42 @@ def test_published_figures_are_met(name: str) -> None:
 def test_a_large_candidate_takes_less_than_a_minute() -> None:
     found = measure_apart("70B, FSDP 32 × tensor 8, ours")
     assert found["cpu"] < 60 and found["peak"] < found["reserved"] < 80
+
+
+# --- deep models
+
+
+DEEP = ["model.n_layers=9", "model.d_model=64", "model.n_heads=4", "data.context_length=64", "data.batch_size=32", "model.vocab_size=64"]
+SHORTENED: dict[str, list[str]] = {
+    "fsdp": ["strategy=fsdp", "trainer.devices=8", "optimizer=adamw"],
+    "fsdp, full": ["strategy=fsdp", "trainer.devices=8", "optimizer=adamw", "strategy.activation_checkpointing=full"],
+    "fsdp × tensor, Muon, selective, accumulated": [
+        "strategy=fsdp_tensor", "trainer.devices=8", "optimizer=muon", "strategy.activation_checkpointing=selective",
+        "trainer.accumulate_grad_batches=2",
+    ],
+    "ddp, Muon": ["strategy=ddp", "trainer.devices=4", "optimizer=muon"],
+    "fsdp × pipeline": ["strategy=fsdp_pipeline", "trainer.devices=4", "model.n_layers=17", "optimizer=adamw", *SCHEDULE],
+    "pipeline, interleaved": [
+        "strategy=pipeline", "strategy.schedule=interleaved_1f1b", "trainer.devices=2", "model.n_layers=29", "optimizer=adamw", *SCHEDULE,
+    ],
+}  # fmt: skip
+
+
+QUICK = ("fsdp × tensor, Muon, selective, accumulated", "fsdp × pipeline")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in SHORTENED])
+def test_a_deep_model_is_counted_on_two_shorter_ones(tmp_path: Path, name: str) -> None:
+    text_file(tmp_path)
+    config = tiny_config(tmp_path, *DEEP, *SHORTENED[name])
+    ranks = [0, config["trainer"]["devices"] - 1] if "pipeline" in name else [0]
+    for rank, found in zip(ranks, [count_all([(config, [rank])], 1)[0] for rank in ranks], strict=True):
+        whole = live_memory_apart(config, rank)
+        assert isinstance(found, LiveMemory), found
+        assert not found.highest, "the short way was taken"
+        assert found.peak == pytest.approx(whole.peak, rel=1e-3)
+        assert sum(found.kinds.values()) == found.peak
+        assert found.start == pytest.approx(whole.start, rel=1e-3, abs=8192)  # the whole step before leaves its numbers
+        if "Muon" not in name:
+            assert found.where == whole.where
+            assert found.kinds == pytest.approx(whole.kinds, rel=1e-3, abs=1e-3 * whole.peak)

@@ -25,7 +25,7 @@ from meshformer.plan import steptime
 from meshformer.plan.cluster import read_cluster
 from meshformer.plan.measure import of_gpu
 from meshformer.plan.sizes import Sizes
-from meshformer.plan.steptime import Constants, Layout, bubbles, constants, stage_blocks, step_time
+from meshformer.plan.steptime import Constants, StepLayout, bubbles, constants, stage_blocks, step_time
 
 SIZES = Sizes(24, 2048, 16, 128, 2048, 8192, False, 50304, True, 2048)
 CLUSTER = read_cluster({**yaml.safe_load((conf_dir() / "cluster" / "h100x8.yaml").read_text(encoding="utf-8")), "nodes": 4})
@@ -79,7 +79,7 @@ def test_a_card_without_measurements_has_the_mean_of_the_others():
 
 
 def test_one_card_communicates_nothing():
-    step = step_time(SIZES, Layout(samples=4), CLUSTER, FITTED)
+    step = step_time(SIZES, StepLayout(samples=4), CLUSTER, FITTED)
     assert step.tensor == step.context == step.data == step.bubble == 0
     assert step.total == pytest.approx(sum(asdict(step).values()))
 
@@ -87,7 +87,7 @@ def test_one_card_communicates_nothing():
 def test_an_ideal_card_takes_the_models_flops():
     ideal = replace(CLUSTER, bandwidth=1e30, link=1e30, network=1e30, link_latency=0.0, network_latency=0.0, host=0.0)
     perfect = Constants(products=1.0, attention=1.0, link=1.0, head=0.0)
-    step = step_time(SIZES, Layout(samples=4, shard=32), ideal, perfect)
+    step = step_time(SIZES, StepLayout(samples=4, shard=32), ideal, perfect)
     # The attention's backward pass computes the scores again: 3.5 times the forward pass instead of 3.
     attention = 3 * 4 * SIZES.layers * SIZES.query_width * SIZES.keys_seen
     flops = 4 * SIZES.length * (SIZES.flops_per_token + attention * 0.5 / 3)
@@ -107,7 +107,7 @@ def test_parameters_are_those_of_the_model():
 
 
 def test_the_bubble_of_equal_stages():
-    layout = Layout(samples=1, pipeline=4, microbatches=12)
+    layout = StepLayout(samples=1, pipeline=4, microbatches=12)
     step = step_time(replace(SIZES, layers=8, vocabulary=1), layout, CLUSTER, FITTED)
     work = step.products + step.attention + step.memory + step.host
     assert step.bubble / work == pytest.approx(3 / 12)  # (P − 1) / M of the work (Narayanan et al. 2021)
@@ -120,17 +120,32 @@ def test_the_head_counts_as_blocks():
     assert last < most and 3 * most + last >= SIZES.layers
 
 
+def test_ulysses_sends_less_from_three_ranks_on():
+    """Of each token a rank sends its own queries, keys, values and results once, and gathers every other rank's keys and values: equal at two."""
+    fast = replace(CLUSTER, link_latency=0.0, cards=16)
+
+    def seconds(context, ulysses, sizes=SIZES):
+        return step_time(sizes, StepLayout(samples=1, context=context, ulysses=ulysses), fast, FITTED).context
+
+    # Forward and backward, four exchanges of half of a rank's tokens, in bf16, of which half stay on the rank.
+    assert seconds(2, True) == pytest.approx(2 * 4 * 2 * SIZES.layers * SIZES.length / 2 * SIZES.width / 2 / (fast.link * FITTED.link))
+    assert seconds(2, True) == pytest.approx(seconds(2, False))
+    assert seconds(8, True) == pytest.approx(seconds(8, False) / 4)
+    few_keys = replace(SIZES, key_width=SIZES.key_width // 4)
+    assert seconds(4, True, few_keys) > seconds(4, False, few_keys)
+
+
 def test_float8_gains_more_from_wide_layers():
     def gain(width):
         sizes = replace(SIZES, width=width, feed_forward=4 * width, heads=width // 128, key_width=width)
-        both = [step_time(sizes, Layout(samples=4, float8=float8), CLUSTER, FITTED).products for float8 in (False, True)]
+        both = [step_time(sizes, StepLayout(samples=4, float8=float8), CLUSTER, FITTED).products for float8 in (False, True)]
         return both[0] / both[1]
 
     assert 1.0 < gain(1024) < gain(8192) < 2.0
 
 
 def test_more_nodes_make_fsdps_gathers_dearer():
-    few, many = (step_time(SIZES, Layout(samples=1, shard=shard), CLUSTER, FITTED).data for shard in (8, 256))
+    few, many = (step_time(SIZES, StepLayout(samples=1, shard=shard), CLUSTER, FITTED).data for shard in (8, 256))
     assert many > few > 0
 
 

@@ -30,7 +30,7 @@ from meshformer.plan.candidates import layout_of
 from meshformer.plan.cluster import Cluster, read_cluster
 from meshformer.plan.measure import measure
 from meshformer.plan.sizes import Sizes, read_sizes
-from meshformer.plan.steptime import Constants, Layout, step_time
+from meshformer.plan.steptime import Constants, StepLayout, step_time
 
 PUBLISHED = Path(__file__).parent / "published"
 MPT = {
@@ -55,7 +55,7 @@ class Row:
     card: str
     model: str
     sizes: Sizes
-    layout: Layout
+    layout: StepLayout
     measured: float
 
     @property
@@ -88,7 +88,7 @@ def fsdp_rows(path: Path = PUBLISHED / "fsdp.csv") -> list[Row]:
         layers, width, heads = MPT[x["model"]]
         length = int(x["sequence_length"])
         sizes = Sizes(layers, width, heads, width // heads, width, 4 * width, False, MPT_VOCABULARY, True, length, position_table=length * width)
-        layout = Layout(
+        layout = StepLayout(
             samples=int(x["microbatch"]), shard=int(x["gpus"]), accumulation=int(x["accumulation"]), reduce_every=True,
             recomputed=(1.0, 1.0, 1.0) if x["activation_checkpointing"] == "True" else (0.0, 0.0, 0.0),
             reduce_bytes=4 if x["precision"].startswith("amp") else 2, float8="fp8" in x["precision"],
@@ -109,7 +109,7 @@ def product_rows(path: Path = PUBLISHED / "products.csv") -> list[Row]:
         sizes = Sizes(layers, width, heads, 128, 8 * 128, deep, True, 128256, False, int(x["sequence_length"]))
         pipeline, batch, float8 = int(x["pipeline"]), int(x["local_batch"]), x["float8"] == "1"
         microbatches = int(x.get("microbatches") or pipeline)
-        layout = Layout(
+        layout = StepLayout(
             samples=batch // microbatches, shard=int(x["shard"]), tensor=int(x["tensor"]), pipeline=pipeline, microbatches=microbatches,
             context=int(x.get("context") or 1), async_tensor=x.get("async") == "1",
             schedule=x["schedule"], stages=2 if x["schedule"].startswith("interleaved") else 1, reshard=pipeline == 1,
@@ -306,7 +306,7 @@ def draw(rows: Sequence[Row], others: Sequence[Row], fitted: Fitted, of: dict[st
 
 
 def report_plan_here(options: argparse.Namespace) -> None:
-    """Measure this machine, predict eight layouts on two of its cores, and time them: the order and the errors."""
+    """Measure this machine, predict nine layouts on two of its cores, and time them: the order and the errors."""
     from scipy.stats import spearmanr
 
     found = measure()
@@ -316,8 +316,6 @@ def report_plan_here(options: argparse.Namespace) -> None:
     both: list[tuple[float, float]] = []
     with tempfile.TemporaryDirectory() as scratch:
         for index, (name, settings) in enumerate(LAYOUTS.items()):
-            if "Ulysses" in name:  # its exchanges are not modelled
-                continue
             config = compose([*SETTINGS, *SIZE, *settings])
             sizes = read_sizes(config)
             predicted = step_time(sizes, layout_of(config), cluster, own)

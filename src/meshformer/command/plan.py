@@ -39,6 +39,7 @@ COUNTED, MOST_COUNTED = 5, 15  # layouts whose memory is counted at once, and in
 # Bytes of fp32 optimizer state per parameter: AdamW has two moments, SGD and Muon one. (Muon's AdamW part, for embeddings and norms, has two.)
 STATE_BYTES = {"adamw": 8.0, "muon": 4.0, "sgd": 4.0}
 FIXABLE = ("activation_checkpointing", "schedule", "stages_per_rank", "sequence_parallel", "loss_parallel")
+FEW = 256  # tokens of a card and step below which nobody trains on such a cluster
 THIS = "this"
 EXPERIMENT = re.compile(r"[A-Za-z][\w-]*")
 
@@ -228,17 +229,20 @@ def _for_cluster(config: Config, cluster: Cluster, names: Sequence[str]) -> Conf
 def _first_that_fits(rows: Sequence[Candidate], request: Request, train: Sequence[str], config_dir: str | None) -> Candidate:
     """The first row whose counted memory leaves 10 % of a card free; a few rows are counted at a time."""
     for start in range(0, min(len(rows), MOST_COUNTED), COUNTED):
-        best = _counted(rows[start : start + COUNTED], request, train, config_dir)
+        best, failed = _counted(rows[start : start + COUNTED], request, train, config_dir)
         if best is not None:
             return best
+        if failed:
+            say("The memory of these layouts is only estimated; the command below is the first. Please report the reason above.")
+            return rows[0]
     say(f"None of them leaves {100 - 100 * SPARE:.0f} % of a card free; the command below is the first that was estimated to.")
     return rows[0]
 
 
-def _counted(rows: Sequence[Candidate], request: Request, train: Sequence[str], config_dir: str | None) -> Candidate | None:
-    """Print the memory that is counted for the rows; return the first that leaves 10 % free, or None."""
-    say(f"\nMemory of {len(rows)} layouts, counted on the model itself (--quick leaves this out)")
-    configs = [(config_of(row, request, train, config_dir), _fullest_ranks(row)) for row in rows]
+def _counted(rows: Sequence[Candidate], request: Request, train: Sequence[str], config_dir: str | None) -> tuple[Candidate | None, bool]:
+    """Print the memory that is counted for the rows; return the first that leaves 10 % free, or None, and whether none could be counted."""
+    say(f"\nMemory of {len(rows)} layouts, counted on the model itself, which takes a minute or two (--quick leaves this out)")
+    configs = [(config_of(row, request, train, config_dir), fullest_ranks(row)) for row in rows]
     found = count_all(configs, cores())
     cells: list[tuple[str, ...]] = [("layout", "counted", "weights", "gradients", "optimizer", "activations", "communication", "peak in")]
     fits: list[Candidate] = []
@@ -250,18 +254,23 @@ def _counted(rows: Sequence[Candidate], request: Request, train: Sequence[str], 
         cells.append((degrees_text(row), gigabytes(memory.peak), *kinds, memory.where))
         if memory.peak <= SPARE * request.cluster.memory:
             fits.append(row)
-    say(_aligned(cells))
-    return fits[0] if fits else None
+    failed = all(isinstance(memory, str) for memory in found)
+    if failed:
+        say("\n".join(dict.fromkeys(memory for memory in found if isinstance(memory, str))))
+    else:
+        say(_aligned(cells))
+    return (fits[0] if fits else None), failed
 
 
 def config_of(candidate: Candidate, request: Request, train: Sequence[str], config_dir: str | None) -> Config:
     """The resolved configuration of a candidate on the cluster; this machine need not be able to run it.
 
-    It has at most two accumulation steps, since the peak memory is the same from the second on, and at most four micro-batches per pipeline rank,
-    more than a schedule keeps in flight.
+    Of an accumulation two micro-batches are enough: from the second on, all need the same memory. So are twice as many in a pipeline as it
+    has ranks, of which it has fewer in flight; with gpipe all are in flight.
     """
     layout = candidate.layout
-    fewer = replace(layout, accumulation=min(2, layout.accumulation), microbatches=min(layout.microbatches, 4 * layout.pipeline))
+    most = layout.microbatches if layout.schedule == "gpipe" else 2 * layout.pipeline
+    fewer = replace(layout, accumulation=min(2, layout.accumulation), microbatches=min(layout.microbatches, most))
     candidate = replace(candidate, layout=fewer)
     asked = [o for o in train if o.lstrip("+") != AUTO]
     given = [*asked, *_types(request, asked), *overrides(candidate, request)]
@@ -274,8 +283,8 @@ def config_of(candidate: Candidate, request: Request, train: Sequence[str], conf
     return config
 
 
-def _fullest_ranks(candidate: Candidate) -> list[int]:
-    """The ranks that need most memory: in a pipeline those of the first stage (micro-batches in flight) and the last (head); else rank 0."""
+def fullest_ranks(candidate: Candidate) -> list[int]:
+    """Of a pipeline the first stage, which has most micro-batches in flight, and the last, which has the head; else any rank."""
     layout = candidate.layout
     return [0] if layout.pipeline == 1 else [0, layout.processes - layout.processes // layout.pipeline]
 
@@ -305,11 +314,13 @@ def _heading(request: Request, found: Sequence[Candidate]) -> str:
     cards = f"{cluster.processes} × {cluster.card}" + (f" ({cluster.nodes} nodes of {cluster.cards})" if cluster.nodes > 1 else "")
     batch = data["batch_size"]
     fitting = sum(candidate.fits for candidate in found)
+    per_card = batch * sizes.length / cluster.processes
+    few = f"Only {per_card:,.0f} tokens a card and step: give the data.context_length and data.batch_size of your run.\n" if per_card < FEW else ""
     trainer = request.config["trainer"]
     how = trainer["precision"] + (", compiled" if trainer["compile"] else "")
     return (
         f"{_count(sizes.parameters)} parameters, {batch:,} samples of {sizes.length:,} tokens a step ({_count(batch * sizes.length)} tokens), "
-        f"{cards}, {how}\n"
+        f"{cards}, {how}\n{few}"
         f"{fitting:,} of {len(found):,} ways to run it fit in {100 * SPARE:.0f} % of a card's {cluster.memory / 1e9:.0f} GB\n"
     )
 

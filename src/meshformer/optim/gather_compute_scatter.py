@@ -7,7 +7,7 @@ With DTensor.full_tensor all n ranks would receive and compute every matrix, wit
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -22,7 +22,7 @@ Region = tuple[slice, slice]
 class _Plan(NamedTuple):
     """Which rank computes which matrix, for matrices sharded over one mesh. Ranks are numbered by their position in the mesh."""
 
-    ranks: list[int]  # position in the mesh -> global rank
+    ranks: tuple[int, ...]  # position in the mesh -> global rank
     me: int
     assigned: list[list[int]]  # [rank] -> the matrices that it computes
     senders: list[list[int]]  # [matrix] -> the ranks that send their shards to the computing rank: those of its own replica
@@ -73,9 +73,15 @@ def _exchange(plan: _Plan, outgoing: list[list[Tensor]], incoming: list[list[tup
     ]
 
 
+@cache
+def mesh_ranks(mesh: DeviceMesh) -> tuple[int, ...]:
+    """The global ranks of a mesh in order. Cached: a plan on fake tensors, under which these cannot be read, asks before it makes any."""
+    return tuple(mesh.mesh.flatten().tolist())
+
+
 @lru_cache(maxsize=64)
 def _plan(mesh: DeviceMesh, matrices: tuple[tuple[tuple[int, int], tuple[Placement, ...]], ...]) -> _Plan:
-    ranks = mesh.mesh.flatten().tolist()
+    ranks = mesh_ranks(mesh)
     coordinates = list(itertools.product(*(range(size) for size in mesh.shape)))
     assigned: list[list[int]] = [[] for _ in ranks]
     # Round-robin over the matrices sorted by shape: of each shape, ranks get equally many, up to one.

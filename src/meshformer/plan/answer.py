@@ -95,7 +95,7 @@ def why(candidate: Candidate, others: Sequence[Candidate], request: Request) -> 
     shares = sorted(((seconds / step.total, name) for name, seconds in parts.items()), reverse=True)
     said = ", ".join(f"{100 * share:.0f} % {name}" for share, name in shares[:3] if share >= 0.01)
     sentences = [f"Of a step of {duration(step.total)}, {said}: what limits it is {LIMITS[step.limit]}."]
-    state = 16 * sizes.parameters
+    state = (8 + request.optimizer_bytes) * sizes.parameters
     if state > 0.9 * cluster.memory:
         sentences.append(
             f"Weights, gradients and optimizer state take about {gigabytes(state)} and a card has {gigabytes(cluster.memory)}, "
@@ -134,7 +134,7 @@ def _why_axes(tensor: int, pipeline: int, cluster: Cluster) -> str:
         said.append(f"tensor parallelism stays within {tensor} of the {cluster.cards} cards of a node, where links are fast")
     if pipeline > 1:
         said.append(f"the {pipeline} pipeline stages exchange only hidden states, which the network between nodes carries easily")
-    text = " and ".join(said)
+    text = ", and ".join(said)
     return text[0].upper() + text[1:] + "."
 
 
@@ -155,7 +155,7 @@ def remedies(request: Request) -> list[str]:
     """What would make a request possible that no layout satisfies, the cheapest first: at most three ways."""
     found = []
     for text, changed in _changes(request):
-        fitting = [c for c in candidates(changed) if c.fits]
+        fitting = candidates(changed, only_fitting=True)
         if fitting:
             found.append(text.format(best=" ".join(overrides(fitting[0], changed)), checkpointing=fitting[0].checkpointing))
         if len(found) == 3 or (fitting and changed.cluster.nodes > request.cluster.nodes):

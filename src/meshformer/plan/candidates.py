@@ -14,7 +14,7 @@ from meshformer.parallel.check import check_cut, check_settings
 from meshformer.plan.cluster import Cluster
 from meshformer.plan.memory import Memory, estimate
 from meshformer.plan.sizes import Sizes
-from meshformer.plan.steptime import Constants, Layout, Step, step_time
+from meshformer.plan.steptime import Constants, Step, StepLayout, step_time
 
 Config = dict[str, Any]
 CHECKPOINTING = ("none", "selective", "full")
@@ -30,7 +30,7 @@ SPARE = 0.9  # share of a card's memory that a plan may fill
 class Candidate:
     """A layout with its predicted time and memory."""
 
-    layout: Layout
+    layout: StepLayout
     checkpointing: str
     step: Step
     memory: Memory
@@ -58,12 +58,13 @@ class Request:
     optimizer_bytes: float
 
 
-def candidates(request: Request) -> list[Candidate]:
-    """All candidates: those that fit first, each part sorted by predicted step time, in steps of 3 %."""
+def candidates(request: Request, only_fitting: bool = False) -> list[Candidate]:
+    """All candidates: those that fit first, each part sorted by predicted step time, in steps of 3 %. `only_fitting`: the first part, sooner."""
     requests = [request]
     if request.cluster.alone and "cards" not in request.fixed:
         requests.append(replace(request, cluster=request.cluster.one_process()))
-    found = [_judged(one, layout, checkpointing) for one in requests for layout, checkpointing in layouts(one)]
+    every = (_judged(one, layout, checkpointing, only_fitting) for one in requests for layout, checkpointing in layouts(one, only_fitting))
+    found = [candidate for candidate in every if candidate is not None]
     best = min((candidate.step.total for candidate in found if candidate.fits), default=1.0)
 
     def order(candidate: Candidate) -> tuple[bool, int, int, float]:
@@ -73,18 +74,29 @@ def candidates(request: Request) -> list[Candidate]:
     return sorted(found, key=order)
 
 
-def _judged(request: Request, layout: Layout, checkpointing: str) -> Candidate:
+def _judged(request: Request, layout: StepLayout, checkpointing: str, only_fitting: bool) -> Candidate | None:
     memory = estimate(request.sizes, layout, checkpointing, request.optimizer_bytes, layout.precision == "bf16")
-    step = step_time(request.sizes, layout, request.cluster, request.constants)
-    return Candidate(layout, checkpointing, step, memory, memory.total <= SPARE * request.cluster.memory)
+    fits = memory.total <= SPARE * request.cluster.memory
+    if only_fitting and not fits:
+        return None
+    return Candidate(layout, checkpointing, step_time(request.sizes, layout, request.cluster, request.constants), memory, fits)
 
 
-def layouts(request: Request) -> Iterator[tuple[Layout, str]]:
-    """Every (layout, activation checkpointing) that the checks of the configuration allow."""
+def _state_fits(request: Request, axes: dict[str, int]) -> bool:
+    """Whether weights and optimizer state alone leave enough of a card free."""
+    state = request.sizes.parameters * (4 + request.optimizer_bytes)
+    return state / (axes["tensor"] * axes["pipeline"] * axes["shard"] * axes["context"]) <= SPARE * request.cluster.memory
+
+
+def layouts(request: Request, only_fitting: bool = False) -> Iterator[tuple[StepLayout, str]]:
+    """Every (layout, activation checkpointing) that the checks of the configuration allow. `only_fitting`: without products of degrees whose
+    weights and optimizer state do not fit."""
     base = _base(request.config)
     batch = request.config["data"]["batch_size"]
     allowed: dict[tuple[int, int, bool, bool], bool] = {}  # the checks, which are slow, depend on the degrees only
     for axes in _products(request):
+        if only_fitting and not _state_fits(request, axes):
+            continue
         data = axes["replicate"] * axes["shard"]
         key = (axes["tensor"], axes["context"], axes["pipeline"] > 1, data > 1)
         if batch % data or not (allowed[key] if key in allowed else allowed.setdefault(key, _allowed(request, axes))):
@@ -97,7 +109,7 @@ def layouts(request: Request) -> Iterator[tuple[Layout, str]]:
                 yield replace(counted, recomputed=RECOMPUTED[checkpointing]), checkpointing
 
 
-def layout_of(config: Config) -> Layout:
+def layout_of(config: Config) -> StepLayout:
     """The layout of a resolved configuration."""
     strategy = config["strategy"]
     axes = {axis: strategy[axis] for axis in AXES}
@@ -110,10 +122,10 @@ def layout_of(config: Config) -> Layout:
     )  # fmt: skip
 
 
-def _base(config: Config) -> Layout:
+def _base(config: Config) -> StepLayout:
     trainer, strategy = config["trainer"], config["strategy"]
     mixed = trainer["precision"].startswith("bf16")
-    return Layout(
+    return StepLayout(
         samples=1,
         compiled=trainer["compile"] is True,
         float8=trainer["float8"],
@@ -125,6 +137,7 @@ def _base(config: Config) -> Layout:
         sequence_parallel=strategy.get("sequence_parallel", True),
         loss_parallel=strategy.get("loss_parallel", False),
         async_tensor=strategy.get("async_tensor_parallel", False),
+        ulysses=strategy.get("context_method") == "ulysses",
     )
 
 
@@ -178,7 +191,7 @@ def _shards(axes: dict[str, int]) -> bool:
     return axes["shard"] * axes["context"] > 1 or (axes["replicate"] > 1 and axes["tensor"] > 1)
 
 
-def _counts(request: Request, layout: Layout, samples: int) -> Iterator[Layout]:
+def _counts(request: Request, layout: StepLayout, samples: int) -> Iterator[StepLayout]:
     """The ways to run `samples` of one replica: micro-batches and accumulation, and for a pipeline schedules and stages."""
     accumulations = _choices(request, "accumulation", tuple(_divisors(samples)))
     if layout.pipeline == 1:

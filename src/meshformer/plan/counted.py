@@ -1,4 +1,4 @@
-"""Counts the memory of layouts with live_memory.py, each in a process of its own. Without torch in this one."""
+"""Counts the memory of layouts with live_memory.py, in other processes. Without torch in this one."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from meshformer.config.errors import ConfigError
 
 Config = dict[str, Any]
-REFUSED = 2  # exit code for a ConfigError
+FAILED = "the memory of this layout could not be counted"
 
 
 @dataclass(frozen=True)
@@ -23,7 +22,8 @@ class LiveMemory:
 
     `kinds`: the bytes of the peak by kind (live_bytes.KINDS). Communication is what FSDP gathers and buffers of collectives; DDP's buckets are its
     gradients and count as these. `start`, `end`: live before and after the step. `reserved`: what PyTorch's allocator on a GPU would reserve
-    for these two steps (reserve.py), as `max_memory_reserved` shows it. `seconds`: what the computation took.
+    for these two steps (reserve.py), as `max_memory_reserved` shows it. `seconds`: what the computation took. `highest`: the bytes by kind of every
+    phase at its own highest moment; left out where shortened.py counted.
     """
 
     rank: int
@@ -34,31 +34,50 @@ class LiveMemory:
     end: int
     reserved: int
     seconds: float
+    highest: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
 def live_memory_apart(config: Config, rank: int = 0, timeout: float = 600.0) -> LiveMemory:
-    """`live_memory` in a process of its own, so that several can run side by side. Raises ConfigError, or RuntimeError if it fails."""
+    """`live_memory` of the whole model in a process of its own. Raises ConfigError, or RuntimeError if it fails."""
+    found = _apart([(config, rank)], 1, True, timeout)[0]
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
+def count_all(configs: Sequence[tuple[Config, Sequence[int]]], at_once: int, timeout: float = 600.0) -> list[LiveMemory | str]:
+    """The rank that needs most of the given ranks of each configuration, or the reason why it could not be counted.
+
+    Deep models are counted on shorter ones (shortened.py).
+    """
+    jobs = [(config, rank) for config, ranks in configs for rank in ranks]
+    every = iter(_apart(jobs, at_once, False, timeout))
+    answers: list[LiveMemory | str] = []
+    for _, ranks in configs:
+        found = [next(every) for _ in ranks]
+        failed = [str(one) for one in found if isinstance(one, Exception)]
+        counted = [one for one in found if not isinstance(one, Exception)]
+        answers.append(failed[0] if failed else max(counted, key=lambda one: one.peak))
+    return answers
+
+
+def _apart(jobs: Sequence[tuple[Config, int]], at_once: int, whole: bool, timeout: float) -> list[LiveMemory | ConfigError | RuntimeError]:
+    """Every job's answer from one process (counting.py), which imports torch once and forks for each job."""
     launched = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "TORCHELASTIC_", "SLURM_")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(launched)}
-    command = [sys.executable, "-m", "meshformer.plan.live_memory", "--rank", str(rank)]
-    done = subprocess.run(command, input=json.dumps(config), env=environment, capture_output=True, text=True, timeout=timeout, check=False)
-    last = done.stderr.strip().splitlines()[-1:] or ["it said nothing"]
-    if done.returncode == REFUSED:
-        raise ConfigError(**json.loads(last[0]))
-    if done.returncode:
-        raise RuntimeError(f"the memory of this layout could not be counted: {last[0]}")
-    return LiveMemory(**json.loads(done.stdout.strip().splitlines()[-1]))
+    command = [sys.executable, "-m", "meshformer.plan.counting", "--at-once", str(max(1, at_once)), "--timeout", str(timeout)]
+    given = json.dumps({"jobs": jobs, "whole": whole})
+    done = subprocess.run(command, input=given, env=environment, capture_output=True, text=True, check=False)
+    lines = done.stdout.strip().splitlines()
+    if done.returncode or not lines:
+        last = done.stderr.strip().splitlines()[-1:] or ["it said nothing"]
+        return [RuntimeError(f"{FAILED}: {last[0]}") for _ in jobs]
+    return [_answer(answer) for answer in json.loads(lines[-1])]
 
 
-def count_all(configs: Sequence[tuple[Config, Sequence[int]]], at_once: int) -> list[LiveMemory | str]:
-    """For each configuration the result of the given rank with the highest peak, or the reason why it could not be counted."""
-
-    def fullest(item: tuple[Config, Sequence[int]]) -> LiveMemory | str:
-        config, ranks = item
-        try:
-            return max((live_memory_apart(config, rank) for rank in ranks), key=lambda found: found.peak)
-        except (ConfigError, RuntimeError, subprocess.TimeoutExpired) as error:
-            return str(error)
-
-    with ThreadPoolExecutor(max(1, at_once)) as pool:
-        return list(pool.map(fullest, configs))
+def _answer(answer: dict[str, Any]) -> LiveMemory | ConfigError | RuntimeError:
+    if "found" in answer:
+        return LiveMemory(**answer["found"])
+    if "refused" in answer:
+        return ConfigError(**answer["refused"])
+    return RuntimeError(f"{FAILED}: {answer['failed']}")

@@ -20,10 +20,13 @@ KINDS: tuple[str, ...] = ("weights", "gradients", "optimizer", "activations", "c
 # Operations that write into buffers of collectives. The functional collectives (tensor and context parallelism) are not among them: autograd keeps
 # their results like any other activation.
 BUFFERS = ("c10d.", "fsdp.")
+# Fused updates of an optimizer return nothing and make nothing. Not all of them know fake tensors: torch would run these on real zeros of that size.
+IN_PLACE = ("aten._fused_sgd_.", "aten._fused_adam_.", "aten._fused_adamw_.")
 
 
 class LiveBytes(DispatchMode):
-    """In the context, `now` is the number of bytes in live storages, `peak` its largest value since `reset`, `where` and `kinds` that moment.
+    """Inside, `now` is the number of bytes in storages that are alive, `peak` its largest value since `reset`, `where` and `kinds` that moment.
+    `highest`: phase -> bytes by kind at its own highest moment.
 
     A storage counts once, however many views it has, from the first operation that takes or returns it (or from `hold`) until it is freed.
     Memory that an operation uses only inside its kernel is not seen. `reserved`: what PyTorch's allocator would have reserved since the beginning.
@@ -35,6 +38,8 @@ class LiveBytes(DispatchMode):
         self.where = self.at = ""
         self.by_kind = dict.fromkeys(KINDS, 0)
         self.kinds = dict(self.by_kind)
+        self.highest: dict[str, dict[str, int]] = {}
+        self._most: dict[str, int] = {}  # phase -> bytes at that moment
         self._held: dict[int, tuple[int, str]] = {}  # id of a storage -> bytes, kind
         self._trained: dict[int, Any] = {}
         self.pools = (
@@ -61,6 +66,8 @@ class LiveBytes(DispatchMode):
         name = name_of(function)
         if name in READS and is_fake(args[0]):
             return READS[name](args[0])
+        if name.startswith(IN_PLACE) and is_fake(args[0][0]):
+            return None
         result = function(*args, **(kwargs or {}))
         kind = "communication" if name.startswith(BUFFERS) else "optimizer" if self.at == "optimizer" else "activations"
         for x in tensors_in((result, args, kwargs)):
@@ -103,7 +110,7 @@ class LiveBytes(DispatchMode):
         self.by_kind[kind] += size - before
         self.now += size - before
         self._reserve(key, size, kind)
-        if self.now > self.peak:
+        if self.now > self._most.get(self.at, 0):
             self._highest()
 
     def _rename(self, key: int, kind: str) -> None:
@@ -130,10 +137,11 @@ class LiveBytes(DispatchMode):
         return sum(pool.reserved for pool in self.pools)
 
     def _highest(self) -> None:
-        self.peak, self.where = self.now, self.at
         if not self.at.startswith("forward"):
             self.find_gradients()
-        self.kinds = dict(self.by_kind)
+        self._most[self.at], self.highest[self.at] = self.now, dict(self.by_kind)
+        if self.now > self.peak:
+            self.peak, self.where, self.kinds = self.now, self.at, self.highest[self.at]
 
     @torch.no_grad()
     def find_gradients(self) -> None:
@@ -141,6 +149,7 @@ class LiveBytes(DispatchMode):
 
     def reset(self) -> None:
         self.peak = 0
+        self.highest, self._most = {}, {}
         self._highest()
 
     def watch(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

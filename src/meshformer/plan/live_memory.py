@@ -11,14 +11,11 @@ parallelism, norms that are not recomputed smaller. A run with trainer.compile i
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 import tempfile
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +24,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from meshformer.compat.lightning import without_transfer_hook
 from meshformer.compat.torch import fake_tensor_mode
@@ -36,23 +34,64 @@ from meshformer.config.errors import ConfigError
 from meshformer.job.build import build_task, build_trainer, task_class
 from meshformer.job.train import Start, configure_model, quiet_libraries
 from meshformer.model.layout import retie, ties
+from meshformer.optim.gather_compute_scatter import mesh_ranks
 from meshformer.parallel.sharded import reshard
 from meshformer.parallel.strategy import MeshStrategy
-from meshformer.printing import say
 
-from .counted import REFUSED, LiveMemory
+from .counted import LiveMemory
 from .live_bytes import LiveBytes
 
 Config = dict[str, Any]
 STEPS = 2  # from the second step on the optimizer has its state
 
 
-def live_memory(config: Config, rank: int = 0) -> LiveMemory:
-    """`config`: a resolved configuration of any number of processes. Once a process, without a process group: see `counted.live_memory_apart`.
+def live_memory(config: Config, rank: int = 0, steps: int = STEPS) -> LiveMemory:
+    """`config`: a resolved configuration of any number of processes. In a process without a process group: see `counted.live_memory_apart`.
+
+    `steps`: 1 makes the optimizer's state by an update alone, not by a whole step before the counted one; `reserved` then knows one step less.
 
     ConfigError for what cannot be counted: cpu_offload, 16-mixed, an unknown vocabulary.
     """
     began = time.perf_counter()
+    with counting(config, rank) as (live, task, optimizer):
+        start = 0
+        if steps < STEPS:
+            step_alone(task, optimizer)
+        for _ in range(steps):
+            live.at = "forward"
+            batches = [batch(config) for _ in range(config["trainer"]["accumulate_grad_batches"])]
+            live.find_gradients()
+            live.reset()
+            start = live.now
+            task.training_step(batches, 0)
+        end = live.now
+    seconds = time.perf_counter() - began
+    return LiveMemory(rank, live.peak, live.where, live.kinds, start, end, live.reserved, seconds, live.highest)
+
+
+def optimizer_memory(config: Config, rank: int = 0) -> dict[str, int]:
+    """The bytes by kind at the peak of an optimizer's step on gradients that are there already."""
+    with counting(config, rank) as (live, task, optimizer):
+        for _ in range(STEPS):  # after the first one it has its state
+            step_alone(task, optimizer, live)
+    return live.kinds
+
+
+def step_alone(task: Any, optimizer: Any, live: LiveBytes | None = None) -> None:
+    """The optimizer's step on gradients that are there already, and stay, as after a whole step. `live` counts it alone."""
+    for p in task.parameters():
+        if p.requires_grad:
+            p.grad = torch.zeros_like(p)
+    if live is not None:
+        live.find_gradients()
+        live.at = "optimizer"
+        live.reset()
+    optimizer.step()
+
+
+@contextmanager
+def counting(config: Config, rank: int) -> Iterator[tuple[LiveBytes, Any, Any]]:
+    """The counter, the task and its optimizer, in the process group and on the tensors of a plan."""
     quiet_libraries()
     config = countable(config)
     world = config["trainer"]["devices"] * config["trainer"]["num_nodes"]
@@ -60,21 +99,15 @@ def live_memory(config: Config, rank: int = 0) -> LiveMemory:
     try:
         with tempfile.TemporaryDirectory() as folder:
             task = build(config, rank, Path(folder))
+        for p in task.parameters():
+            if isinstance(p, DTensor):
+                mesh_ranks(p.device_mesh)  # Muon asks for them again
         with fake_tensor_mode(), LiveBytes() as live:
             optimizer = allocate(task, config)
             live.watch(task.model, optimizer)
-            start = 0
-            for _ in range(STEPS):
-                live.at = "forward"
-                batches = [batch(config) for _ in range(config["trainer"]["accumulate_grad_batches"])]
-                live.find_gradients()
-                live.reset()
-                start = live.now
-                task.training_step(batches, 0)
-            end = live.now
+            yield live, task, optimizer
     finally:
         dist.destroy_process_group()
-    return LiveMemory(rank, live.peak, live.where, live.kinds, start, end, live.reserved, time.perf_counter() - began)
 
 
 def countable(config: Config) -> Config:
@@ -213,22 +246,3 @@ def shapes(strategy: Any, config: Config, number: int) -> dict[str, Any]:
         output = stage(received, torch.zeros((), dtype=torch.long))
     reshard(stage)
     return {"input_args": received, "output_args": output.detach().requires_grad_()}
-
-
-def main() -> int:
-    """Reads a configuration as JSON from standard input and prints a LiveMemory as JSON."""
-    parser = argparse.ArgumentParser(prog="python -m meshformer.plan.live_memory", description=main.__doc__)
-    parser.add_argument("--rank", type=int, default=0)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    try:
-        found = live_memory(json.load(sys.stdin), options.rank)
-    except ConfigError as error:
-        say(json.dumps({"message": error.message, "key": error.key, "value": str(error.value), "fix": error.fix}), error=True)
-        return REFUSED
-    say(json.dumps(asdict(found)))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

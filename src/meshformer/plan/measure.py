@@ -31,7 +31,7 @@ from meshformer.model import Transformer
 from meshformer.parallel.memory import machine_memory
 from meshformer.plan.cluster import Cluster
 from meshformer.plan.sizes import Sizes
-from meshformer.plan.steptime import HOST_OPERATIONS, Constants, Layout, step_time
+from meshformer.plan.steptime import HOST_OPERATIONS, Constants, StepLayout, step_time
 
 # (tokens, inputs, outputs) of the products that are timed; the smallest show what small dimensions cost.
 PRODUCTS = ((512, 128, 128), (512, 128, 512), (1024, 256, 256), (1024, 256, 1024), (1024, 1024, 256), (2048, 512, 512), (1024, 1024, 1024))
@@ -132,7 +132,7 @@ def _cluster(node: dict[str, Any]) -> Cluster:
 
 
 def _step(sizes: Sizes, node: dict[str, Any], constants: dict[str, float]) -> Any:
-    layout = Layout(samples=SAMPLES, precision="fp32", activation_bytes=4)
+    layout = StepLayout(samples=SAMPLES, precision="fp32", activation_bytes=4)
     return step_time(sizes, layout, _cluster(node), Constants(**constants))
 
 

@@ -23,11 +23,12 @@ LOSS_BYTES = 24  # a logit in fp32: written, read and written by the softmax, it
 OPTIMIZER_BYTES = 28  # a parameter in AdamW: weight, two averages read and written, gradient read
 HOST_OPERATIONS = 25  # operations that the host starts for one pass of a block
 TENSOR_EXCHANGES = 8  # gathers and reductions of the hidden states of a block, forward and backward, under sequence parallelism
+ULYSSES_EXCHANGES = 4  # of queries, keys, values and results
 RECOMPUTED_EXCHANGES = 2  # of them again, if the block is recomputed
 
 
 @dataclass(frozen=True)
-class Layout:
+class StepLayout:
     """One way to run a step. `samples`: of one micro-batch on one replica; a pipeline runs `microbatches` of them for each of the
     `accumulation` passes of a step. `recomputed`: shares of a block's matrix products, attention and other operations that the backward pass
     repeats."""
@@ -53,6 +54,7 @@ class Layout:
     sequence_parallel: bool = True
     loss_parallel: bool = False
     async_tensor: bool = False
+    ulysses: bool = False  # how the context axis communicates: all-to-alls of queries, keys, values and results, or else gathered keys and values
     reshard: bool = True
     reduce_every: bool = False  # True: each micro-batch of an accumulation reduces gradients
     fsdp: bool = True
@@ -129,7 +131,7 @@ def constants(card: str) -> Constants:
     return Constants(**{key: value for key, value in {**fitted["common"], **own}.items() if key in names})
 
 
-def step_time(sizes: Sizes, layout: Layout, cluster: Cluster, c: Constants) -> Step:
+def step_time(sizes: Sizes, layout: StepLayout, cluster: Cluster, c: Constants) -> Step:
     """Seconds of one optimizer step, in parts. `layout.processes` cards of the cluster take part, whatever `cluster.nodes` says."""
     block, head = _costs(sizes, _Work.of(layout), cluster, c)
     most, last = stage_blocks(sizes, layout.pipeline, layout.stages)
@@ -150,7 +152,7 @@ def step_time(sizes: Sizes, layout: Layout, cluster: Cluster, c: Constants) -> S
     )  # fmt: skip
 
 
-def _sends(sizes: Sizes, layout: Layout, cluster: Cluster, c: Constants) -> float:
+def _sends(sizes: Sizes, layout: StepLayout, cluster: Cluster, c: Constants) -> float:
     """Seconds that a pipeline's rank sends hidden states forward and their gradients back, in one pass, as far as computation does not hide them."""
     if layout.pipeline == 1:
         return 0.0
@@ -160,7 +162,7 @@ def _sends(sizes: Sizes, layout: Layout, cluster: Cluster, c: Constants) -> floa
     return c.exposed * 2 * layout.microbatches * layout.stages * (size / rate + latency)
 
 
-def bubbles(layout: Layout) -> float:
+def bubbles(layout: StepLayout) -> float:
     """The time that a rank waits in one pass through the pipeline, in micro-batches of its own work (Narayanan et al. 2021)."""
     if layout.pipeline == 1:
         return 0.0
@@ -198,9 +200,10 @@ class _Work(NamedTuple):
     exchange_bytes: float
     sequence_parallel: bool
     async_tensor: bool
+    ulysses: bool
 
     @classmethod
-    def of(cls, layout: Layout) -> _Work:
+    def of(cls, layout: StepLayout) -> _Work:
         return cls(*_work(layout))
 
 
@@ -236,10 +239,20 @@ def _block(sizes: Sizes, layout: _Work, cluster: Cluster, c: Constants) -> _Part
     waits = starts if cluster.alone else max(0.0, starts - busy)  # a CPU core cannot launch operations and compute at the same time
     exchanges = (TENSOR_EXCHANGES + RECOMPUTED_EXCHANGES * of_products * (of_attention > 0)) * tokens * sizes.width * layout.exchange_bytes
     tensor = _inside(exchanges, TENSOR_EXCHANGES, n, 1, cluster, c) * (1 - c.async_hidden * layout.async_tensor)
-    tensor *= (1 + cluster.reduction) / 2  # half of the collectives are reductions
-    keys = 2 * layout.samples * sizes.length * sizes.key_width / n * layout.activation_bytes  # K and V of the whole sequence
-    context = _inside((1 + of_rest) * keys, 1, layout.context, n, cluster, c) + cluster.reduction * _inside(keys, 1, layout.context, n, cluster, c)
+    tensor *= (1 + cluster.reduction) / 2  # every second exchange is a reduction
+    context = _context(sizes, layout, cluster, c)
     return (3 + of_products) * products, (3.5 + of_attention) * attention, (3 + of_rest) * memory, waits, tensor, context
+
+
+def _context(sizes: Sizes, layout: _Work, cluster: Cluster, c: Constants) -> float:
+    """Seconds in which the ranks of the context axis exchange what a block's attention needs, forward and backward."""
+    n, again = layout.tensor, 1 + layout.recomputed[2]
+    samples = layout.samples * sizes.length * layout.activation_bytes / n
+    if layout.ulysses:  # each of the four is as large as the rank's own tokens, and is sent back as a gradient
+        size = samples / layout.context * 2 * (sizes.query_width + sizes.key_width)
+        return (1 + again) * _inside(size, ULYSSES_EXCHANGES, layout.context, n, cluster, c)
+    keys = 2 * samples * sizes.key_width  # K and V of the whole sequence
+    return _inside(again * keys, 1, layout.context, n, cluster, c) + cluster.reduction * _inside(keys, 1, layout.context, n, cluster, c)
 
 
 def _head(sizes: Sizes, layout: _Work, cluster: Cluster, c: Constants) -> _Parts:
@@ -262,7 +275,7 @@ def _inside(size: float, calls: float, ranks: int, stride: int, cluster: Cluster
     return max(inside, between) + calls * (nodes * cluster.network_latency + here * cluster.link_latency)
 
 
-def _exposed(sizes: Sizes, layout: Layout, cluster: Cluster, c: Constants, compute: float) -> float:
+def _exposed(sizes: Sizes, layout: StepLayout, cluster: Cluster, c: Constants, compute: float) -> float:
     """Seconds that gathers and reductions over the data axes add to the `compute` seconds of one pass of an accumulation."""
     held = sizes.parameters / (layout.tensor * layout.pipeline)
     units = sizes.layers / layout.pipeline + 1
