@@ -208,7 +208,8 @@ def test_a_deep_model_is_counted_on_two_shorter_ones(tmp_path: Path, name: str) 
         assert not found.highest, "the short way was taken"
         assert found.peak == pytest.approx(whole.peak, rel=1e-3)
         assert sum(found.kinds.values()) == found.peak
-        assert found.start == pytest.approx(whole.start, rel=1e-3, abs=8192)  # the whole step before leaves its numbers
+        if "pipeline" not in name:  # its buffers for received states are left from the step before, which the shorter models do not run
+            assert found.start == pytest.approx(whole.start, rel=1e-3, abs=8192)  # the whole step before leaves its numbers
         if "Muon" not in name:
             assert found.where == whole.where
             assert found.kinds == pytest.approx(whole.kinds, rel=1e-3, abs=1e-3 * whole.peak)
