@@ -212,4 +212,8 @@ def test_a_deep_model_is_counted_on_two_shorter_ones(tmp_path: Path, name: str) 
             assert found.start == pytest.approx(whole.start, rel=1e-3, abs=8192)  # the whole step before leaves its numbers
         if "Muon" not in name:
             assert found.where == whole.where
-            assert found.kinds == pytest.approx(whole.kinds, rel=1e-3, abs=1e-3 * whole.peak)
+            mine, theirs = ({**memory.kinds} for memory in (found, whole))
+            if "pipeline" in name:  # a buffer for received states counts as one or the other, by the step before
+                for kinds in (mine, theirs):
+                    kinds["activations"] += kinds.pop("communication")
+            assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-3 * whole.peak)
