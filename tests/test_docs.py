@@ -124,6 +124,8 @@ def check_python(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(examples, "train_missing", lambda *about: None)
         monkeypatch.setattr(examples, "draw", lambda *about: None)
         assert examples.main(arguments[2:]) == 0
+    elif arguments == ["-m", "build"]:  # tests/test_wheel.py builds with the backend that it calls
+        assert 'build-backend = "hatchling.build"' in (ROOT / "pyproject.toml").read_text()
     else:
         assert arguments[0].endswith(".py") and (ROOT / arguments[0]).is_file()
 
@@ -150,6 +152,8 @@ def check(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
             assert word.startswith("ARGS=")
             if arguments[0] == "train":
                 check_meshformer(["train", *word.removeprefix("ARGS=").split()])
+    elif words[-4:] == ["install", "torch==2.13.0", "-e", "."]:  # with pip or uv; the torch that the Makefile names
+        assert words in (["pip", *words[-4:]], ["uv", "pip", *words[-4:]]) and "TORCH := torch==2.13.0" in (ROOT / "Makefile").read_text()
     elif program == "pip":
         extras = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text().partition("[project.optional-dependencies]")[2], re.MULTILINE)
         named = re.fullmatch(r"meshformer\[(\w+)\]", arguments[1])
