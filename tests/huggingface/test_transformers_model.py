@@ -350,6 +350,33 @@ def test_what_cannot_be_is_refused_before_anything_starts(folder: Path, tmp_path
     assert "0 blocks" in refusal(written(model_type="llama", num_hidden_layers=0), "strategy=pipeline")
 
 
+@torch.no_grad()
+def test_an_encoder_without_a_head_reads_a_folder_with_one(folder: Path) -> None:
+    config = json.loads((folder / "bert" / "config.json").read_text())
+    bare, whole = TransformersModel(config, "AutoModel").eval(), TransformersModel(config, "AutoModelForMaskedLM").eval()
+    for model in (bare, whole):
+        load_weights(model, folder / "bert")
+    assert not any("pooler" in name for name, _ in bare.named_parameters())
+    hidden_BTC = bare(TOKENS, documents_BT=PADDED)
+    torch.testing.assert_close(whole.net.cls(hidden_BTC), whole(TOKENS, documents_BT=PADDED))
+
+
+def test_settings_replace_those_of_the_file_and_wrong_ones_are_refused(folder: Path) -> None:
+    chosen = ["model=transformers", f"model.config={folder / 'qwen3' / 'config.json'}", "data.context_length=16"]
+    config = compose([*chosen, "model.settings={num_hidden_layers: 2}"])
+    config["model"]["vocab_size"] = 11
+    assert len(build_model(config).net.model.layers) == 2
+    config = compose([*chosen, "model.settings={num_attention_heads: three}"])
+    config["model"]["vocab_size"] = 11
+    with pytest.raises(ConfigError, match="transformers refuses these settings of qwen3"):
+        build_model(config)
+    gpt2 = compose(["model=transformers", f"model.path={folder / 'gpt2'}", "data.context_length=16", "stage=finetune", "stage.lora.rank=2"])
+    gpt2["model"]["vocab_size"] = 280
+    with pytest.raises(ConfigError, match="no linear layers"):
+        build_model(gpt2)
+    assert "the data is images" in refusal(f"model.path={folder / 'llama'}", "data=digits", "task=image_classification")
+
+
 def test_no_code_of_a_folder_runs(folder: Path, tmp_path: Path) -> None:
     evil = {**json.loads((folder / "llama" / "config.json").read_text()), "auto_map": {"AutoModelForCausalLM": "evil.Model"}, "_target_": "os.system"}
     (tmp_path / "config.json").write_text(json.dumps(evil))

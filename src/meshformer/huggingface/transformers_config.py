@@ -66,7 +66,10 @@ def inline(config: Config, objective: str) -> Config:
     key = "model.path" if path is not None else "model.config"
     place = Path(str(path if path is not None else file)).expanduser().absolute()
     found = read(place / CONFIG if path is not None or place.is_dir() else place, key, path if path is not None else file)
-    found |= model.get("settings") or {}
+    settings = model.get("settings") or {}
+    if "num_hidden_layers" in settings:  # a list with an entry for each layer, which transformers makes anew
+        found.pop("layer_types", None)
+    found |= settings
     if path is not None:
         if stage.get("init_from") not in (None, path):
             raise ConfigError("names other weights than model.path", "stage.init_from", stage["init_from"], fix="Leave one of them out.")
@@ -107,6 +110,8 @@ def check(config: Config) -> None:
     if not is_transformers(model):
         return
     settings, kind = model["config"], model["config"]["model_type"]
+    if config["data"]["kind"] == "images":
+        raise ConfigError("reads tokens, and the data is images", "model", "transformers", fix="Use model=vit_tiny.")
     auto = model["auto_class"]
     table = next((table for name, table in AUTO.values() if name == auto), None)
     if table is None:

@@ -74,6 +74,8 @@ class TransformersModel(nn.Module):
         on_meta = torch.empty(0).is_meta
         with torch.device("cpu"), parameters_on_meta():
             self.net: Any = getattr(transformers, auto_class).from_config(given, dtype=torch.float32)
+        if auto_class == AUTO["pairs"][0] and isinstance(getattr(self.net, "pooler", None), nn.Module):
+            self.net.pooler = None  # its output is not used, and DDP waits for the gradient of every parameter
         self.context_length, self.vocab_size = context_length, given.get_text_config().vocab_size
         text = given.get_text_config()
         self.n_heads = getattr(text, "num_attention_heads", 1)
@@ -176,7 +178,8 @@ class TransformersModel(nn.Module):
         """The names that a stored tensor may have in this model: folders of a model without a head lack the prefix, and the other way round."""
         for old, new in LEGACY.items():
             stored = stored.replace(old, new)
-        return stored, f"{self._base}.{stored}", stored.removeprefix(f"{self._base}.")
+        prefix = self.net.base_model_prefix
+        return stored, f"{prefix}.{stored}", stored.removeprefix(f"{prefix}.")
 
     def _may_drop(self, stored: str) -> bool:
         """Whether a tensor that this model lacks is a buffer, a pooler or the head of another task."""
@@ -184,7 +187,7 @@ class TransformersModel(nn.Module):
         if "pooler" in stored.split(".") or buffers & set(self._candidates(stored)) or stored.endswith(BUFFERS):
             return True
         body = getattr(self.net, self._base) if self._base else self.net
-        return stored.partition(".")[0] not in {self._base, *(name for name, _ in body.named_children())}
+        return stored.partition(".")[0] not in {self.net.base_model_prefix, *(name for name, _ in body.named_children())}
 
     def _of_head(self, name: str) -> bool:
         """Whether a parameter belongs to a new head, which no folder needs to hold."""
@@ -314,7 +317,11 @@ def _settings(config: Mapping[str, Any], vocab_size: int | None, outputs: int | 
             if key.endswith("_token_id") and isinstance(value, int) and value >= vocab_size:
                 given[key] = None
     kind = given.pop("model_type")
-    made = transformers.AutoConfig.for_model(kind, **given)
+    try:
+        made = transformers.AutoConfig.for_model(kind, **given)
+    except Exception as error:  # its own checks raise classes of several libraries
+        told = str(error).strip().splitlines() or [type(error).__name__]
+        raise ConfigError(f"transformers refuses these settings of {kind}: {told[-1].strip()}", "model.config") from error
     if outputs is not None:
         made.num_labels = outputs
     made.use_cache = False

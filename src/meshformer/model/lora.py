@@ -46,7 +46,10 @@ def add_adapters(model: nn.Module, rank: int, alpha: float, targets: Sequence[st
     the model is on the meta device. ValueError for a target that the blocks do not have."""
     unknown = [target for target in targets if target not in adaptable(model)]
     if unknown or not targets:
-        raise ValueError(f"no linear layer in the blocks is called {', '.join(unknown)}: they are {', '.join(adaptable(model))}")
+        known = adaptable(model)
+        if not known:
+            raise ValueError("the blocks have no linear layers (nn.Linear) to adapt")
+        raise ValueError(f"no linear layer in the blocks is called {', '.join(unknown)}: they are {', '.join(known)}")
     inside = f"{blocks_name(model)}."
     for name, module in list(model.named_modules()):
         path, _, last = name.rpartition(".")
