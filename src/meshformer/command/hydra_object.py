@@ -48,7 +48,8 @@ def make_hydra(config_dir: str | None = None) -> Hydra:
 def run_name(*, _root_: DictConfig) -> str | None:
     """Return the name of the folder of runs: the experiment's, or that of the data where the command chose data and no experiment."""
     hydra = HydraConfig.get()
-    typed = {key.lstrip("+"): value for key, _, value in (override.partition("=") for override in hydra.overrides.task)}
+    overrides: Any = OmegaConf.to_container(hydra.overrides.task, resolve=False)  # an override may hold an interpolation
+    typed = {key.lstrip("+"): value for key, _, value in (override.partition("=") for override in overrides)}
     choice = hydra.runtime.choices.get("experiment")
     if "experiment" in typed or "," in (data := typed.get("data", "shakespeare")) or data == "shakespeare":
         return choice
