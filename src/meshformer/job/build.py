@@ -25,6 +25,7 @@ from meshformer.config.foreign import refuse_interpolations
 from meshformer.config.resolve import external_launcher
 from meshformer.config.signature import signature
 from meshformer.data import ImageData, SampledData, SequenceData, TextData
+from meshformer.job.loggers import given_by_run
 from meshformer.model.layout import Plan
 from meshformer.model.lora import ADAPTERS, add_adapters
 from meshformer.model.settings import HEAD_PARAMETERS
@@ -221,18 +222,10 @@ def build_callbacks(config: Config, folder: Path, steps_per_epoch: int) -> list[
     return [c for c in configured if c not in saving] + [ExactResume(steps_per_epoch), rows, *progress, *saving]
 
 
-def build_loggers(config: Config, folder: Path) -> list[Any]:
-    """The configured loggers, which write into the run folder. The Rows callback writes metrics.csv in any case."""
-    return [
-        instantiate(
-            node,
-            config,
-            f"logger.{name}",
-            **({"save_dir": str(folder), "name": "", "version": name} if "TensorBoard" in node["_target_"] else {}),
-        )
-        for name, node in (config.get("logger") or {}).items()
-        if node
-    ]
+def build_loggers(config: Config, folder: Path) -> dict[str, Any]:
+    """Name -> logger. They write into the run folder or the runs folder, or send. The Rows callback writes metrics.csv in any case."""
+    nodes = {name: node for name, node in (config.get("logger") or {}).items() if node}
+    return {name: instantiate(node, config, f"logger.{name}", **given_by_run(name, node, config, folder)) for name, node in nodes.items()}
 
 
 class NoProfiler(PassThroughProfiler):
