@@ -68,12 +68,14 @@ def of_wandb(run: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def of_tensorboard(run: Path, key: str) -> dict[int, float]:
+def board(run: Path) -> Any:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(run / "tensorboard"))
-    events.Reload()
-    return {event.step: event.value for event in events.Scalars(key)}
+    return EventAccumulator(str(run / "tensorboard")).Reload()
+
+
+def of_tensorboard(run: Path, key: str) -> dict[int, float]:
+    return {event.step: event.value for event in board(run).Scalars(key)}
 
 
 def test_the_rows_reach_every_logger_at_the_same_steps(tmp_path: Path) -> None:
@@ -170,3 +172,27 @@ def test_a_run_folder_cannot_say_where_to_send(node: dict[str, Any], kept: bool)
     else:
         with pytest.raises(ConfigError, match=r"writes or sends where its settings say"):
             confined()
+
+
+def test_sample_texts_and_the_confusion_matrix_reach_the_loggers_that_show_them(tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    every = ["logger=many", "+logger.wandb={_target_: lightning.pytorch.loggers.WandbLogger, offline: true}"]
+    sampled = "+callbacks.samples={_target_: meshformer.callbacks.Samples, max_tokens: 8}"
+    jobs.run_tiny(tmp_path, "run", "trainer.max_steps=4", "trainer.val_check_interval=2", *every, sampled)
+    run = tmp_path / "run"
+    client, run_id = of_mlflow(tmp_path), json.loads((run / "loggers.json").read_text())["mlflow"]
+    assert [file.path for file in client.list_artifacts(run_id, "samples")] == [f"samples/continuation-{step:08d}.txt" for step in (2, 4)]
+    written = (run / "samples" / "step-00000004.txt").read_text()
+    assert Path(client.download_artifacts(run_id, "samples/continuation-00000004.txt")).read_text() == written
+    tags = board(run).Tags()["tensors"]
+    assert "samples/continuation/text_summary" in tags
+    assert [event.step for event in board(run).Tensors("samples/continuation/text_summary")] == [2, 4]
+    assert sum("samples/continuation" in "".join(row) for row in of_wandb(run)) == 2
+
+    classes = ["task=sequence_classification", "data.label_column=label", "trainer.max_steps=2"]
+    jobs.run_labelled(tmp_path, "labels", *classes, *every)
+    run = tmp_path / "labels"
+    run_id = json.loads((run / "loggers.json").read_text())["mlflow"]
+    assert "confusion_matrix.png" in [file.path for file in client.list_artifacts(run_id)]
+    assert [image.step for image in board(run).Images("confusion_matrix")] == [2]
+    assert any("confusion_matrix" in "".join(row) for row in of_wandb(run))

@@ -20,6 +20,7 @@ import yaml
 
 from meshformer.callbacks import Rows
 from meshformer.callbacks.ema import averaged
+from meshformer.callbacks.media import log_figure
 from meshformer.callbacks.preemption import Preemption, StopSignals
 from meshformer.callbacks.samples import continuation
 from meshformer.checkpoint.find import checkpoints, latest_checkpoint
@@ -265,6 +266,9 @@ class Recording(pl.Callback):
             for name, content in self.task.results(self.data).items() if isinstance(self.task, Evaluated) else ():
                 atomic_write_text(self.folder / name, content)
             self.record.finish("finished", None, **final)
+            if self.loggers and isinstance(self.task, Evaluated):
+                for name, figure in self.task.drawings(self.data).items():
+                    log_figure(self.loggers.values(), name, figure, self.trainer.global_step)
 
 
 @contextmanager
