@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Checkpoint(Callback):
-    """Saves RUN/checkpoints/step-… every `every_n_steps` optimizer steps and at the end.
+    """Saves RUN/checkpoints/step-… every `every_n_steps` optimizer steps and at the end; null saves nothing, by job/build.py.
 
     Kept are the `keep_last` newest (0: all), the `keep_best` with the lowest `monitor` among those whose step was validated, and those of every
     `keep_every_n_steps`-th step; single files are never removed. `asynchronous`: training continues while the checkpoint is written from a copy
@@ -31,7 +31,7 @@ class Checkpoint(Callback):
 
     def __init__(
         self,
-        every_n_steps: PositiveInt = 500,
+        every_n_steps: PositiveInt | None = 500,
         keep_last: Count = 3,
         keep_best: Count = 0,
         monitor: str = "val/loss",

@@ -14,7 +14,7 @@ from meshformer.model import generate, supports_kv_cache
 
 
 class Samples(Callback):
-    """RUN/samples/step-….txt: a continuation of `prompt` after every `every_n_validations`th validation, also for the loggers that show texts. State: none."""
+    """RUN/samples/step-….txt: a continuation of `prompt` after every `every_n_validations`th validation, also in the loggers. State: none."""
 
     def __init__(
         self, prompt: str = "\n", every_n_validations: int = 1, max_tokens: int = 200, temperature: float = 0.8, top_p: float = 0.95

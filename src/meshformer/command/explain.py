@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from meshformer.command.compose import Hydra, compose_config
 from meshformer.config import ConfigError, did_you_mean
 from meshformer.config.paths import conf_dir
+from meshformer.config.trainer_keys import INSTEAD
 
 EXPLAINED = (HydraException, OmegaConfBaseException, yaml.YAMLError)
 
@@ -70,6 +71,8 @@ def _composition(error: Exception, hydra: Hydra, config_name: str, overrides: Se
         return _unknown_key(match[1], hydra, config_name, overrides)
     if match := re.search(r"Could not append to config\. An item is already at '([^']+)'", text):
         return ConfigError("the configuration has it already", f"+{match[1]}", fix="Leave the + out.")
+    if match := re.search(r"Multiple values for ([\w/@.]+)\.", text):
+        return ConfigError("one is chosen already", f"+{match[1]}", fix="Leave the + out.")
     if match := re.search(r"Error merging override ([^=]+)=(.*)", text):
         return ConfigError(
             "is not a valid value here", match[1], match[2].rstrip("'"), fix="`meshformer train --cfg job` shows what it looks like."
@@ -93,6 +96,8 @@ def _unknown_key(key: str, hydra: Hydra, config_name: str, overrides: Sequence[s
     option = _option_with(key)
     if option:
         return ConfigError("the chosen configuration has no such setting", key, fix=f"It comes with {option}.")
+    if key.startswith("trainer.") and (instead := INSTEAD.get(key.removeprefix("trainer."))):
+        return ConfigError("is an argument of Lightning's that is no setting here", key, fix=instead)
     words = keys_of(hydra, config_name, overrides)
     fix = did_you_mean(key, words if "." in key else [*words, *groups])
     if fix is not None and fix.startswith("Choose"):  # no close match: list the settings at that level instead of all
