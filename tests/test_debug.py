@@ -54,8 +54,3 @@ def test_the_profiler_writes_and_no_checkpoint_is_kept(tmp_path: Path) -> None:
     jobs.run_tiny(tmp_path, "run", "trainer.max_steps=2", "trainer.profiler=simple", "callbacks.checkpoint.every_n_steps=null")
     assert "run_training_batch" in (tmp_path / "run" / "fit-hooks.txt").read_text()
     assert not (tmp_path / "run" / "checkpoints").exists()
-
-
-def test_the_plus_of_hydras_tutorials_is_answered(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", "+experiment=shakespeare_char"]) == 2
-    assert "Leave the + out" in capsys.readouterr().err

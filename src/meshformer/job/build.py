@@ -213,7 +213,7 @@ def build_task(config: Config, max_steps: int) -> pl.LightningModule:
 
 def build_callbacks(config: Config, folder: Path, steps_per_epoch: int) -> list[pl.Callback]:
     """The configured callbacks and those of every run. Rows must come after the callbacks that measure and before those that save."""
-    configured = [instantiate(node, config, f"callbacks.{name}") for name, node in config["callbacks"].items() if node]
+    configured: list[Any] = [instantiate(node, config, f"callbacks.{name}") for name, node in config["callbacks"].items() if node]
     configured = [c for c in configured if not (isinstance(c, Checkpoint) and c.every_n_steps is None)]
     for callback in configured:
         if isinstance(callback, Checkpoint):

@@ -80,7 +80,8 @@ class Classification(Evaluated):
 
         counts, names = self.confusion.cpu().double(), self._names(data)
         K = len(names)
-        figure = Figure(figsize=(2 + min(K, 20) * 0.5,) * 2, layout="constrained")
+        inches = 2 + min(K, 20) * 0.5
+        figure = Figure(figsize=(inches, inches), layout="constrained")
         axes = figure.subplots()
         axes.imshow((counts / counts.sum(dim=1, keepdim=True).clamp(min=1)).numpy(), cmap="Blues", vmin=0, vmax=1)
         if K <= 20:
