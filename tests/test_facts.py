@@ -88,6 +88,7 @@ CHOSEN = {
     "optimizer/adamw.yaml": {"optimizer.lr", "optimizer.betas"}, "optimizer/muon.yaml": {"optimizer.lr", "optimizer.adamw_lr"},
     "schedule/cosine.yaml": {"schedule.warmup_steps", "schedule.min_ratio"}, "schedule/linear.yaml": {"schedule.warmup_steps"},
     "schedule/wsd.yaml": {"schedule.warmup_steps", "schedule.decay_fraction"},
+    "logger/wandb.yaml": {"logger.wandb.project"},
     "model/position/rotary_llama3.yaml": {"model/position.base"},
     "trainer/default.yaml": {"trainer.gradient_clip_val", "trainer.compile"},  # a recorded run may be older than compile=auto
     "stage/finetune.yaml": {"stage.init_from", "stage.lr_scale"},

@@ -52,7 +52,7 @@ def reach(config: dict[str, Any], folder: Path) -> None:
     settle_sizes(config, data)
     build_callbacks(config, folder, 1)
     build_task(config, 10).configure_model()  # pyright: ignore[reportCallIssue]
-    for logger in build_loggers(config, folder):
+    for logger in build_loggers(config, folder).values():
         logger.log_metrics({"x": 1.0}, 1)
         logger.save()
         logger.finalize("success")

@@ -59,7 +59,7 @@ def test_what_writes_to_a_logger_asks_for_one(name, tmp_path):
 def test_a_logger_without_its_package_is_refused(tmp_path, monkeypatch):
     real = importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *more: None if name == "wandb" else real(name, *more))
-    with pytest.raises(ConfigError, match=r"logger\.w\._target_=.*wandb, which is not installed\. Install it: pip install wandb"):
+    with pytest.raises(ConfigError, match=r"logger\.w\._target_=.*wandb, which is not installed\. Install it: pip install 'meshformer\[wandb\]'"):
         jobs.tiny_config(tmp_path, "+logger.w._target_=lightning.pytorch.loggers.WandbLogger")
 
 

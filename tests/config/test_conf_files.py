@@ -24,6 +24,7 @@ NEEDED = {
     "experiment=mlm_then_classify": ["stage.init_from={run}"],
     "experiment=mlm_pretrain_then_classify": ["stage.init_from={run}", "stage.pretrain=null"],
     "experiment=sentiment_minilm": ["stage.init_from={run}"],
+    "logger=wandb": ["logger.wandb.offline=true"],
     "data=csv": ["data.file={text}"],
     "data=hub_texts": ["data.source.path=somebody/texts"],
     "task=token_classification": ["data.label_column=tags"],

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Checkpoint(Callback):
-    """Saves RUN/checkpoints/step-… every `every_n_steps` optimizer steps and at the end.
+    """Saves RUN/checkpoints/step-… every `every_n_steps` optimizer steps and at the end; null saves nothing, by job/build.py.
 
     Kept are the `keep_last` newest (0: all), the `keep_best` with the lowest `monitor` among those whose step was validated, and those of every
     `keep_every_n_steps`-th step; single files are never removed. `asynchronous`: training continues while the checkpoint is written from a copy
@@ -31,7 +31,7 @@ class Checkpoint(Callback):
 
     def __init__(
         self,
-        every_n_steps: PositiveInt = 500,
+        every_n_steps: PositiveInt | None = 500,
         keep_last: Count = 3,
         keep_best: Count = 0,
         monitor: str = "val/loss",
@@ -59,7 +59,7 @@ class Checkpoint(Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
-        if step % self.every_n_steps == 0 and step != self.saved_step and not self.validates_now(trainer):
+        if self._due(step) and step != self.saved_step and not self.validates_now(trainer):
             self.save(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -67,7 +67,7 @@ class Checkpoint(Callback):
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         self.validated_step = step
-        if step and step % self.every_n_steps == 0 and step != self.saved_step:
+        if step and self._due(step) and step != self.saved_step:
             self.save(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -104,6 +104,9 @@ class Checkpoint(Callback):
         assert self.folder is not None, "job/build.py sets Checkpoint.folder"
         self.saved_step = trainer.global_step
         trainer.save_checkpoint(self.folder / checkpoint_name(self.saved_step))
+
+    def _due(self, step: int) -> bool:
+        return self.every_n_steps is not None and step % self.every_n_steps == 0
 
     def _remove_old(self, new: Path) -> None:
         """Removes old checkpoints; called by the process that completed the checkpoint `new`. A failure is only a warning."""

@@ -8,12 +8,13 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from meshformer.callbacks.media import log_text
 from meshformer.config.errors import ConfigError
 from meshformer.model import generate, supports_kv_cache
 
 
 class Samples(Callback):
-    """RUN/samples/step-….txt: a continuation of `prompt` after every `every_n_validations`th validation. State: none."""
+    """RUN/samples/step-….txt: a continuation of `prompt` after every `every_n_validations`th validation, also in the loggers. State: none."""
 
     def __init__(
         self, prompt: str = "\n", every_n_validations: int = 1, max_tokens: int = 200, temperature: float = 0.8, top_p: float = 0.95
@@ -35,6 +36,7 @@ class Samples(Callback):
         if text is not None and self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / f"step-{trainer.global_step:08d}.txt").write_text(text, encoding="utf-8")
+            log_text(trainer.loggers, "samples/continuation", text, trainer.global_step)
 
 
 def continuation(task: Any, tokenizer: Any, prompt: str, max_tokens: int, **options: Any) -> str | None:

@@ -167,7 +167,7 @@ def _saving(config: Config) -> None:
     if not saving or not str(saving["_target_"]).startswith("meshformer.callbacks."):
         return
     key, saving = "callbacks.checkpoint", {**defaults(saving["_target_"]), **saving}
-    if "every_n_steps" not in saving:  # another callback uses that name
+    if saving.get("every_n_steps") is None:  # saves nothing, or another callback uses that name
         return
     every, best, often = (saving[name] for name in ("every_n_steps", "keep_best", "keep_every_n_steps"))
     for name in ("keep_best", "keep_every_n_steps"):

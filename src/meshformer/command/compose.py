@@ -49,7 +49,8 @@ SECRET = re.compile(r"\$\{oc\.env:\s*([^,}\s]*(?:secret|token|passw|api_?key|acc
 # Settings that a resumed run may change (CONTRACTS 6); any other change would make it a different run.
 RESUMABLE = (
     "strategy", "trainer.devices", "trainer.num_nodes", "trainer.accelerator", "trainer.threads", "trainer.max_steps", "trainer.max_epochs",
-    "trainer.accumulate_grad_batches", "trainer.progress", "trainer.compile", "callbacks", "logger", "paths", "launch", "data.source.cache",
+    "trainer.accumulate_grad_batches", "trainer.progress", "trainer.compile", "trainer.val_check_interval",
+    "trainer.detect_anomaly", "trainer.profiler", "callbacks", "logger", "paths", "launch", "data.source.cache",
     "data.workers", "data.eval_batch_size", "allow",
 )  # fmt: skip
 EVALUABLE = ("trainer.threads", "trainer.precision", "trainer.accelerator", "trainer.limit_val_batches", "data", "paths", "allow")

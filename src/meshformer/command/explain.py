@@ -15,7 +15,13 @@ from omegaconf.errors import OmegaConfBaseException
 from meshformer.command.compose import Hydra, compose_config
 from meshformer.config import ConfigError, did_you_mean
 from meshformer.config.paths import conf_dir
+from meshformer.config.trainer_keys import INSTEAD
 
+# Groups of Hydra in which users name a plugin, and what does its work here.
+OWN_PLUGINS = {
+    "hydra/sweeper": "Searches are built in: sweep=search, or sweep.search=tpe.",
+    "hydra/launcher": "Use local, the default, which runs as many at a time as fit on the machine, or slurm.",
+}
 EXPLAINED = (HydraException, OmegaConfBaseException, yaml.YAMLError)
 
 
@@ -43,7 +49,8 @@ def _yaml(error: yaml.YAMLError) -> ConfigError:
 def _unreadable(error: OverrideParseException) -> ConfigError:
     override = error.override
     if "=" not in override and not override.startswith("~"):
-        return ConfigError("is not an override", override, fix="Write key=value, for example trainer.max_steps=100.")
+        fix = "Did you mean run=last?" if override == "last" else "Write key=value, for example trainer.max_steps=100."
+        return ConfigError("is not an override", override, fix=fix)
     key, _, value = override.partition("=")
     return ConfigError(f"cannot be read ({_first_line(error)})", key, value, fix=f"Quote the value: \"{key}='{value}'\".")
 
@@ -52,6 +59,8 @@ def _missing(error: MissingConfigException) -> ConfigError | None:
     name = error.missing_cfg_file or ""
     if error.options is not None and "/" in name:
         group, _, option = name.rpartition("/")
+        if group in OWN_PLUGINS:
+            return ConfigError("there is no such option", group, option, fix=OWN_PLUGINS[group])
         return ConfigError("there is no such option", group, option, fix=did_you_mean(option, error.options))
     if "primary config" in str(error):
         names = [path.stem for path in conf_dir().glob("*.yaml")]
@@ -70,6 +79,8 @@ def _composition(error: Exception, hydra: Hydra, config_name: str, overrides: Se
         return _unknown_key(match[1], hydra, config_name, overrides)
     if match := re.search(r"Could not append to config\. An item is already at '([^']+)'", text):
         return ConfigError("the configuration has it already", f"+{match[1]}", fix="Leave the + out.")
+    if match := re.search(r"([\w/]+) appears more than once in the final defaults list", text):
+        return ConfigError("one is chosen already", f"+{match[1]}", fix="Leave the + out.")
     if match := re.search(r"Error merging override ([^=]+)=(.*)", text):
         return ConfigError(
             "is not a valid value here", match[1], match[2].rstrip("'"), fix="`meshformer train --cfg job` shows what it looks like."
@@ -90,11 +101,16 @@ def _unknown_key(key: str, hydra: Hydra, config_name: str, overrides: Sequence[s
     groups = groups_of(hydra)
     if "/" in key:
         return ConfigError("there is no such group", key, fix=did_you_mean(key, groups))
+    if key.endswith("._target_"):
+        return ConfigError("there is no such part", key, fix=f"To add one, write +{key}=….")
     option = _option_with(key)
     if option:
         return ConfigError("the chosen configuration has no such setting", key, fix=f"It comes with {option}.")
+    if key.startswith("trainer.") and (instead := INSTEAD.get(key.removeprefix("trainer."))):
+        return ConfigError("is an argument of Lightning's that is no setting here", key, fix=instead)
     words = keys_of(hydra, config_name, overrides)
-    fix = did_you_mean(key, words if "." in key else [*words, *groups])
+    ending = [word for word in words if word.endswith(f".{key}")] if "." not in key else []
+    fix = f"Did you mean {min(ending, key=len)}?" if ending else did_you_mean(key, words if "." in key else [*words, *groups])
     if fix is not None and fix.startswith("Choose"):  # no close match: list the settings at that level instead of all
         parent = key
         while parent and parent not in words:

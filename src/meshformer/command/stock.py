@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from meshformer.config.errors import ConfigError
@@ -28,9 +31,13 @@ REFUSED: dict[str, tuple[str, str]] = {
     "ThroughputMonitor": ("it takes a function, which a configuration cannot hold", "Use callbacks.throughput, which is on by default."),
 }  # fmt: skip
 NEED_LOGGER = ("LearningRateMonitor", "DeviceStatsMonitor")
+# Class name -> (package, what to install).
 PACKAGES = {
-    "WandbLogger": "wandb", "MLFlowLogger": "mlflow", "CometLogger": "comet_ml", "NeptuneLogger": "neptune", "TensorBoardLogger": "tensorboard",
+    "WandbLogger": ("wandb", "'meshformer[wandb]'"), "MLFlowLogger": ("mlflow", "'meshformer[mlflow]'"), "CometLogger": ("comet_ml", "comet-ml"),
+    "NeptuneLogger": ("neptune", "neptune"), "TensorBoardLogger": ("tensorboard", "tensorboard"),
 }  # fmt: skip
+# Environment variables that make wandb send nothing, or that say who sends and where.
+LOGGED_IN = ("WANDB_API_KEY", "WANDB_MODE", "WANDB_DISABLED", "WANDB_BASE_URL", "WANDB_IDENTITY_TOKEN_FILE")
 
 
 def check_stock(config: Config) -> None:
@@ -45,10 +52,25 @@ def check_stock(config: Config) -> None:
             message = "writes to a logger, and none is configured (metrics.csv does not count)"
             raise ConfigError(message, f"callbacks.{key}._target_", node["_target_"], fix="Add logger=tensorboard.")
     for key, node in (config.get("logger") or {}).items():
-        package = PACKAGES.get(_of_lightning(node) or "")
+        name = _of_lightning(node) or ""
+        package, install = PACKAGES.get(name, (None, None))
         if package is not None and importlib.util.find_spec(package) is None:
             message = f"needs the package {package}, which is not installed"
-            raise ConfigError(message, f"logger.{key}._target_", node["_target_"], fix=f"Install it: pip install {package.replace('_', '-')}.")
+            raise ConfigError(message, f"logger.{key}._target_", node["_target_"], fix=f"Install it: pip install {install}.")
+        if name == "WandbLogger" and not node.get("offline") and not _logged_in():
+            message = "nobody is logged in to Weights & Biases on this machine"
+            raise ConfigError(message, f"logger.{key}", fix=f"Run `wandb login`, or add logger.{key}.offline=true.")
+
+
+def _logged_in() -> bool:
+    """Whether wandb will find an account: without one it would ask in the middle of the start, or fail where nobody can answer."""
+    if any(os.environ.get(name) for name in LOGGED_IN):
+        return True
+    for file in (os.environ.get("NETRC"), "~/.netrc", "~/_netrc"):
+        with suppress(OSError, UnicodeDecodeError):
+            if file and "wandb" in Path(file).expanduser().read_text(encoding="utf-8"):
+                return True
+    return False
 
 
 def _of_lightning(node: Any) -> str | None:

@@ -23,7 +23,12 @@ ACTS_ON_TRAINING = frozenset(
     f"lightning.pytorch.callbacks.{name}"
     for name in ("DeviceStatsMonitor", "EarlyStopping", "LearningRateMonitor", "StochasticWeightAveraging", "Timer")
 )
-TENSORBOARD = "lightning.pytorch.loggers.TensorBoardLogger"  # job/build.py sets the folder it writes to
+TENSORBOARD = "lightning.pytorch.loggers.TensorBoardLogger"  # job/loggers.py sets the folder it writes to
+# Settings of loggers that are only names, where the logger writes below the folders of the command: mlflow.db in its runs folder, wandb offline.
+NAMES = {
+    "lightning.pytorch.loggers.MLFlowLogger": {"experiment_name", "run_name", "tags"},
+    "lightning.pytorch.loggers.WandbLogger": {"project", "name", "tags", "offline"},
+}
 PRUNING = "meshformer.callbacks.Pruning"  # writes to the study of the sweep that started the run
 # Classes allowed only in callbacks, logger and data.source: they may write, download or read where their settings say.
 RESTRICTED = ("lightning.", "torchmetrics.", "meshformer.callbacks.", "meshformer.data.")
@@ -108,6 +113,9 @@ def _stays_inside(group: str, name: Any, node: Any, allow: Sequence[str]) -> boo
         return True
     if any(_parts(arguments, "")):
         return False
+    if target in NAMES:
+        given = {key for key, value in arguments.items() if value is not None}
+        return group == "logger" and given <= NAMES[target] and (target.endswith("MLFlowLogger") or arguments.get("offline") is True)
     if group == "logger":
         return target == TENSORBOARD and all(isinstance(value, (bool, int, float)) for value in arguments.values())
     return target in ACTS_ON_TRAINING or str(target).startswith("meshformer.callbacks.")

@@ -17,6 +17,7 @@ from meshformer.config.errors import ConfigError
 from meshformer.config.paths import conf_dir
 from meshformer.config.signature import Signature, TargetNotFound, signature
 from meshformer.config.suggest import did_you_mean
+from meshformer.config.trainer_keys import INSTEAD
 
 if TYPE_CHECKING:
     PositiveInt = Count = int
@@ -58,6 +59,9 @@ class Trainer:
     accumulate_grad_batches: PositiveInt = 1
     progress: bool = True
     deterministic: bool = False
+    overfit_batches: PositiveInt | None = None
+    detect_anomaly: bool = False
+    profiler: Literal["simple", "advanced"] | None = None
     compile: Literal["auto"] | bool = False  # the default for recorded runs that are older than this setting
     float8: bool = False
 
@@ -262,6 +266,8 @@ def _section(node: Any, schema: type, path: str, allow: tuple[str, ...]) -> dict
         raise ConfigError("must be a group of settings", path, node)
     fields = {f.name: f for f in dataclasses.fields(schema)}
     for key in node:
+        if schema is Trainer and key in INSTEAD:
+            raise ConfigError("is an argument of Lightning's that is no setting here", _join(path, key), fix=INSTEAD[key])
         if key not in fields:
             raise ConfigError("there is no such setting", _join(path, key), fix=did_you_mean(key, fields))
     checked: dict[str, Any] = {}

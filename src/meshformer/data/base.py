@@ -14,7 +14,7 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from meshformer.config.errors import ConfigError
-from meshformer.data.windows import Batch, Batches, GlobalBatchSampler, Order, collated
+from meshformer.data.windows import Batch, Batches, FirstSamples, GlobalBatchSampler, Order, collated
 
 
 class Steps:
@@ -70,6 +70,7 @@ class SampledData(LightningDataModule):
         self.eval_batch_size = eval_batch_size
         self.workers = workers
         self.accumulation = accumulation
+        self.overfit_batches: int | None = None  # set by job/build.py: train on the first batches again and again
         self.samples = 0
         self.waited = 0.0
 
@@ -144,7 +145,10 @@ class SampledData(LightningDataModule):
         self.samples = state_dict["samples"]
 
     def _sampler(self, data_rank: int, data_world: int, accumulation: int, start_sample: int = 0) -> GlobalBatchSampler:
-        return GlobalBatchSampler(self.order(), self.batch_size, accumulation, data_rank, data_world, start_sample)
+        order = self.order()
+        if self.overfit_batches is not None:
+            order = FirstSamples(order, self.overfit_batches * self.batch_size)
+        return GlobalBatchSampler(order, self.batch_size, accumulation, data_rank, data_world, start_sample)
 
     def _eval_dataloader(self, split: str) -> Batches:
         data_rank, data_world = self._data_axis()

@@ -141,6 +141,16 @@ class EpochOrder:
         return generator.permutation(self.n_samples) * self.context_length + offset
 
 
+class FirstSamples:
+    """The first ``n_samples`` samples of an order's first epoch, the same in every epoch: ``trainer.overfit_batches``."""
+
+    def __init__(self, order: Order, n_samples: int) -> None:
+        self.inner, self.n_samples, self.told = order, min(n_samples, order.n_samples), order.told
+
+    def starts(self, epoch: int) -> Starts:
+        return self.inner.starts(0)[: self.n_samples]
+
+
 class GlobalBatchSampler(Sampler[Starts]):
     """One rank's micro-batches: arrays of ``batch_size / (data_world * accumulation)`` starts, cut from the global order.
 

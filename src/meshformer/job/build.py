@@ -14,7 +14,7 @@ import hydra.utils
 import lightning.pytorch as pl
 from hydra.errors import InstantiationException
 from lightning.pytorch.plugins.environments import LightningEnvironment
-from lightning.pytorch.profilers import PassThroughProfiler
+from lightning.pytorch.profilers import AdvancedProfiler, PassThroughProfiler, Profiler, SimpleProfiler
 
 from meshformer.callbacks import EMA, Checkpoint, ExactResume, Layout, Profile, ProgressBar, Rows, Samples
 from meshformer.checkpoint.lightning_io import FolderCheckpointIO
@@ -25,6 +25,7 @@ from meshformer.config.foreign import refuse_interpolations
 from meshformer.config.resolve import external_launcher
 from meshformer.config.signature import signature
 from meshformer.data import ImageData, SampledData, SequenceData, TextData
+from meshformer.job.loggers import given_by_run
 from meshformer.model.layout import Plan
 from meshformer.model.lora import ADAPTERS, add_adapters
 from meshformer.model.settings import HEAD_PARAMETERS
@@ -76,6 +77,12 @@ def _targets(node: Any, key: str) -> Iterator[tuple[str, Any]]:
 
 def build_data(config: Config, fixed_tokenizer: Any = None) -> SampledData:
     """The data module for `data.kind`, with batches as the task needs them."""
+    data = _data_of_kind(config, fixed_tokenizer)
+    data.overfit_batches = config["trainer"]["overfit_batches"]
+    return data
+
+
+def _data_of_kind(config: Config, fixed_tokenizer: Any) -> SampledData:
     data = config["data"]
     shared = {
         "source": instantiate(data["source"], config, "data.source"),
@@ -206,7 +213,8 @@ def build_task(config: Config, max_steps: int) -> pl.LightningModule:
 
 def build_callbacks(config: Config, folder: Path, steps_per_epoch: int) -> list[pl.Callback]:
     """The configured callbacks and those of every run. Rows must come after the callbacks that measure and before those that save."""
-    configured = [instantiate(node, config, f"callbacks.{name}") for name, node in config["callbacks"].items() if node]
+    configured: list[Any] = [instantiate(node, config, f"callbacks.{name}") for name, node in config["callbacks"].items() if node]
+    configured = [c for c in configured if not (isinstance(c, Checkpoint) and c.every_n_steps is None)]
     for callback in configured:
         if isinstance(callback, Checkpoint):
             callback.folder = folder / "checkpoints"
@@ -221,18 +229,10 @@ def build_callbacks(config: Config, folder: Path, steps_per_epoch: int) -> list[
     return [c for c in configured if c not in saving] + [ExactResume(steps_per_epoch), rows, *progress, *saving]
 
 
-def build_loggers(config: Config, folder: Path) -> list[Any]:
-    """The configured loggers, which write into the run folder. The Rows callback writes metrics.csv in any case."""
-    return [
-        instantiate(
-            node,
-            config,
-            f"logger.{name}",
-            **({"save_dir": str(folder), "name": "", "version": name} if "TensorBoard" in node["_target_"] else {}),
-        )
-        for name, node in (config.get("logger") or {}).items()
-        if node
-    ]
+def build_loggers(config: Config, folder: Path) -> dict[str, Any]:
+    """Name -> logger. They write into the run folder or the runs folder, or send. The Rows callback writes metrics.csv in any case."""
+    nodes = {name: node for name, node in (config.get("logger") or {}).items() if node}
+    return {name: instantiate(node, config, f"logger.{name}", **given_by_run(name, node, config, folder)) for name, node in nodes.items()}
 
 
 class NoProfiler(PassThroughProfiler):
@@ -257,6 +257,13 @@ def _same_graph(config: Config) -> bool:
     return own and config["trainer"]["accumulate_grad_batches"] == 1
 
 
+def _profiler(kind: str | None, folder: Path) -> Profiler:
+    """Lightning's profiler of its hooks, which writes RUN/fit-hooks.txt at the end of training."""
+    if kind is None:
+        return NoProfiler()
+    return (SimpleProfiler if kind == "simple" else AdvancedProfiler)(dirpath=folder, filename="hooks")
+
+
 def build_trainer(config: Config, folder: Path, max_steps: int, callbacks: list[pl.Callback], loggers: list[Any]) -> pl.Trainer:
     trainer = config["trainer"]
     device = "cuda:0" if trainer["accelerator"] == "gpu" else "cpu"
@@ -277,7 +284,8 @@ def build_trainer(config: Config, folder: Path, max_steps: int, callbacks: list[
         logger=loggers,
         # In the shell of a SLURM allocation, Lightning would see SLURM_NTASKS and take this process for one of several tasks.
         plugins=[FolderCheckpointIO(), *scaled, *([LightningEnvironment()] if external_launcher() is None else [])],
-        profiler=NoProfiler(),
+        profiler=_profiler(trainer["profiler"], folder),
+        detect_anomaly=trainer["detect_anomaly"],
         log_every_n_steps=trainer["log_every_n_steps"],
         default_root_dir=folder,
         num_sanity_val_steps=0,

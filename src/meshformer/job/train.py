@@ -20,6 +20,7 @@ import yaml
 
 from meshformer.callbacks import Rows
 from meshformer.callbacks.ema import averaged
+from meshformer.callbacks.media import log_figure
 from meshformer.callbacks.preemption import Preemption, StopSignals
 from meshformer.callbacks.samples import continuation
 from meshformer.checkpoint.find import checkpoints, latest_checkpoint
@@ -30,6 +31,7 @@ from meshformer.config.foreign import read_config
 from meshformer.config.signature import signature
 from meshformer.data import SampledData, TextData, load_tokenizer
 from meshformer.huggingface.source import tokenizer_of
+from meshformer.job import loggers
 from meshformer.job.build import build_callbacks, build_data, build_loggers, build_task, build_trainer
 from meshformer.model import Transformer, training_flops_per_token
 from meshformer.model.layout import blocks_of
@@ -59,8 +61,15 @@ def train(config: Config, folder: Path, signals: StopSignals | None = None) -> d
 
     Raises Stopped on every rank after a stop signal and a save. `signals`: default, the signals of this process.
     """
-    with signals or StopSignals(by_agent=False) as listening:
-        return _train(config, folder, listening)
+    opened: list[Any] = []
+    try:
+        with signals or StopSignals(by_agent=False) as listening:
+            final = _train(config, folder, listening, opened)
+    except BaseException:
+        loggers.close(opened, failed=True)
+        raise
+    loggers.close(opened, failed=False)
+    return final
 
 
 def leave_together() -> None:
@@ -75,15 +84,17 @@ def leave_together() -> None:
         dist.destroy_process_group()
 
 
-def _train(config: Config, folder: Path, signals: StopSignals) -> dict[str, float]:
+def _train(config: Config, folder: Path, signals: StopSignals, opened: list[Any]) -> dict[str, float]:
+    """`opened` receives the loggers, which the caller closes."""
     prepare_process(config["trainer"])
     data = prepare_data(config)
     max_steps = total_steps(config, data.steps_per_epoch)
     start = starting_point(config, folder, data, max_steps)  # before anything in the run folder is changed
     settle_sizes(config, data)
 
-    loggers, callbacks = build_loggers(config, folder), build_callbacks(config, folder, data.steps_per_epoch)
-    trainer = build_trainer(config, folder, max_steps, [*callbacks, Preemption(signals)], loggers)
+    named, callbacks = build_loggers(config, folder), build_callbacks(config, folder, data.steps_per_epoch)
+    opened += named.values()
+    trainer = build_trainer(config, folder, max_steps, [*callbacks, Preemption(signals)], opened)
     refuse_emulation(trainer.strategy.root_device, config["trainer"]["precision"])
     task: Any = build_task(config, max_steps)
     configure_model(config, task, trainer.strategy, start)
@@ -93,7 +104,7 @@ def _train(config: Config, folder: Path, signals: StopSignals) -> dict[str, floa
     count_work(task, data)
 
     rows = next(callback for callback in callbacks if isinstance(callback, Rows))
-    recording = Recording(config, folder, trainer, task, data, rows.tolerant)
+    recording = Recording(config, folder, trainer, task, data, rows.tolerant, named)
     trainer.callbacks.insert(0, recording)  # pyright: ignore[reportAttributeAccessIssue]
     with recording:
         if not config["resume"]:  # the record of a resumed run changes when its first step begins
@@ -206,7 +217,10 @@ def final_text(task: Any, trainer: pl.Trainer, data: SampledData) -> str | None:
 class Recording(pl.Callback):
     """Writes the record of the run (run.json and configuration) when training starts, and the outcome on leaving its context. Rank 0 only."""
 
-    def __init__(self, config: Config, folder: Path, trainer: pl.Trainer, task: Any, data: SampledData, tolerant: bool) -> None:
+    def __init__(
+        self, config: Config, folder: Path, trainer: pl.Trainer, task: Any, data: SampledData, tolerant: bool, named: dict[str, Any]
+    ) -> None:
+        self.loggers = named
         self.config, self.folder, self.trainer, self.task, self.data, self.tolerant = config, folder, trainer, task, data, tolerant
         self.parameters = sum(p.numel() for p in task.parameters())  # before the strategy shards the model
         self.record = RunRecord(folder) if trainer.is_global_zero else None
@@ -243,8 +257,7 @@ class Recording(pl.Callback):
             "threads": torch.get_num_threads(),
         }
         self.record.start(device=device, layout=layout, parameters=self.parameters)
-        for logger in self.trainer.loggers:
-            logger.log_hyperparams(config)
+        loggers.begin(self.loggers, config, folder)
 
     def finish(self, final: dict[str, float]) -> None:
         if self.record is None:
@@ -253,6 +266,9 @@ class Recording(pl.Callback):
             for name, content in self.task.results(self.data).items() if isinstance(self.task, Evaluated) else ():
                 atomic_write_text(self.folder / name, content)
             self.record.finish("finished", None, **final)
+            if self.loggers and isinstance(self.task, Evaluated):
+                for name, figure in self.task.drawings(self.data).items():
+                    log_figure(self.loggers.values(), name, figure, self.trainer.global_step)
 
 
 @contextmanager

@@ -68,6 +68,8 @@ def _unsuited(config: Config) -> str | None:
         return f"it needs {missing}"
     if config["strategy"]["schedule"] == "interleaved_zero_bubble":
         return "its schedule needs two backward passes"
+    if trainer["detect_anomaly"]:
+        return "trainer.detect_anomaly=true"
     if trainer["deterministic"]:
         return "trainer.deterministic=true"  # Inductor may select kernels by timing them, so a resumed run could select others
     if stage.get("unfreeze_every"):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
@@ -64,12 +65,36 @@ class Classification(Evaluated):
         """confusion_matrix.csv: a row for each true class, a column for each predicted class."""
         if self.confusion is None:
             return {}
-        names = getattr(data, "classes", None) or [str(k) for k in range(len(self.confusion))]
+        names = self._names(data)
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["true / guessed", *names])
         writer.writerows([name, *row] for name, row in zip(names, self.confusion.tolist(), strict=True))
         return {"confusion_matrix.csv": text.getvalue()}
+
+    def drawings(self, data: Any) -> dict[str, Any]:
+        """The confusion matrix, shaded by the share of the true class; numbers in the cells of up to 20 classes."""
+        if self.confusion is None or find_spec("matplotlib") is None:
+            return {}
+        from matplotlib.figure import Figure  # pyplot would keep every figure, and may look for a screen
+
+        counts, names = self.confusion.cpu().double(), self._names(data)
+        K = len(names)
+        inches = 2 + min(K, 20) * 0.5
+        figure = Figure(figsize=(inches, inches), layout="constrained")
+        axes = figure.subplots()
+        axes.imshow((counts / counts.sum(dim=1, keepdim=True).clamp(min=1)).numpy(), cmap="Blues", vmin=0, vmax=1)
+        if K <= 20:
+            axes.set_xticks(range(K), names, rotation=90)
+            axes.set_yticks(range(K), names)
+            for row, column in ((r, c) for r in range(K) for c in range(K)):
+                axes.text(column, row, f"{counts[row, column]:.0f}", ha="center", va="center", fontsize=7)
+        axes.set(xlabel="guessed", ylabel="true")
+        return {"confusion_matrix": figure}
+
+    def _names(self, data: Any) -> list[str]:
+        assert self.confusion is not None
+        return getattr(data, "classes", None) or [str(k) for k in range(len(self.confusion))]
 
 
 class SequenceClassification(Classification):

@@ -87,6 +87,10 @@ class Evaluated(Task):
         """File name -> text, written into the run folder at the end."""
         return {}
 
+    def drawings(self, data: Any) -> dict[str, Any]:
+        """Name -> figure of matplotlib, for the loggers at the end; empty where matplotlib is not installed."""
+        return {}
+
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         self._evaluate(batch, "val")
 

@@ -1,0 +1,97 @@
+"""What Lightning's loggers are given by a run: a place, a name, the group of its sweep, and the logged run that a resumed run continues."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from lightning.pytorch.loggers import Logger, MLFlowLogger, WandbLogger
+
+from meshformer.record import atomic_write_text
+
+Config = dict[str, Any]
+IDS = "loggers.json"  # in the run folder: name of a logger in the configuration -> id of the run in it
+SERVER = "MLFLOW_TRACKING_URI"
+SWEEP = "sweep.json"  # in the folder above that of a sweep's run
+
+
+def given_by_run(name: str, node: Mapping[str, Any], config: Config, folder: Path) -> dict[str, Any]:
+    """Arguments for the logger `name`, whose settings are `node`. A setting that is not null stays, but for the
+    place of TensorBoard's events."""
+    kind, sweep, known = str(node["_target_"]).rpartition(".")[2], _sweep_of(folder), _ids(folder).get(name)
+    title = f"{sweep}/{folder.name}" if sweep else folder.name
+    given: dict[str, Any] = {}
+    if "TensorBoard" in kind:
+        return {"save_dir": str(folder), "name": "", "version": name}
+    if kind == "CSVLogger" and node.get("save_dir") is None:
+        given = {"save_dir": str(folder), "name": "", "version": name}
+    if kind == "WandbLogger":
+        given = {"save_dir": str(folder), "name": title, "group": sweep, "id": known}
+    if kind == "MLFlowLogger":
+        given = {"run_name": title, "run_id": known, "tags": {**(node.get("tags") or {}), **({"sweep": sweep} if sweep else {})}}
+        if node.get("tracking_uri") is None and (server := os.environ.get(SERVER)):
+            given["tracking_uri"] = server  # Lightning reads it once, at import
+        elif node.get("tracking_uri") is None:
+            runs = Path(config["paths"]["runs"]).absolute()
+            runs.mkdir(parents=True, exist_ok=True)
+            given |= {"tracking_uri": f"sqlite:///{runs}/mlflow.db", "artifact_location": str(runs / "mlflow")}
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # MLflow 3 reports its use over the network
+        for library in ("mlflow", "alembic"):  # a new database is announced by forty lines
+            logging.getLogger(library).setLevel(logging.WARNING)
+    return {key: value for key, value in given.items() if value is not None and (key == "tags" or node.get(key) is None)}
+
+
+def begin(loggers: Mapping[str, Logger], config: Config, folder: Path) -> None:
+    """Opens the run in each logger, logs the configuration, and writes the ids to RUN/loggers.json. On rank 0, before the first step."""
+    known, ids = _ids(folder), {}
+    for name, logger in loggers.items():
+        if isinstance(logger, MLFlowLogger):
+            ids[name] = _open_mlflow(logger, Path(config["paths"]["runs"]).absolute())
+            if name in known:  # MLflow refuses a parameter that has changed, as trainer.max_steps may have
+                logger.experiment.update_run(ids[name], "RUNNING")
+                continue
+        elif isinstance(logger, WandbLogger):
+            ids[name] = logger.experiment.id
+        logger.log_hyperparams(config)
+    if ids:
+        atomic_write_text(folder / IDS, json.dumps({**known, **ids}, indent=1) + "\n")
+
+
+def _open_mlflow(logger: MLFlowLogger, runs: Path) -> str:
+    """Returns the id of the run, new or continued."""
+    server = os.environ.get(SERVER)
+    runs.mkdir(parents=True, exist_ok=True)
+    with FileLock(runs / ".mlflow.lock"):  # two runs at once would both create the experiment
+        opened = str(logger.run_id)
+    os.environ.pop(SERVER, None)  # MLflow has set it, and the next run of this process may have another runs folder
+    if server is not None:
+        os.environ[SERVER] = server
+    return opened
+
+
+def close(loggers: Sequence[Logger], failed: bool) -> None:
+    """Ends the wandb run: a worker process skips wandb's exit hook, and the next run in this process would be logged into the same one."""
+    wandb: Any = sys.modules.get("wandb")
+    if wandb is not None and wandb.run is not None and any(isinstance(logger, WandbLogger) for logger in loggers):
+        wandb.finish(exit_code=int(failed))
+
+
+def _sweep_of(folder: Path) -> str | None:
+    return folder.parent.name if (folder.parent / SWEEP).is_file() else None
+
+
+def _ids(folder: Path) -> dict[str, str]:
+    """The ids recorded in the run folder, which is not trusted: only plain words count."""
+    with suppress(OSError, ValueError):
+        found = json.loads((folder / IDS).read_text(encoding="utf-8"))
+        if isinstance(found, dict):
+            return {str(name): value for name, value in found.items() if isinstance(value, str) and re.fullmatch(r"[\w-]{1,64}", value)}
+    return {}
