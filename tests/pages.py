@@ -101,6 +101,16 @@ def workplace(folder: Path) -> None:
     shutil.copytree(folder / "models" / "gpt2", folder / "models" / "llama")
 
 
+def adapter(folder: Path) -> None:
+    """The adapters that the page about transformers loads, where its own commands have not written them."""
+    if (folder / "my-adapter").exists():
+        return
+    start = ["model=transformers", f"model.path={folder}/models/llama", "stage=finetune", "stage.lora.rank=2", "stage.lora.targets=[q_proj]"]
+    train(folder, folder / "adapted", *start)
+    assert main(["export", f"run={folder}/adapted", "format=adapter", f"output={folder}/my-adapter"]) == 0
+
+
 def train(folder: Path, run: Path, *overrides: str) -> None:
     own = [f"data.files=[{folder}/text.txt]", f"paths.data={folder}/cache", f"hydra.run.dir={run}", "trainer.max_steps=4"]
-    assert main(["train", *TINY, *own, *overrides]) == 0
+    tiny = [o for o in TINY if not o.startswith("model")] if "model=transformers" in overrides else TINY
+    assert main(["train", *tiny, *own, *overrides]) == 0
