@@ -106,7 +106,7 @@ def adapter(folder: Path) -> None:
     if (folder / "my-adapter").exists():
         return
     start = ["model=transformers", f"model.path={folder}/models/llama", "stage=finetune", "stage.lora.rank=2", "stage.lora.targets=[q_proj]"]
-    train(folder, folder / "adapted", *start)
+    train(folder, folder / "adapted", "callbacks.checkpoint.every_n_steps=2", *start)
     assert main(["export", f"run={folder}/adapted", "format=adapter", f"output={folder}/my-adapter"]) == 0
 
 
