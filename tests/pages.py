@@ -99,15 +99,9 @@ def workplace(folder: Path) -> None:
     assert main(["convert", f"run={run}", "to=single", f"output={folder}/step-00000500.ckpt"]) == 0
     assert main(["export", f"run={run}", "format=huggingface", f"output={folder}/models/gpt2"]) == 0
     shutil.copytree(folder / "models" / "gpt2", folder / "models" / "llama")
-
-
-def adapter(folder: Path) -> None:
-    """The adapters that the page about transformers loads, where its own commands have not written them."""
-    if (folder / "my-adapter").exists():
-        return
     start = ["model=transformers", f"model.path={folder}/models/llama", "stage=finetune", "stage.lora.rank=2", "stage.lora.targets=[q_proj]"]
     train(folder, folder / "adapted", "callbacks.checkpoint.every_n_steps=2", *start)
-    assert main(["export", f"run={folder}/adapted", "format=adapter", f"output={folder}/my-adapter"]) == 0
+    assert main(["export", f"run={folder}/adapted", "format=adapter", f"output={folder}/adapters"]) == 0
 
 
 def train(folder: Path, run: Path, *overrides: str) -> None:
