@@ -111,7 +111,7 @@ def two(work: Path) -> Two:
     (work / "hold").write_text("2")
     grid = start(work, *settings(work, *HELD, LAYOUTS, "seed=0,1"))
     failing = start(work, *settings(work, *BROKEN, "model.n_heads=4,3", "seed=1,2"))
-    top = work / "runs" / "shakespeare_char"
+    top = work / "runs" / "text"
     wait_for(grid, lambda: top.is_dir() and sum(len(record_of(folder)["points"]) > 0 for folder in top.iterdir()) == 2)
     folders = {len(record_of(folder)["points"]): folder for folder in top.iterdir()}
     wait_for(grid, lambda: saved(folders[8], 2))
