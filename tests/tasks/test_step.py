@@ -17,7 +17,9 @@ from meshformer.config.errors import ConfigError
 from meshformer.data import TextData
 from meshformer.job.build import build_callbacks, build_data, build_task, build_trainer
 from meshformer.record.metrics_csv import read_metrics
+from meshformer.tasks import Task
 from meshformer.tasks.base import NOT_CALLED
+from meshformer.tasks.check import CALLS
 
 STEPS = 6
 STEP_HOOKS = (
@@ -180,3 +182,7 @@ def test_validation_comes_when_it_is_due(tmp_path: Path, accumulation: int, inte
     more = (f"trainer.accumulate_grad_batches={accumulation}", f"trainer.val_check_interval={interval}")
     fitted(tmp_path, Watching, validated, more=more)
     assert at == [step for step in range(1, STEPS + 1) if step % interval == 0]
+
+
+def test_the_methods_that_decide_how_a_model_is_called_are_those_of_a_task() -> None:
+    assert all(hasattr(Task, name) for name in CALLS)

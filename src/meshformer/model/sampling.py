@@ -44,7 +44,7 @@ def generate(
     seed: int = 0,
     use_cache: bool = True,
 ) -> Tensor:
-    """Continues text with `model`, a Transformer or another model that `keeps_what_it_read`.
+    """Continues text with `model`, a Transformer or another that `supports_kv_cache` accepts.
 
     Returns the prompt followed by `max_tokens` sampled tokens, (B, T + max_tokens). `temperature=0` is greedy decoding. Dropout is disabled.
 

@@ -17,7 +17,7 @@ Config = dict[str, Any]
 HOME = "meshformer.tasks."
 KINDS = {"corpus": "running text", "texts": "single texts", "images": "images"}
 EXAMPLES = {"corpus": "data=shakespeare", "texts": "data=sentiment", "images": "data=digits"}
-CALLS = ("inputs", "given", "arguments", "losses", "forward", "training_step")  # methods of a task that decide how the model is called
+CALLS = ("inputs", "phase_inputs", "arguments", "losses", "forward", "training_step")  # methods of a task that decide how the model is called
 COLUMNS = {"label_column": "labels", "pair_column": "pairs"}
 
 
