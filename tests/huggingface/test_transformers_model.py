@@ -16,9 +16,11 @@ from safetensors.torch import load_file, save_file
 
 import jobs
 from harness import run_ranks
-from jobs import run_tiny, text_file
+from jobs import labelled_file, run_tiny, text_file
 from meshformer.checkpoint.find import latest_checkpoint
+from meshformer.checkpoint.read import read_tensors
 from meshformer.checkpoint.weights import load_adapters, load_weights
+from meshformer.cli import main
 from meshformer.command.compose import compose
 from meshformer.config import ConfigError
 from meshformer.huggingface.transformers_config import TARGET, model_types
@@ -172,6 +174,64 @@ def test_a_run_from_a_folder_continues_in_another_layout_as_if_it_had_not_stoppe
     assert [row["step"] for row in continued] == [5, 6]
     for a, b in zip(continued, rows[-2:], strict=True):
         assert abs(a["train/loss"] - b["train/loss"]) < 5e-6
+
+
+def test_freezing_rates_by_layer_and_averages_know_its_names(folder: Path) -> None:
+    frozen = 'stage.freeze=["net.model.embed_tokens.*"]'
+    tuned = ["stage=finetune", "stage.lr_scale=1", "stage.layer_decay=0.5", frozen, "callbacks.ema.decay=0.5", "trainer.max_steps=4"]
+    run_ranks(1, tune, folder, "llama", "frozen", *tuned)
+    weights = read_tensors(latest_checkpoint(folder / "frozen"), "")
+    stored = load_file(folder / "llama" / "model.safetensors")
+    assert torch.equal(weights["model.net.model.embed_tokens.weight"], stored["model.embed_tokens.weight"])
+    assert (weights["average.net.model.norm.weight"] - weights["model.net.model.norm.weight"]).abs().max() > 0
+    names = [f"model.layers.{i}.mlp.up_proj.weight" for i in range(4)]
+    moved = [float((weights[f"model.net.{name}"] - stored[name]).norm()) for name in names]
+    assert moved == sorted(moved) and moved[3] > 3 * moved[0]
+
+
+def test_a_run_is_fine_tuned_for_another_task_evaluated_and_continued_as_text(folder: Path, capfd: Any) -> None:
+    data = [f"data.file={labelled_file(folder)}", "data=csv", "task=sequence_classification", "data.label_column=label", "data.context_length=16"]
+    start = folder / "stopped"
+    if not start.exists():
+        run_ranks(2, tune, folder, "llama", "stopped", "trainer.max_steps=4", "strategy=fsdp", "trainer.devices=2")
+    config = compose(["stage=finetune", f"stage.init_from={start}", *data])
+    assert (config["model"]["auto_class"], config["model"]["outputs"]) == ("AutoModelForSequenceClassification", None)
+    own = [f"paths.runs={folder}/runs", f"paths.data={folder}/cache", f"hydra.run.dir={folder}/judging", "trainer.max_steps=2", "logger=csv"]
+    common = ["trainer.precision=32-true", "trainer.progress=false", "data.batch_size=8", "optimizer=sgd", "callbacks.checkpoint.every_n_steps=2"]
+    assert main(["train", "stage=finetune", f"stage.init_from={start}", *data, *own, *common]) == 0
+    weights, before = (read_tensors(latest_checkpoint(place), "model.") for place in (folder / "judging", start))
+    assert "model.net.score.weight" in weights and "model.net.lm_head.weight" not in weights
+    assert (weights["model.net.model.embed_tokens.weight"] - before["model.net.model.embed_tokens.weight"]).abs().max() < 1e-2
+    capfd.readouterr()
+    assert main(["evaluate", f"run={folder}/judging", f"paths.data={folder}/cache"]) == 0
+    assert "val/accuracy" in capfd.readouterr().out
+    assert main(["generate", f"run={start}", "prompt=abc", "max_tokens=4", "temperature=0"]) == 0
+    assert capfd.readouterr().out.startswith("abc")
+    assert "has a model of ours" in refusal_of_own_run(folder)
+
+
+def refusal_of_own_run(folder: Path) -> str:
+    run_ranks(1, run_tiny, folder, "ours", "trainer.max_steps=2")
+    with pytest.raises(ConfigError) as caught:
+        compose(["model=transformers", "stage=finetune", f"stage.init_from={folder / 'ours'}", "data.context_length=16"])
+    return str(caught.value)
+
+
+def test_parameters_outside_of_modules_are_drawn_without_the_modules_below(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Rooted(transformers.LlamaForCausalLM):
+        def __init__(self, config: Any):
+            super().__init__(config)
+            self.gate = torch.nn.Parameter(torch.empty(3))
+
+        def _init_weights(self, module: Any) -> None:
+            super()._init_weights(module)
+            if module is self or type(module) is Rooted:
+                torch.nn.init.normal_(module.gate)
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_config", lambda settings, **how: Rooted(settings))
+    one, other = build("llama", seed=1), build("llama", seed=2)
+    assert one.net.gate.shape == (3,) and not torch.equal(one.net.gate, other.net.gate)
+    assert torch.equal(one.net.gate, build("llama", seed=1).net.gate)
 
 
 ADAPTED = {"llama": "[q_proj,v_proj,down_proj]", "bert": "[query,value]"}

@@ -60,7 +60,9 @@ def load_weights(
     names, readable = match_names(model, saved, averages, aliases or {}, new, reinit or ())
     own: dict[str, Any] = model.state_dict(keep_vars=True)
     accepted = (set(whole) or readable.keys()) if partial else set(names.values())
-    refuse_mismatch(checkpoint, own, names, readable, readable.keys() - accepted, reinit)
+    may_drop = getattr(model, "may_drop", lambda name: False)
+    left_over = [name for name in readable.keys() - accepted if not (new and may_drop(name))]
+    refuse_mismatch(checkpoint, own, names, readable, left_over, reinit)
     read_matched(checkpoint, own, names, averages, foreign)
 
 

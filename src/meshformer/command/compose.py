@@ -210,9 +210,8 @@ def adopt(config: Config, source: Config, overrides: Sequence[str]) -> Config:
     named = {name.replace("/", ".").split(".")[1] for name in typed if name.replace("/", ".").startswith("model.")}
     config = {**config, "model": dict(config["model"]), "data": dict(config["data"])}
     if is_transformers(source["model"]):
-        mine = config["model"] if is_transformers(config["model"]) else {"context_length": config["model"].get("context_length")}
-        config["model"] = {**source["model"], **{key: mine[key] for key in ("context_length",) if mine.get(key)}}
-        config["model"] |= {"auto_class": mine.get("auto_class", "auto"), "outputs": None}
+        mine = {key: config["model"][key] for key in named & config["model"].keys()}
+        config["model"] = {**source["model"], "auto_class": "auto", "outputs": None, "context_length": config["data"]["context_length"], **mine}
         config = inline(config, attribute(config["task"]["_target_"], "objective", "next"))
     elif "model" not in typed:
         theirs, own_head = source["model"], HEAD if has_own_head(config) else ()

@@ -61,6 +61,8 @@ def inline(config: Config, objective: str) -> Config:
     path, file = model.get("path"), model.get("config")
     if path is None and file is None and stage.get("init_from") is not None and is_folder(Path(stage["init_from"])):
         path = model["path"] = stage["init_from"]
+    if path is None and file is None and stage.get("init_from") is not None:
+        return config  # a run, whose model command/compose.py adopts
     if (path is None) == (file is None):
         raise ConfigError("needs one of path and config", "model", "transformers", fix=f"Add {EXAMPLE}.")
     key = "model.path" if path is not None else "model.config"
@@ -109,6 +111,9 @@ def check(config: Config) -> None:
     model, strategy = config["model"], config["strategy"]
     if not is_transformers(model):
         return
+    if not isinstance(model.get("config"), dict):
+        message = "the run to start from has a model of ours"
+        raise ConfigError(message, "model", "transformers", fix="Leave it out, or export the run: format=huggingface.")
     settings, kind = model["config"], model["config"]["model_type"]
     if config["data"]["kind"] == "images":
         raise ConfigError("reads tokens, and the data is images", "model", "transformers", fix="Use model=vit_tiny.")

@@ -76,13 +76,12 @@ class TransformersModel(nn.Module):
             self.net: Any = getattr(transformers, auto_class).from_config(given, dtype=torch.float32)
         if auto_class == AUTO["pairs"][0] and isinstance(getattr(self.net, "pooler", None), nn.Module):
             self.net.pooler = None  # its output is not used, and DDP waits for the gradient of every parameter
-        self.context_length, self.vocab_size = context_length, given.get_text_config().vocab_size
         text = given.get_text_config()
+        self.context_length, self.vocab_size = context_length, text.vocab_size
         self.n_heads = getattr(text, "num_attention_heads", 1)
         self.n_kv_heads = getattr(text, "num_key_value_heads", None) or self.n_heads
         self.d_model = getattr(text, "hidden_size", 0)
-        parameters = inspect.signature(self.net.forward).parameters
-        self._takes, self._cache = set(parameters), "cache" if "cache" in parameters else "past_key_values"
+        self._cache = "cache" if "cache" in inspect.signature(self.net.forward).parameters else "past_key_values"
         self._classifies = auto_class in (AUTO["label"][0], AUTO["tags"][0])
         prefix = self.net.base_model_prefix
         self._base = prefix if hasattr(self.net, prefix) else ""
@@ -110,14 +109,13 @@ class TransformersModel(nn.Module):
         `documents_BT`: negative for padding. With `positions_BT`, the texts of a packed sample are kept apart by positions that start at 0 again.
         `cache`: see `make_cache`.
         """
-        given: dict[str, Any] = {"input_ids": tokens_BT, "use_cache": cache is not None}
+        given: dict[str, Any] = {"input_ids": tokens_BT}
         if cache is not None:
-            given[self._cache] = cache
+            given |= {self._cache: cache, "use_cache": True}
         if positions_BT is not None:
             given["position_ids"] = positions_BT
         elif documents_BT is not None:
             given["attention_mask"] = (documents_BT >= 0).long()
-        given = {name: x for name, x in given.items() if name in self._takes or name != "use_cache"}
         if not self._pools:
             output = self.net(**given)
             return output.logits if "logits" in output else output.last_hidden_state
@@ -167,7 +165,7 @@ class TransformersModel(nn.Module):
                 name = next((name for name in self._candidates(stored) if name in own), None)
                 if name is not None:
                     found[name] = opened.get_tensor(stored)
-                elif not self._may_drop(stored):
+                elif not self.may_drop(stored):
                     extra[stored] = opened.get_tensor(stored)
         missing = [name for name, _ in self.net.named_parameters() if name not in found and not self._of_head(name)]
         if extra or missing:
@@ -181,8 +179,9 @@ class TransformersModel(nn.Module):
         prefix = self.net.base_model_prefix
         return stored, f"{prefix}.{stored}", stored.removeprefix(f"{prefix}.")
 
-    def _may_drop(self, stored: str) -> bool:
-        """Whether a tensor that this model lacks is a buffer, a pooler or the head of another task."""
+    def may_drop(self, stored: str) -> bool:
+        """Whether a tensor that this model lacks is a buffer, a pooler or the head of another task, of a folder or of a run."""
+        stored = stored.removeprefix(NET)
         buffers = {name for name, _ in self.net.named_buffers()}
         if "pooler" in stored.split(".") or buffers & set(self._candidates(stored)) or stored.endswith(BUFFERS):
             return True
@@ -220,7 +219,7 @@ def stored_form(model: Mapping[str, Any], weights: Mapping[str, Tensor]) -> tupl
 
 
 class OwnRule:
-    """The initial values of a transformers model, by its own rule, one block or other module at a time."""
+    """The initial values of a transformers model, by its own rule: those of a block, or of another module's own parameters, at a time."""
 
     def __init__(self, auto_class: str, settings: Any):
         with torch.device("cpu"), parameters_on_meta():
@@ -235,19 +234,21 @@ class OwnRule:
         return self.held[1][name]
 
     def _unit(self, name: str) -> str:
+        return self._block(name) or name.rpartition(".")[0]
+
+    def _block(self, name: str) -> str | None:
         inside = f"{self.blocks}."
-        if self.blocks and name.startswith(inside):
-            return inside + name.removeprefix(inside).partition(".")[0]
-        return name.rpartition(".")[0]
+        return inside + name.removeprefix(inside).partition(".")[0] if self.blocks and name.startswith(inside) else None
 
     def _drawn(self, unit: str, seed: int) -> dict[str, Tensor]:
         part = copy.deepcopy(self.net.get_submodule(unit))
-        part.to_empty(device="cpu")
+        part.to_empty(device="cpu", recurse=self._block(unit) is not None)  # what stays on the meta device takes no memory and is not drawn
         digest = hashlib.sha256(f"{seed}/{unit}".encode()).digest()
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
             draw_parameters(self.net, part)
-        return {f"{unit}.{name}": parameter.detach() for name, parameter in part.named_parameters()}
+        prefix = f"{unit}." if unit else ""
+        return {prefix + name: parameter.detach() for name, parameter in part.named_parameters() if not parameter.is_meta}
 
 
 def plan_for(net: Any) -> Plan:
