@@ -24,7 +24,8 @@ from meshformer.cli import main
 from meshformer.command.compose import compose
 from meshformer.config import ConfigError
 from meshformer.huggingface.transformers_config import TARGET, model_types
-from meshformer.huggingface.transformers_model import TransformersModel, plan_for
+from meshformer.huggingface.transformers_model import TransformersModel
+from meshformer.huggingface.transformers_plan import plan_for
 from meshformer.job.build import build_model
 from meshformer.job.export import export
 from meshformer.model import generate

@@ -6,6 +6,9 @@
     check.py                            which layout a model of ours can be written in
     pinned.py                           the two pretrained models that are published as Python packages
     tensors.py                          the tensors of a folder, read and written
+    transformers_config.py              model=transformers: its settings and checks, from config.json and the source of transformers
+    transformers_plan.py                the Plan of such a model, from what transformers declares
+    transformers_model.py               the model itself under our tasks and layouts: initial weights, folders read and written
     load.py                             load_pretrained: a model from any of these sources, or from a run
 
 Only tensors.py and load.py import torch, so that a command can refuse a source before any process starts.

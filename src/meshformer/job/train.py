@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -29,10 +28,11 @@ from meshformer.checkpoint.weights import PREFIX, load_weights, misfits_of
 from meshformer.config.errors import ConfigError, Stopped
 from meshformer.config.foreign import read_config
 from meshformer.config.signature import signature
-from meshformer.data import SampledData, TextData, load_tokenizer
+from meshformer.data import SampledData, load_tokenizer
 from meshformer.huggingface.source import tokenizer_of
 from meshformer.job import loggers
 from meshformer.job.build import build_callbacks, build_data, build_loggers, build_task, build_trainer
+from meshformer.job.summary import summary
 from meshformer.model import Transformer, training_flops_per_token
 from meshformer.model.layout import blocks_of
 from meshformer.model.lora import ADAPTERS
@@ -44,7 +44,7 @@ from meshformer.parallel.memory_options import apply_memory_options
 from meshformer.parallel.products import in_float8
 from meshformer.parallel.strategy import MeshStrategy, fill
 from meshformer.printing import argument, say
-from meshformer.record.run_folder import PENDING, atomic_write_text, find_run
+from meshformer.record.run_folder import PENDING, atomic_write_text
 from meshformer.record.run_json import RunRecord
 from meshformer.tasks import Evaluated
 from meshformer.tasks.check import has_own_head
@@ -52,7 +52,6 @@ from meshformer.tasks.check import has_own_head
 Config = dict[str, Any]
 # mallopt's M_MMAP_THRESHOLD (its maximum), M_TRIM_THRESHOLD and M_TOP_PAD, in bytes.
 MALLOC_OPTIONS = {-3: 32 * 2**20, -1: 2**31 - 1, -2: 64 * 2**20}
-PROMPT = re.compile(r"\w{2,12}(?: \w{2,12})?")
 TEXT_TOKENS = 400  # length of the sample text at the end of a run
 
 
@@ -360,41 +359,6 @@ def total_steps(config: Config, steps_per_epoch: int) -> int:
     trainer = config["trainer"]
     limits = [trainer["max_steps"], trainer["max_epochs"] and trainer["max_epochs"] * steps_per_epoch]
     return min(limit for limit in limits if limit is not None)
-
-
-def summary(task: Any, text: str | None, folder: Path, final: dict[str, float], config: Config, data: Any) -> str:
-    """The text printed at the end of a run: the result, a sample `text` if there is one, and commands to use the run, which run as printed."""
-    headline = task.headline(final) if isinstance(task, Evaluated) else f"validation loss {final.get('val/loss', float('nan')):.4f}"
-    lines = ["", headline, ""]
-    if text is not None:
-        lines += [text.strip(), ""]
-    lines.append(f"run folder  {folder}")
-    if not checkpoints(folder):  # callbacks.checkpoint is off, so nothing can be loaded
-        return "\n".join(lines)
-    run = _short(folder, config["paths"]["runs"])
-    limit = "max_epochs" if config["trainer"]["max_epochs"] is not None else "max_steps"
-    lines += [
-        f"  continue  meshformer train {argument('resume', run)} trainer.{limit}={2 * config['trainer'][limit]}",
-        f"  evaluate  meshformer evaluate {argument('run', run)}",
-    ]
-    if text is not None:
-        lines.append(f"  generate  meshformer generate {argument('run', run)} {argument('prompt', prompt_from(data, text))}")
-    return "\n".join(lines)
-
-
-def _short(folder: Path, runs: str) -> str:
-    """`last` where the commands of this folder find the run by it; else its path."""
-    if Path(runs) != Path("runs") or Path("runs").absolute() not in folder.parents:
-        return str(folder)
-    return "last" if find_run("last", runs).absolute() == folder.absolute() else str(folder)
-
-
-def prompt_from(data: Any, text: str) -> str:
-    """A few characters of the validation text, or of the sample `text` where the data is no running text: a prompt that the tokenizer knows."""
-    if isinstance(data, TextData):
-        text = data.tokenizer.decode(data.prepared.tokens("val")[:200].tolist())
-    found = PROMPT.search(text)
-    return found[0] if found else text.strip()[:1] or "a"
 
 
 def quiet_libraries() -> None:
