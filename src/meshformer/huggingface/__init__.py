@@ -11,7 +11,8 @@
     transformers_model.py               the model itself under our tasks and layouts: initial weights, folders read and written
     load.py                             load_pretrained: a model from any of these sources, or from a run
 
-Only tensors.py and load.py import torch, so that a command can refuse a source before any process starts.
+Only tensors.py, transformers_plan.py, transformers_model.py and load.py import torch, so that a command can refuse a source before any process
+starts.
 """
 
 from importlib import import_module
