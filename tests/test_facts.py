@@ -32,7 +32,7 @@ COMPONENTS = ("model/", "tasks/", "callbacks/", "data/", "optim/", "parallel/") 
 # Files that may name classes of ours in strings, and why.
 NAMES_CLASSES = {
     "huggingface/bert.py": ({"embeddings.LayerNorm"}, "the name of a tensor in BERT"),
-    "huggingface/parts.py": ({"meshformer.model.Transformer", "meshformer.model.VisionTransformer", "Learned", "Rotary"},
+    "huggingface/parts.py": ({"meshformer.model.Transformer", "meshformer.model.VisionTransformer", "meshformer.model.SpeechTransformer", "Learned", "Rotary"},
         "foreign weights become a node as in conf/model/, whose `_target_` is such a name"),
     "config/foreign.py": ({"meshformer.callbacks.Pruning"}, "the `_target_` that a search writes"),
     "config/schema.py": ({"meshformer.model.layout.Plan"}, "the settings of `model.plan` are read from that class, without torch"),
@@ -85,6 +85,7 @@ def nodes(node: Any, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
 # What the recipes choose in conf/ where the code's default is another, by the file: for a network, a run and an experience of this size.
 CHOSEN = {
     "model/custom.yaml": {"model.zero_init"}, "model/vit_tiny.yaml": {"model.zero_init", "model.pooling"},
+    "model/speech_nano.yaml": {"model.zero_init"},
     "optimizer/adamw.yaml": {"optimizer.lr", "optimizer.betas"}, "optimizer/muon.yaml": {"optimizer.lr", "optimizer.adamw_lr"},
     "schedule/cosine.yaml": {"schedule.warmup_steps", "schedule.min_ratio"}, "schedule/linear.yaml": {"schedule.warmup_steps"},
     "schedule/wsd.yaml": {"schedule.warmup_steps", "schedule.decay_fraction"},
@@ -168,7 +169,8 @@ def test_what_a_new_head_draws_anew_is_the_end_of_the_models_plan():
     drawn = {name for name, _ in model.named_parameters() if any(fnmatchcase(name, one) for one in HEAD_PARAMETERS)}
     assert drawn == {name for name, _ in model.named_parameters() if name.startswith(tuple(f"{part}." for part in Transformer.plan.head))}
     assert {name.partition(".")[0] for name, _ in model.named_parameters()} <= set(PARTS)
-    assert set(SHAPES) - {"_target_"} <= set(signature("meshformer.model.Transformer").parameters)
+    known = {name for kind in ("Transformer", "SpeechTransformer") for name in signature(f"meshformer.model.{kind}").parameters}
+    assert set(SHAPES) - {"_target_"} <= known
 
 
 # --- a room's exports

@@ -177,11 +177,13 @@ MAY_ASK = {
     "callbacks/preemption.py": {"_agreed": "numbers of the host, over the group of host processes"},
     "callbacks/samples.py": {"continuation": "samples, at a validation"},
     "callbacks/throughput.py": {"_wait": "the measurement of the device's rate, once at the start"},
+    "model/ctc.py": {"greedy": "text, at a validation", "beam_search": "the same", "align": "a figure"},
     "optim/gather_compute_scatter.py": {"mesh_ranks": "numbers of ranks, once"},
     "parallel/pipeline.py": {"_check_same_batch": "that ranks see one batch, at the first"},
     "parallel/stages.py": {"check_between": "whether the model may be cut there, at the first batch"},
     "parallel/strategy.py": {"whole_weights": "samples and exports", "reduce_boolean_decision": "Lightning asks at the end of a validation"},
     "tasks/classification.py": {"results": "the end of a run", "drawings": "the same"},
+    "tasks/speech_recognition.py": {"_transcribe": "text, at a validation", "text_of": "the same", "sample_text": "after it"},
     "training/guard.py": {"summarise": "a row or a checkpoint", "_read_pending": "the same, or 1,024 notes", "_on_host": "of _read_pending"},
 }
 

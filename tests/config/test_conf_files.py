@@ -27,6 +27,8 @@ NEEDED = {
     "logger=wandb": ["logger.wandb.offline=true"],
     "data=csv": ["data.file={text}"],
     "data=hub_texts": ["data.source.path=somebody/texts"],
+    "data=audio_csv": ["data.file={text}"],
+    "experiment=speech_from_whisper": ["stage.init_from={run}"],
     "task=token_classification": ["data.label_column=tags"],
     "task=sentence_embedding": ["data.pair_column=other"],
 }
@@ -41,6 +43,8 @@ TASKS = [
     ["task=sentence_embedding", "data=csv"],
     ["task=image_classification", "data=digits", "model=vit_tiny"],
     ["task=image_classification", "data=mnist_5k", "model=vit_tiny"],
+    ["task=speech_recognition", "data=prompts", "model=speech_nano"],
+    ["task=speech_recognition", "data=audio_csv", "model=speech_small"],
     ["model=transformers"],  # it has no attention or position of ours to choose
 ]
 

@@ -1,4 +1,4 @@
-"""Writes sample texts of the model after validation."""
+"""Writes sample texts of the model after validation: continuations of a prompt, or what the task shows of itself."""
 
 from __future__ import annotations
 
@@ -25,18 +25,21 @@ class Samples(Callback):
         self._validations = 0
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        if trainer.sanity_checking or trainer.state.fn != "fit" or not pl_module.writes_text:
+        if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         self._validations += 1
         if self._validations % self.every_n_validations:
             return
-        text = continuation(
-            pl_module, trainer.datamodule.tokenizer, self.prompt, self.max_tokens, temperature=self.temperature, top_p=self.top_p
-        )
-        if text is not None and self.folder is not None:
+        if pl_module.writes_text:
+            text = continuation(
+                pl_module, trainer.datamodule.tokenizer, self.prompt, self.max_tokens, temperature=self.temperature, top_p=self.top_p
+            )
+        else:
+            text = pl_module.sample_text() if hasattr(pl_module, "sample_text") else None
+        if text is not None and self.folder is not None and trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / f"step-{trainer.global_step:08d}.txt").write_text(text, encoding="utf-8")
-            log_text(trainer.loggers, "samples/continuation", text, trainer.global_step)
+            log_text(trainer.loggers, "samples/continuation" if pl_module.writes_text else "samples/transcripts", text, trainer.global_step)
 
 
 def continuation(task: Any, tokenizer: Any, prompt: str, max_tokens: int, **options: Any) -> str | None:

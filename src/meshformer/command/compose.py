@@ -37,7 +37,7 @@ from meshformer.config.signature import TargetNotFound, attribute, signature
 from meshformer.huggingface import pinned
 from meshformer.huggingface.source import derive, tokenizer_of
 from meshformer.huggingface.transformers_config import from_the_folder, inline, is_transformers
-from meshformer.model.settings import FREE, HEAD, SHAPES
+from meshformer.model.settings import FEATURES, FREE, HEAD, SHAPES
 from meshformer.record import RunNotFound, find_run
 from meshformer.tasks.check import has_own_head
 
@@ -53,7 +53,10 @@ RESUMABLE = (
     "trainer.detect_anomaly", "trainer.profiler", "callbacks", "logger", "paths", "launch", "data.source.cache",
     "data.workers", "data.eval_batch_size", "allow",
 )  # fmt: skip
-EVALUABLE = ("trainer.threads", "trainer.precision", "trainer.accelerator", "trainer.limit_val_batches", "data", "paths", "allow")
+EVALUABLE = (
+    "trainer.threads", "trainer.precision", "trainer.accelerator", "trainer.limit_val_batches", "data", "task.decoding", "task.beam_width",
+    "paths", "allow",
+)  # fmt: skip
 OF_TASKS = ("causal", "head", "tie_embeddings")  # settings of the model in conf/task/
 PER_MACHINE = (
     "strategy",
@@ -228,7 +231,7 @@ def adopt(config: Config, source: Config, overrides: Sequence[str]) -> Config:
             config["model"][key] = copy.deepcopy(theirs[key])
         if "model.context_length" not in typed and source["model"].get("context_length", 0) >= config["data"]["context_length"]:
             config["model"]["context_length"] = source["model"]["context_length"]  # a learned position table has that many rows
-    for key in ("tokenizer", "vocab_size"):
+    for key in ("tokenizer", "vocab_size", *(FEATURES if config["data"]["kind"] == source["data"].get("kind") == "speech" else ())):
         if f"data.{key}" not in typed:
             config["data"][key] = source["data"][key]
     return config
@@ -254,7 +257,16 @@ def adopt_foreign(config: Config, source: Path, overrides: Sequence[str]) -> Con
             has = theirs[key]["_target_"].rpartition(".")[2] if key == "position" else theirs[key]
             message = f"the weights in {source} have {has}"
             raise ConfigError(message, f"model.{key}", None if key == "position" else model[key], fix="Leave it out.")
+    if config["data"]["kind"] == "speech":
+        return {**config, "model": model, "data": _features(config["data"], model, names)}
     return adopt_tokenizer({**config, "model": model}, source, overrides)
+
+
+def _features(data: Config, model: Config, typed: Sequence[str]) -> Config:
+    """The data settings with the features that a pretrained encoder of speech reads, Whisper's; a setting that was typed stays, to be checked."""
+    theirs = {"sample_rate": 16000, "mels": model.get("mels"), "scaling": "whisper", "frames_per_token": model.get("subsampling")}
+    theirs["context_length"] = model.get("context_length")
+    return {**data, **{key: value for key, value in theirs.items() if value is not None and f"data.{key}" not in typed}}
 
 
 def adopt_tokenizer(config: Config, source: Path, overrides: Sequence[str]) -> Config:

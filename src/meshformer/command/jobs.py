@@ -25,7 +25,7 @@ from meshformer.command.recipe import FirstRun, pretraining
 from meshformer.command.recorded import read_overrides, write_overrides
 from meshformer.command.slurm import MARK, earlier_start, job_mark
 from meshformer.compat.hydra import Callbacks, get_args_parser
-from meshformer.config import ConfigError, Convert, Evaluate, Export, Generate, Root, validate
+from meshformer.config import ConfigError, Convert, Evaluate, Export, Generate, Root, did_you_mean, validate
 from meshformer.config.foreign import confine, read_config
 from meshformer.config.paths import default_cache, run_of
 from meshformer.config.resolve import external_launcher
@@ -226,6 +226,7 @@ def _use_run(command: str, hydra: Hydra, config_name: str, overrides: list[str],
     text: dict[str, str] = {}
     if command == "evaluate":
         changes = [o for o in overrides if o.lstrip("+~").partition("=")[0].partition(".")[0] in ("trainer", "data", "strategy")]
+        changes += [o for o in overrides if o.startswith("task.")]
         overrides = [o for o in overrides if o not in changes]
         _refuse_recorded(command, overrides)
     else:  # a prompt is free text: Hydra must not parse its commas, brackets and quotes
@@ -254,7 +255,11 @@ def _use_run(command: str, hydra: Hydra, config_name: str, overrides: list[str],
     }
     config["trainer"]["limit_val_batches"] = compose.value_of(changes, "trainer.limit_val_batches")
     if command == "generate":  # it needs only the run folder: the training texts may have been deleted
-        if not writes_text(config):
+        if config["data"].get("kind") == "speech":
+            _check_audio(options)
+        elif options["audio"] is not None:
+            raise ConfigError("its model reads text, not sound", "audio", options["audio"], fix="Use prompt=….")
+        elif not writes_text(config):
             task = str(config["task"].get("_target_", "")).rpartition(".")[2]
             raise ConfigError(f"its model cannot generate text (its task is {task})", "run", options["run"], fix="Use `meshformer evaluate`.")
         config["data"] = {**config["data"], "files": None, "file": None, "validation_file": None}
@@ -266,6 +271,18 @@ def _use_run(command: str, hydra: Hydra, config_name: str, overrides: list[str],
         from meshformer.job.generate import generate as use
     use({**config, "resume": None}, options)
     return 0
+
+
+def _check_audio(options: dict[str, Any]) -> None:
+    """ConfigError unless `audio` names recordings that exist."""
+    given = options["audio"]
+    if given is None:
+        raise ConfigError("its model turns recordings into text: name one", "audio", fix="Add audio=FILE to the command.")
+    for name in [given] if isinstance(given, str) else given:
+        path = Path(name).expanduser()
+        if not path.is_file():
+            nearby = sorted(p.name for p in path.parent.iterdir() if p.is_file()) if path.parent.is_dir() else []
+            raise ConfigError("is a folder" if path.is_dir() else "there is no such file", "audio", name, fix=did_you_mean(path.name, nearby))
 
 
 def _refuse_recorded(command: str, overrides: list[str]) -> None:

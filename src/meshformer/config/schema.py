@@ -76,7 +76,7 @@ class Data:
     vocab_size: PositiveInt = 1024
     workers: Count = 0
     files: str | list[str] | None = None
-    kind: Literal["corpus", "texts", "images"] = "corpus"
+    kind: Literal["corpus", "texts", "images", "speech"] = "corpus"
     file: str | None = None
     validation_file: str | None = None
     text_column: str = "text"
@@ -89,6 +89,17 @@ class Data:
     shift: NonNegativeFloat = 0.0
     rotate: NonNegativeFloat = 0.0
     zoom: NonNegativeFloat = 0.0
+    language: str = "en"
+    folder: str | None = None
+    audio_column: str = "file"
+    sample_rate: PositiveInt = 16000
+    mels: PositiveInt | None = None
+    scaling: Literal["clip", "whisper"] = "clip"
+    frames_per_token: Literal[2, 4] | None = None
+    speeds: list[PositiveFloat] = field(default_factory=lambda: [1.0])
+    mask_mels: Count = 0
+    mask_frames: Count = 0
+    skip_bad: bool = False
 
 
 @dataclass
@@ -193,6 +204,7 @@ class Generate:
     run: str
     paths: RunsPath
     prompt: str = "\n"
+    audio: str | list[str] | None = None
     max_tokens: PositiveInt = 500
     temperature: NonNegativeFloat = 1.0
     top_k: PositiveInt | None = None
@@ -249,6 +261,12 @@ def layouts() -> list[str]:
     return sorted(file.stem for file in (conf_dir() / "strategy").glob("*.yaml"))
 
 
+# Sizes of models that conf/model/ takes from the data: an example of data that has them.
+FROM_DATA = {
+    "model.image_size": "task=image_classification data=digits",
+    "model.mels": "task=speech_recognition data=prompts",
+    "model.subsampling": "task=speech_recognition data=prompts",
+}
 SECTIONS: dict[str, type] = {c.__name__: c for c in (Paths, Trainer, Data, Lora, Stage, Strategy, Launch, RunsPath, Sweep)}
 
 
@@ -375,6 +393,8 @@ def _typed(value: Any, annotation: Any, key: str) -> None:
         return  # taken from the tokenizer, which exists only after the text is read
     if types.fits(value, annotation):
         return
+    if value is None and key in FROM_DATA:
+        raise ConfigError("is taken from the data, which has none", key, fix=f"Use {FROM_DATA[key]}, or another model.")
     if key == "strategy.schedule" and V_SHAPED.search(str(value)):
         raise ConfigError("V-shaped schedules cannot evaluate in torch 2.13", key, value, fix="Use interleaved_zero_bubble.")
     if isinstance(value, int) and abs(value) >= types.LARGEST:

@@ -26,6 +26,10 @@ _HOME = {
     "Digits": "images",
     "Mnist5k": "images",
     "ImageData": "images",
+    "Prompts": "recordings",
+    "AudioTable": "recordings",
+    "Features": "audio",
+    "SpeechData": "speech",
 }
 
 

@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -153,6 +153,14 @@ class SequenceData(SampledData):
         return self.reader(arrays, self.context_length, self.tokenizer, self.packing, seed)
 
 
+class Rows(Protocol):
+    """The samples of one split, as ``EvalRows`` reads them: a negative sample is an empty row."""
+
+    lengths: Ints
+
+    def read(self, samples: Ints, width: int, numbers: Ints) -> Batch: ...
+
+
 class ByLength:
     """A new random order in each epoch, in which the texts of a batch are of similar length, so that little of it is padding.
 
@@ -168,10 +176,8 @@ class ByLength:
         generator = np.random.default_rng([self.seed, epoch])
         steps = self.n_samples // self.batch_size
         chosen = generator.permutation(self.n_samples)[: steps * self.batch_size]
-        pool = np.arange(len(chosen)) // (self.batch_size * _POOL)
-        batches = chosen[np.lexsort((self.lengths[chosen], pool))].reshape(steps, self.batch_size)
-        batches = batches[np.lexsort((generator.random(steps), np.arange(steps) // _POOL))]
-        widths = _rounded(self.lengths[batches].max(axis=1, initial=1), self.pad_to, self.longest)
+        batches = chosen[in_batches_of_like_length(self.lengths[chosen], self.batch_size, generator)]
+        widths = rounded(self.lengths[batches].max(axis=1, initial=1), self.pad_to, self.longest)
         numbers = epoch * self.n_samples + np.arange(len(chosen))
         return np.stack((batches.ravel(), widths.repeat(self.batch_size), numbers), axis=1)
 
@@ -180,13 +186,13 @@ class EvalRows:
     """All samples of a part in batches of similar length, each sample once for any ``batch_size`` and ``data_world``. The last batch is
     padded with empty rows. The batches come in random order, so that the first few are representative of the part."""
 
-    def __init__(self, reader: Reader, batch_size: int, data_rank: int, data_world: int, pad_to: int, longest: int) -> None:
+    def __init__(self, reader: Rows, batch_size: int, data_rank: int, data_world: int, pad_to: int, longest: int) -> None:
         self.reader, self.batch_size, self.data_rank, self.data_world = reader, batch_size, data_rank, data_world
         order = np.argsort(-reader.lengths, kind="stable")
         size = batch_size * data_world
         self._samples = np.full(-(-len(order) // size) * size, -1, np.int64)
         self._samples[: len(order)] = order
-        self._widths = _rounded(reader.lengths[order[::size]], pad_to, longest)
+        self._widths = rounded(reader.lengths[order[::size]], pad_to, longest)
         self._turns = np.random.default_rng(0).permutation(len(self._widths))
 
     def __len__(self) -> int:
@@ -201,7 +207,16 @@ class EvalRows:
         return self.reader.read(samples, int(self._widths[index]), np.maximum(samples, 0))
 
 
-def _rounded(widths: Ints, multiple: int, longest: int) -> Ints:
+def in_batches_of_like_length(lengths: Ints, batch_size: int, generator: np.random.Generator) -> Ints:
+    """(steps, batch_size): which samples, of ``lengths`` in random order, form each batch. Pools of 16 batches are sorted by length and divided
+    into batches, which are shuffled."""
+    steps = len(lengths) // batch_size
+    pool = np.arange(len(lengths)) // (batch_size * _POOL)
+    batches = np.lexsort((lengths, pool)).reshape(steps, batch_size)
+    return batches[np.lexsort((generator.random(steps), np.arange(steps) // _POOL))]
+
+
+def rounded(widths: Ints, multiple: int, longest: int) -> Ints:
     """Rounded up to a multiple, but to ``longest`` at most, the model's context length."""
     return np.minimum(-(-widths // multiple) * multiple, longest)
 

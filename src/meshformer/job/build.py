@@ -24,7 +24,7 @@ from meshformer.config.errors import ConfigError
 from meshformer.config.foreign import refuse_interpolations
 from meshformer.config.resolve import external_launcher
 from meshformer.config.signature import signature
-from meshformer.data import ImageData, SampledData, SequenceData, TextData
+from meshformer.data import Features, ImageData, SampledData, SequenceData, SpeechData, TextData
 from meshformer.job.loggers import given_by_run
 from meshformer.model.layout import Plan
 from meshformer.model.lora import ADAPTERS, add_adapters
@@ -102,6 +102,10 @@ def _data_of_kind(config: Config, fixed_tokenizer: Any) -> SampledData:
         "fixed_tokenizer": fixed_tokenizer,
         "unknown": "replace" if config["stage"]["name"] == "finetune" else "error",
     }
+    if data["kind"] == "speech":
+        features = Features(data["sample_rate"], data["mels"], data["scaling"])
+        augmented = {key: data[key] for key in ("frames_per_token", "speeds", "mask_mels", "mask_frames", "skip_bad")}
+        return SpeechData(**shared, **text, **augmented, features=features, pad_to=padding_multiple(config) // 2)
     objective = task_class(config).objective
     if data["kind"] == "corpus":
         return TextData(**shared, **text, masked=objective == "mask")

@@ -26,7 +26,7 @@ from meshformer.huggingface.tensors import laid_out, save
 from meshformer.huggingface.transformers_config import is_transformers
 from meshformer.job.convert import convert
 from meshformer.job.model_card import model_card
-from meshformer.model import Attention, Transformer, VisionTransformer, attend_reference
+from meshformer.model import Attention, SpeechTransformer, Transformer, VisionTransformer, attend_reference
 from meshformer.model.settings import HEAD_PARAMETERS, SECOND_NAME
 from meshformer.printing import say
 
@@ -149,7 +149,7 @@ def _onnx(source: Path) -> Write:
 
 def exported(model: Transformer) -> torch.export.ExportedProgram:
     """The exported graph, for any batch size and any length up to the context length. Arguments: a decoder takes tokens_BT; an encoder tokens_BT and
-    documents_BT (1 for tokens, 0 for padding); a vision model images."""
+    documents_BT (1 for tokens, 0 for padding); a vision model images; a speech model features and documents_BT (0 for sound, -1 for padding)."""
     for module in model.modules():
         if isinstance(module, Attention):
             module.attend = attend_reference  # matrix products and softmax, which every runtime supports
@@ -157,6 +157,12 @@ def exported(model: Transformer) -> torch.export.ExportedProgram:
     if isinstance(model, VisionTransformer):
         images = torch.zeros(2, model.image_size, model.image_size, model.embedding.colours)
         return torch.export.export(model, (images,), dynamic_shapes={"images": {0: batch}})
+    if isinstance(model, SpeechTransformer):
+        T = min(model.context_length, 64)
+        given = torch.zeros(2, T * model.subsampling, model.mels), torch.zeros(2, T, dtype=torch.int64)
+        tokens = torch.export.Dim("tokens", min=2, max=model.context_length)
+        shapes = {"features": {0: batch, 1: model.subsampling * tokens}, "documents_BT": {0: batch, 1: tokens}}
+        return torch.export.export(model, given[:1], {"documents_BT": given[1]}, dynamic_shapes=shapes)
     both = {0: batch, 1: torch.export.Dim("time", min=1, max=model.context_length)}
     tokens_BT = torch.ones(2, max(model.context_length - 1, 1), dtype=torch.int64)
     if model.causal:

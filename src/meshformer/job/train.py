@@ -27,6 +27,7 @@ from meshformer.checkpoint.read import read_rest, refuse_misfits, tensor_sizes
 from meshformer.checkpoint.weights import PREFIX, load_weights, misfits_of
 from meshformer.config.errors import ConfigError, Stopped
 from meshformer.config.foreign import read_config
+from meshformer.config.paths import run_of
 from meshformer.config.signature import signature
 from meshformer.data import SampledData, load_tokenizer
 from meshformer.huggingface.source import tokenizer_of
@@ -128,8 +129,10 @@ def prepare_data(config: Config) -> SampledData:
     """Builds and prepares the data module. Fine-tuning uses the tokenizer of the pretrained weights; otherwise it is trained on the data."""
     tokenizer = None
     pretrained = config["stage"]["name"] == "finetune" or config["stage"]["init_from"] is not None
-    if pretrained and config["data"]["kind"] != "images":
-        tokenizer = load_tokenizer(tokenizer_file(Path(config["resume"] or config["fork"] or config["stage"]["init_from"])))
+    source = config["resume"] or config["fork"] or config["stage"]["init_from"]
+    foreign_speech = config["data"]["kind"] == "speech" and pretrained and not (run_of(Path(source)) / "config.yaml").is_file()
+    if pretrained and config["data"]["kind"] != "images" and not foreign_speech:  # an encoder of sound brings no characters
+        tokenizer = load_tokenizer(tokenizer_file(Path(source)))
     data = build_data(config, tokenizer)
     data.prepare_data()
     return data

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from .sampling import filter_logits as filter_logits
     from .sampling import generate as generate
     from .sampling import supports_kv_cache as supports_kv_cache
+    from .speech import SpeechEmbedding as SpeechEmbedding
+    from .speech import SpeechTransformer as SpeechTransformer
     from .transformer import Embedding as Embedding
     from .transformer import HeadTransform as HeadTransform
     from .transformer import Transformer as Transformer
@@ -53,6 +55,7 @@ _HOME = {
     "norm": ("RMSNorm",),
     "position": ("Alibi", "Learned", "NoPosition", "Position", "PositionalAttention", "Rotary", "Sinusoidal", "sinusoid"),
     "sampling": ("filter_logits", "generate", "supports_kv_cache"),
+    "speech": ("SpeechEmbedding", "SpeechTransformer"),
     "transformer": ("Embedding", "HeadTransform", "Transformer"),
     "vision": ("PatchEmbedding", "VisionTransformer"),
 }  # fmt: skip

@@ -5,8 +5,9 @@ from __future__ import annotations
 # Settings that decide the names and shapes of the weights, or how they are used. Fine-tuning must keep those of the pretrained model.
 SHAPES = (
     "_target_", "n_layers", "n_heads", "n_kv_heads", "d_model", "d_ff", "norm", "norm_position", "embedding_norm", "token_types", "activation",
-    "bias", "qk_norm", "tie_embeddings", "head_dim", "norm_eps", "attention_bias", "head", "head_bias", "head_transform",
+    "bias", "qk_norm", "tie_embeddings", "head_dim", "norm_eps", "attention_bias", "head", "head_bias", "head_transform", "mels", "subsampling",
 )  # fmt: skip
+FEATURES = ("sample_rate", "mels", "scaling", "frames_per_token")  # settings of the data that an encoder of speech was trained with
 FREE = ("attention", "dropout", "init_std", "zero_init")  # settings that fine-tuning may change
 # For a task that replaces the head: the settings it decides, and the patterns of the parameters that are initialised afresh.
 HEAD = ("head", "head_bias", "head_transform", "tie_embeddings", "outputs", "classes")

@@ -74,8 +74,8 @@ def _unsuited(config: Config) -> str | None:
         return "trainer.deterministic=true"  # Inductor may select kernels by timing them, so a resumed run could select others
     if stage.get("unfreeze_every"):
         return "stage.unfreeze_every changes the blocks"
-    if config["data"]["kind"] == "texts":
-        return "batches of texts differ in length"
+    if config["data"]["kind"] in ("texts", "speech"):
+        return f"batches of {config['data']['kind']} differ in length"
     if trainer["max_epochs"] is not None or trainer["max_steps"] is None:
         return "trainer.max_epochs leaves open how long the run is"
     return None

@@ -220,6 +220,9 @@ def batch(config: Config) -> dict[str, Tensor]:
     def numbers(*shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.long)
 
+    if data["kind"] == "speech":
+        features = torch.empty(B, T * model["subsampling"], model["mels"])
+        return {"features": features, "documents": numbers(B, T), "targets": numbers(B, max(T // 4, 1))}
     if data["kind"] == "corpus":
         return {"tokens": numbers(B, T), "targets": numbers(B, T)}
     objective = task_class(config).objective

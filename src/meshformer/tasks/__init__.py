@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from .language_modelling import MaskedLanguageModelling as MaskedLanguageModelling
     from .sentence_embedding import SentenceEmbedding as SentenceEmbedding
     from .sentence_embedding import embed as embed
+    from .speech_recognition import SpeechRecognition as SpeechRecognition
+    from .speech_recognition import transcribe as transcribe
 
 # Module -> the names above that it defines. A module is imported when one of its names is first used, so the checks that run before a job
 # starts can import this package without loading torch.
@@ -23,6 +25,7 @@ _HOME = {
     "evaluation": ("Evaluated",),
     "language_modelling": ("LanguageModelling", "MaskedLanguageModelling"),
     "sentence_embedding": ("SentenceEmbedding", "embed"),
+    "speech_recognition": ("SpeechRecognition", "transcribe"),
 }  # fmt: skip
 
 

@@ -15,8 +15,10 @@ from meshformer.config.signature import attribute, defaults, method
 
 Config = dict[str, Any]
 HOME = "meshformer.tasks."
-KINDS = {"corpus": "running text", "texts": "single texts", "images": "images"}
-EXAMPLES = {"corpus": "data=shakespeare", "texts": "data=sentiment", "images": "data=digits"}
+KINDS = {"corpus": "running text", "texts": "single texts", "images": "images", "speech": "recordings"}
+EXAMPLES = {"corpus": "data=shakespeare", "texts": "data=sentiment", "images": "data=digits", "speech": "data=prompts"}
+READ = {"tokens": ("corpus", "texts"), "images": ("images",), "speech": ("speech",)}  # what a model declares that it reads: the kinds of data
+MODELS = {"corpus": "nano", "texts": "nano", "images": "vit_tiny", "speech": "speech_nano"}
 CALLS = ("inputs", "phase_inputs", "arguments", "losses", "forward", "training_step")  # methods of a task that decide how the model is called
 COLUMNS = {"label_column": "labels", "pair_column": "pairs"}
 
@@ -45,7 +47,7 @@ def padding_multiple(config: Config) -> int:
 def check_task(config: Config) -> None:
     """Raises ConfigError for a task that does not work with the data, the model or the layout."""
     judged = (_data,) if declared(config, "learns_from") else ()
-    for part in (*judged, _images, _head, _causal, _own_model, _packing, _layout, _groups):
+    for part in (*judged, _reads, _images, _speech, _head, _causal, _own_model, _packing, _layout, _groups):
         part(config)
 
 
@@ -54,7 +56,9 @@ def _data(config: Config) -> None:
     if data["kind"] not in kinds:
         given = str(data["source"].get("_target_", "")).rpartition(".")[2]
         message = f"learns from {' or '.join(KINDS[k] for k in kinds)}, and the data ({given}) is {KINDS[data['kind']]}"
-        raise ConfigError(message, "task", task, fix=f"Use {' or '.join(EXAMPLES[k] for k in kinds)}.")
+        other = {"images": "task=image_classification", "speech": "task=speech_recognition"}.get(data["kind"])
+        more = f", or {other} model={MODELS[data['kind']]}" if other else ""
+        raise ConfigError(message, "task", task, fix=f"Use {' or '.join(EXAMPLES[k] for k in kinds)}{more}.")
     column, source = declared(config, "needs_column"), data["source"]
     if column is not None and column in source and source[column] is None:
         message = f"task={task} learns from {COLUMNS[column]}: say which column holds them"
@@ -63,16 +67,37 @@ def _data(config: Config) -> None:
         raise ConfigError("learns from pairs, and this data has none", "task", task, fix="Use data=csv data.pair_column=….")
 
 
-def _images(config: Config) -> None:
-    model, data, kinds = config["model"], config["data"], declared(config, "learns_from")
+def _reads(config: Config) -> None:
+    model, kinds = config["model"], declared(config, "learns_from")
     reads = attribute(str(model.get("_target_", "")), "reads")
-    if kinds == ("images",) and reads == "tokens":
-        raise ConfigError("reads tokens, and the task is about images", "model._target_", model["_target_"], fix="Use model=vit_tiny.")
-    if reads == "images" and kinds is not None and "images" not in kinds:
-        raise ConfigError("reads images, and the task is about texts", "model._target_", model["_target_"], fix="Use model=nano.")
+    if reads in READ and kinds is not None and not set(kinds) & set(READ[reads]):
+        about = {"images": "images", "speech": "speech"}.get(kinds[0], "texts")
+        message = f"reads {reads}, and the task is about {about}"
+        raise ConfigError(message, "model._target_", model["_target_"], fix=f"Use model={MODELS[kinds[0]]}.")
+
+
+def _images(config: Config) -> None:
+    model, data = config["model"], config["data"]
+    reads = attribute(str(model.get("_target_", "")), "reads")
     if reads == "images" and data["kind"] == "images" and data["image_size"] not in (None, model.get("image_size")):
         message = f"the images have {data['image_size']} × {data['image_size']} pixels (data.image_size)"
         raise ConfigError(message, "model.image_size", model.get("image_size"), fix=f"Use model.image_size={data['image_size']}.")
+
+
+def _speech(config: Config) -> None:
+    """Checks that the model reads the features that the data makes."""
+    model, data = config["model"], config["data"]
+    if data["kind"] != "speech":
+        return
+    for key, own, what in (("mels", "mels", "bands"), ("frames_per_token", "subsampling", "frames for a token")):
+        if model.get(own) not in (None, data[key]):
+            message = f"the model reads {model[own]} {what} (model.{own})"
+            raise ConfigError(message, f"data.{key}", data[key], fix=f"Use data.{key}={model[own]}.")
+    if data["scaling"] == "whisper" and (data["sample_rate"], data["mels"]) != (16000, 80):
+        message = "is that of Whisper, which reads 80 bands of sound at 16,000 Hz"
+        raise ConfigError(message, "data.scaling", "whisper", fix="Use data.sample_rate=16000 data.mels=80, or data.scaling=clip.")
+    if not data["speeds"] or not all(0.5 <= speed <= 2 for speed in data["speeds"]):
+        raise ConfigError("must be one or more speeds from 0.5 to 2", "data.speeds", data["speeds"], fix="[0.9,1.0,1.1] is usual.")
 
 
 def _head(config: Config) -> None:
@@ -104,11 +129,11 @@ def _own_model(config: Config) -> None:
     forward = None if target.startswith(("meshformer.", "torch.")) else method(target, "forward")
     if forward is None or not all(found is not None and found.module.startswith("meshformer.") for found in calls):
         return  # a user's task may pass other arguments
-    texts, cut = config["data"]["kind"] == "texts", config["strategy"]["context"] > 1
+    texts, cut = config["data"]["kind"] in ("texts", "speech"), config["strategy"]["context"] > 1
     # Argument -> whether tasks/ passes it. Documents separate texts from padding; positions are for sequence slices and packed texts.
     holds = {
-        "images" if declared(config, "learns_from") == ("images",) else "tokens_BT": True,
-        "positions_BT": (cut or config["data"]["packing"]) and not declared(config, "pooled"),
+        {("images",): "images", ("speech",): "features"}.get(declared(config, "learns_from"), "tokens_BT"): True,
+        "positions_BT": config["data"]["kind"] != "speech" and (cut or config["data"]["packing"]) and not declared(config, "pooled"),
         "documents_BT": texts,
     }
     held, empty = ([name for name, there in holds.items() if there is kind] for kind in (True, False))
@@ -127,9 +152,10 @@ def _packing(config: Config) -> None:
 
 
 def _layout(config: Config) -> None:
-    strategy, images = config["strategy"], config["data"]["kind"] == "images"
-    if strategy["context"] > 1 and images:
-        message = "cuts sequences of tokens over processes, and the data is images"
+    strategy, kind = config["strategy"], config["data"]["kind"]
+    if strategy["context"] > 1 and kind in ("images", "speech"):
+        why = "the data is images" if kind == "images" else "the loss of speech recognition is over a whole recording"
+        message = f"cuts sequences of tokens over processes, and {why}"
         raise ConfigError(message, "strategy.context", strategy["context"], fix="Use another layout, such as strategy=tensor.")
     if strategy["context"] > 1 and declared(config, "pooled"):
         message = f"cuts each text over processes, and task={_option(config)} takes the mean over all of it"

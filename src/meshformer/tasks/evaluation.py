@@ -91,6 +91,10 @@ class Evaluated(Task):
         """Name -> figure of matplotlib, for the loggers at the end; empty where matplotlib is not installed."""
         return {}
 
+    def sample_text(self) -> str | None:
+        """A text that shows what the model does, after each validation: RUN/samples/. A collective; the last pipeline stage's text counts."""
+        return None
+
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         self._evaluate(batch, "val")
 
