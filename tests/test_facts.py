@@ -32,7 +32,7 @@ COMPONENTS = ("model/", "tasks/", "callbacks/", "data/", "optim/", "parallel/") 
 # Files that may name classes of ours in strings, and why.
 NAMES_CLASSES = {
     "huggingface/bert.py": ({"embeddings.LayerNorm"}, "the name of a tensor in BERT"),
-    "huggingface/parts.py": ({"meshformer.model.Transformer", "meshformer.model.VisionTransformer", "meshformer.model.SpeechTransformer", "Learned", "Rotary"},
+    "huggingface/parts.py": ({*(f"meshformer.model.{kind}Transformer" for kind in ("", "Vision", "Speech")), "Learned", "Rotary"},
         "foreign weights become a node as in conf/model/, whose `_target_` is such a name"),
     "config/foreign.py": ({"meshformer.callbacks.Pruning"}, "the `_target_` that a search writes"),
     "config/schema.py": ({"meshformer.model.layout.Plan"}, "the settings of `model.plan` are read from that class, without torch"),

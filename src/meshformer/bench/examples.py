@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 
+from meshformer.bench.tones import texts, write_table
 from meshformer.command.doctor import silence
 from meshformer.config.paths import default_cache
 from meshformer.record import read_run
@@ -24,13 +25,19 @@ SMALL = [
     "data.eval_batch_size=64", "trainer.limit_val_batches=8", "trainer.progress=false", "trainer.threads=1", "trainer.precision=32-true",
     "logger=csv", "~callbacks.samples", "+callbacks.throughput.measure_seconds=0.02",
 ]  # fmt: skip
+SPEECH = [
+    "task=speech_recognition", "model=speech_nano", "data=audio_csv", "data.sample_rate=8000", "data.mels=32", "data.context_length=64",
+    "data.mask_mels=2", "data.mask_frames=2", "model.n_layers=2", "model.n_heads=2", "model.d_model=64", "optimizer.lr=0.02",
+    "trainer.max_steps=60", "trainer.val_check_interval=15", "trainer.progress=false", "trainer.threads=1", "trainer.precision=32-true",
+    "logger=csv",
+]  # fmt: skip
 POSITIONS = ("rotary", "alibi", "sinusoidal", "learned")
 LAYOUTS = ("single", "ddp", "fsdp", "tensor", "pipeline")
 STEPS, LONG = 40, 200
 
 
 def example_runs(name: str, steps: int = STEPS) -> Path:
-    """Return the folder of the set `name` (compare, layouts, attention, scaling), after training its missing runs in another process."""
+    """Return the folder of the set `name` (compare, layouts, attention, scaling, speech), after training its missing runs in another process."""
     folder = folder_of(name, steps)
     if any(not _finished(folder / run) for run, _ in runs_of(name, steps)):
         # A notebook's kernel has started threads, so ranks must not be forked from this process.
@@ -63,8 +70,10 @@ def runs_of(name: str, steps: int) -> Iterator[tuple[str, list[str]]]:
     elif name == "scaling":
         for width in (16, 24, 32, 48, 64, 96) if more else (16, 32, 64):
             yield f"width-{width}", [*common, f"model.d_model={width}"]
+    elif name == "speech":  # tones for letters, since recordings of people take twenty minutes to learn
+        yield "tones", [*SPEECH, f"data.file={_tones()}"]
     else:
-        raise ValueError(f"there is no set {name!r}; there are compare, layouts, attention, scaling")
+        raise ValueError(f"there is no set {name!r}; there are compare, layouts, attention, scaling, speech")
 
 
 def train_missing(name: str, steps: int, folder: Path) -> None:
@@ -86,6 +95,12 @@ def train_missing(name: str, steps: int, folder: Path) -> None:
         print(f"  {name}/{run:<24}{time.perf_counter() - start:6.1f} s", flush=True)
 
 
+def _tones() -> Path:
+    """A table of recordings in the user's cache, written at first use."""
+    table = Path(default_cache()).expanduser() / "examples" / "tones" / "table.csv"
+    return table if table.is_file() else write_table(table.parent, texts(160))
+
+
 def _finished(folder: Path) -> bool:
     try:
         return read_run(folder)["state"] == "finished"
@@ -95,7 +110,7 @@ def _finished(folder: Path) -> bool:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m meshformer.bench.examples", description=__doc__)
-    sets = ("compare", "layouts", "attention", "scaling")
+    sets = ("compare", "layouts", "attention", "scaling", "speech")
     parser.add_argument("names", nargs="*", default=[], help=f"any of {', '.join(sets)} (default: all)")
     parser.add_argument("--steps", type=int, default=STEPS, help="optimizer steps of each run")
     parser.add_argument("--figures", type=Path, help="also draw three figures of compare, attention and scaling, as SVG, into this folder")

@@ -43,7 +43,8 @@ def beam_search(logits_TK: Tensor, width: int = 8, pruned: float = 1e-4) -> list
     """
     log_p_TK = logits_TK.float().log_softmax(-1)
     blank = log_p_TK.shape[-1] - 1
-    beams: dict[tuple[int, ...], tuple[float, float]] = {(): (0.0, NEVER)}  # text -> log p of its alignments that end in (a blank, its last character)
+    # Text -> log p of its alignments that end in (a blank, its last character).
+    beams: dict[tuple[int, ...], tuple[float, float]] = {(): (0.0, NEVER)}
     for row in log_p_TK.tolist():
         likely = [k for k in range(blank) if row[k] > math.log(pruned)]
         grown: dict[tuple[int, ...], list[float]] = defaultdict(lambda: [NEVER, NEVER])

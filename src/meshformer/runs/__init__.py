@@ -15,9 +15,11 @@ if TYPE_CHECKING:
     from meshformer.runs.frames import compare, load_metrics, load_runs
     from meshformer.runs.models import attention_maps, load_model, loss_by_position, training_flops
     from meshformer.runs.report import write_report
+    from meshformer.runs.speech import confusions, transcripts
 
 __all__ = [
-    "attention_maps", "compare", "figures", "load_metrics", "load_model", "load_runs", "loss_by_position", "training_flops", "write_report",
+    "attention_maps", "compare", "confusions", "figures", "load_metrics", "load_model", "load_runs", "loss_by_position", "training_flops",
+    "transcripts", "write_report",
 ]  # fmt: skip
 _MODULES = {
     "load_runs": "frames",
@@ -27,6 +29,8 @@ _MODULES = {
     "attention_maps": "models",
     "loss_by_position": "models",
     "training_flops": "models",
+    "confusions": "speech",
+    "transcripts": "speech",
     "write_report": "report",
     "figures": "figures",
 }

@@ -38,6 +38,8 @@ NAME = {
     "train/grad_norm": "gradient norm",
     "train/lr": "learning rate",
     "train/tokens_per_second": "tokens a second",
+    "val/cer": "share of characters wrong",
+    "val/wer": "share of words wrong",
     "train/mfu": "share of the matrix rate (MFU)",
     "train/data_wait_ms": "wait for data (ms a step)",
     "train/peak_memory_gib": "peak memory of a process (GiB)",
@@ -119,7 +121,7 @@ def curves(
         axes.set_xlabel(AXIS[name])
         axes.xaxis.set_major_locator(MaxNLocator(4))
         if name == "tokens":
-            axes.ticklabel_format(axis="x", style="sci", scilimits=(0, 4), useMathText=True)
+            axes.xaxis.set_major_formatter(lambda number, _: _count(number))
     panels[0][0].set_ylabel(NAME.get(metric, metric))
     title = _title(data) + (" (mean ± sd of seeds)" if banded else "")
     handles, texts = panels[0][0].get_legend_handles_labels()
@@ -306,6 +308,34 @@ def attention(maps_LHTS: Any, tokens: Sequence[str] | None = None) -> Figure:
     bar.set_label("attention weight (square-root scale)")
     figure.supxlabel("key position", fontsize=9)
     figure.supylabel("query position", fontsize=9)
+    return figure
+
+
+@_styled
+def alignment(features_FM: Any, logits_TK: Any, path: Sequence[int], pieces: Sequence[str]) -> Figure:
+    """A recording and where its transcript is in it: the log-mel spectrogram (F, M), and below the probabilities of the blank and of the piece that is
+    said, token by token. `path`: for each token the index of its piece, −1 for a blank (`model.ctc.align`)."""
+    features, logits = np.asarray(features_FM), np.asarray(logits_TK, dtype=np.float64)
+    p_TK = np.exp(logits - logits.max(axis=1, keepdims=True))
+    p_TK /= p_TK.sum(axis=1, keepdims=True)
+    seconds = len(features) / 100
+    figure, (top, below) = plt.subplots(
+        2, 1, figsize=(max(6.5, 2.4 * seconds), 3.8), height_ratios=(3, 1.4), layout="constrained", sharex=True
+    )
+    top.imshow(features.T, origin="lower", aspect="auto", cmap="magma", extent=(0, seconds, 0, features.shape[1]))
+    top.set(ylabel="mel band", title="".join(pieces))
+    top.grid(visible=False)
+    step = seconds / len(path)
+    times = (np.arange(len(path)) + 0.5) * step
+    below.fill_between(times, p_TK[:, -1], color="0.85", step="mid", label="blank")
+    below.plot(times, p_TK[:, :-1].max(axis=1), color="C0", drawstyle="steps-mid", label="likeliest character")
+    for i, piece in enumerate(pieces):
+        own = [t for t, place in enumerate(path) if place == i]
+        middle = times[own].mean()
+        top.axvline(own[0] * step, color="white", linewidth=0.6, alpha=0.7)
+        top.text(middle, features.shape[1] * 0.97, {" ": "·"}.get(piece, piece), color="white", ha="center", va="top", fontsize=8)
+    below.set(xlabel="seconds", ylabel="probability", ylim=(0, 1.02), xlim=(0, seconds))
+    below.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=7)
     return figure
 
 

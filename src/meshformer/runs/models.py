@@ -28,7 +28,7 @@ def load_model(run: Path | str, allow: Sequence[str] = ()) -> Any:
     list stored in the run folder is not trusted. Raises ConfigError if there is no intact checkpoint or its weights do not fit.
     """
     source = Path(run).expanduser()
-    task: Any = build_task(_config(source, allow), max_steps=1)
+    task: Any = build_task(read_settings(source, allow), max_steps=1)
     task.configure_model()
     load_weights(task.model, latest_checkpoint(source))
     file = run_of(source) / "tokenizer.json"
@@ -36,7 +36,9 @@ def load_model(run: Path | str, allow: Sequence[str] = ()) -> Any:
     return task.eval()
 
 
-def _config(source: Path, allow: Sequence[str]) -> dict[str, Any]:
+def read_settings(run: Path | str, allow: Sequence[str] = ()) -> dict[str, Any]:
+    """The run's configuration, without callbacks and loggers. `allow` as for `load_model`."""
+    source = Path(run).expanduser()
     refuse_links(run_of(source), "run", str(source))
     config = {**read_config(run_of(source)), "callbacks": {}, "logger": {}, "allow": list(allow)}
     config = confine(config, {"runs": "runs", "data": os.path.expanduser(default_cache())})
@@ -77,7 +79,7 @@ def loss_by_position(run: Path | str, length: int, windows: int = 64, allow: Seq
     """
     source = Path(run).expanduser()
     task = load_model(source, allow)
-    data = build_data(_config(source, allow), task.tokenizer)
+    data = build_data(read_settings(source, allow), task.tokenizer)
     tokens = data.prepared.tokens("val")
     starts = torch.linspace(0, len(tokens) - length - 1, windows).long().tolist()
     if isinstance(task.model.position, Learned):
@@ -92,7 +94,7 @@ def loss_by_position(run: Path | str, length: int, windows: int = 64, allow: Seq
 
 def training_flops(run: Path | str, allow: Sequence[str] = ()) -> int:
     """Return the training FLOPs per token of the run's model at its context length; see `model/count.py`."""
-    config = _config(Path(run).expanduser(), allow)
+    config = read_settings(run, allow)
     with torch.device("meta"):
         model = build_model(config)
     return training_flops_per_token(model, config["data"]["context_length"])

@@ -1,4 +1,4 @@
-"""Recordings for tests: each letter is a tone of 80 ms, so that a small model reads them within seconds."""
+"""Recordings for tests and the example notebook: each letter is a tone of 80 ms, so that a small model reads them within seconds."""
 
 from __future__ import annotations
 
