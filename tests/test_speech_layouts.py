@@ -9,9 +9,9 @@ import pytest
 
 import jobs
 from harness import run_ranks
+from meshformer.bench.tones import texts, write_table
 from meshformer.command.compose import compose
 from meshformer.config import ConfigError
-from meshformer.bench.tones import texts, write_table
 
 TONES = [
     "task=speech_recognition", "model=speech_nano", "data=audio_csv", "data.batch_size=16", "data.sample_rate=8000", "data.mels=32",

@@ -10,11 +10,11 @@ import pytest
 import soundfile
 import torch
 
+from meshformer.bench.tones import RATE, texts, tones, write_rows, write_table
 from meshformer.config import ConfigError
 from meshformer.data import AudioTable, Features, Prompts, SpeechData
 from meshformer.data.audio import BadClip, mel_filters, read_audio
 from meshformer.data.recordings import letters, split_of
-from meshformer.bench.tones import RATE, texts, tones, write_rows, write_table
 
 
 def data(table: Path, **settings: Any) -> SpeechData:

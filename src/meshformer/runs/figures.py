@@ -313,8 +313,8 @@ def attention(maps_LHTS: Any, tokens: Sequence[str] | None = None) -> Figure:
 
 @_styled
 def alignment(features_FM: Any, logits_TK: Any, path: Sequence[int], pieces: Sequence[str]) -> Figure:
-    """A recording and where its transcript is in it: the log-mel spectrogram (F, M), and below the probabilities of the blank and of the piece that is
-    said, token by token. `path`: for each token the index of its piece, −1 for a blank (`model.ctc.align`)."""
+    """A recording and where its transcript is in it: the log-mel spectrogram (F, M), and below it, token by token, the probabilities of the blank and
+    of the likeliest character. `path`: for each token the index of its piece, −1 for a blank (`model.ctc.align`)."""
     features, logits = np.asarray(features_FM), np.asarray(logits_TK, dtype=np.float64)
     p_TK = np.exp(logits - logits.max(axis=1, keepdims=True))
     p_TK /= p_TK.sum(axis=1, keepdims=True)
