@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jobs import TINY, labelled_file, text_file
+from meshformer.bench.tones import texts, write_table
 from meshformer.cli import main
 from meshformer.command import helptext
 
@@ -81,6 +82,7 @@ def workplace(folder: Path) -> None:
         with (folder / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([[n[-1] for n in names], *([row[n[0]] for n in names] for row in rows)])
     (folder / "commas.csv").write_text("text,label\nshort,a\nlong, with a comma,b\n")
+    speech(folder)
     (folder / "used").mkdir()
     (folder / "used" / "notes.txt").write_text("mine")
     run = folder / "runs" / "my_sweep" / "2026-11-24_10-00-00-3f0a"
@@ -102,6 +104,24 @@ def workplace(folder: Path) -> None:
     start = ["model=transformers", f"model.path={folder}/models/llama", "stage=finetune", "stage.lora.rank=2", "stage.lora.targets=[q_proj]"]
     train(folder, folder / "adapted", "callbacks.checkpoint.every_n_steps=2", *start)
     assert main(["export", f"run={folder}/adapted", "format=adapter", f"output={folder}/adapters"]) == 0
+
+
+def speech(folder: Path) -> None:
+    """Recordings, a run that reads them, and a tiny model of Whisper's form."""
+    from transformers import WhisperConfig, WhisperForConditionalGeneration
+
+    write_table(folder / "calls", texts(30)).rename(folder / "calls" / "calls.csv")
+    for file in (folder / "calls").iterdir():
+        file.rename(folder / file.name)
+    (folder / "calls").rmdir()
+    shutil.copy(folder / "0.wav", folder / "hello.wav")
+    kind = ["task=speech_recognition", "model=speech_nano", "data=audio_csv", f"data.file={folder}/calls.csv", f"paths.data={folder}/cache"]
+    small = ["model.d_model=16", "model.n_layers=1", "trainer.max_steps=1", "trainer.progress=false", "logger=csv"]
+    assert main(["train", *kind, *small, f"hydra.run.dir={folder}/heard/speech_prompts/2026-11-30_10-00-00-7ae8"]) == 0
+    sizes = dict.fromkeys(("encoder_layers", "decoder_layers", "encoder_attention_heads", "decoder_attention_heads"), 1)
+    ends = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"), 0)
+    config = WhisperConfig(**sizes, **ends, vocab_size=9, d_model=8, encoder_ffn_dim=8, decoder_ffn_dim=8)
+    WhisperForConditionalGeneration(config).save_pretrained(folder / "models" / "whisper")
 
 
 def train(folder: Path, run: Path, *overrides: str) -> None:
