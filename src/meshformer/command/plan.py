@@ -23,6 +23,7 @@ from meshformer.config.degrees import AXES
 from meshformer.config.resolve import cores, resolve
 from meshformer.config.signature import attribute
 from meshformer.model import check as model_check
+from meshformer.parallel.compilation import VARIED
 from meshformer.plan.answer import NAMED, best_of_each, budget, degrees_text, duration, gigabytes, mfu, overrides, remedies, throughput, why
 from meshformer.plan.candidates import SPARE, Candidate, Request, candidates
 from meshformer.plan.cluster import Cluster, read_cluster
@@ -221,7 +222,8 @@ def _for_cluster(config: Config, cluster: Cluster, names: Sequence[str]) -> Conf
     if "trainer.precision" not in names or trainer["precision"] == "auto":
         trainer["precision"] = "bf16-mixed" if "bf16" in cluster.peak else "32-true"
     if "trainer.compile" not in names or trainer["compile"] == "auto":
-        trainer["compile"] = "bf16" in cluster.peak and bool(attribute(config["model"]["_target_"], "one_graph"))
+        suited = bool(attribute(config["model"]["_target_"], "one_graph")) and config["data"]["kind"] not in VARIED
+        trainer["compile"] = "bf16" in cluster.peak and suited
     trainer |= {"accelerator": "cpu" if cluster.alone else "gpu", "devices": cluster.cards, "num_nodes": cluster.nodes}
     return {**config, "trainer": trainer}
 

@@ -14,6 +14,7 @@ from meshformer.config.errors import ConfigError
 from meshformer.config.signature import attribute
 
 Config = dict[str, Any]
+VARIED = ("texts", "speech")  # kinds of data whose batches differ in length
 # FLOPs of the whole run per core or GPU from which compiling the blocks pays off; see `compiles`.
 WORTH_WHILE = {"cpu": 5e13, "gpu": 1e17}
 
@@ -74,7 +75,7 @@ def _unsuited(config: Config) -> str | None:
         return "trainer.deterministic=true"  # Inductor may select kernels by timing them, so a resumed run could select others
     if stage.get("unfreeze_every"):
         return "stage.unfreeze_every changes the blocks"
-    if config["data"]["kind"] in ("texts", "speech"):
+    if config["data"]["kind"] in VARIED:
         return f"batches of {config['data']['kind']} differ in length"
     if trainer["max_epochs"] is not None or trainer["max_steps"] is None:
         return "trainer.max_epochs leaves open how long the run is"

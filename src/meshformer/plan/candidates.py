@@ -15,6 +15,7 @@ from meshformer.plan.cluster import Cluster
 from meshformer.plan.memory import Memory, estimate
 from meshformer.plan.sizes import Sizes
 from meshformer.plan.steptime import Constants, Step, StepLayout, step_time
+from meshformer.tasks.check import refuses_context
 
 Config = dict[str, Any]
 CHECKPOINTING = ("none", "selective", "full")
@@ -147,7 +148,7 @@ def _choices(request: Request, key: str, all_of_them: tuple[Any, ...]) -> tuple[
 
 def _products(request: Request) -> Iterator[dict[str, int]]:
     """The degrees of every axis whose product is the number of cards, that the cluster and the typed settings allow."""
-    world, cards = request.cluster.processes, request.cluster.cards
+    world, cards, whole = request.cluster.processes, request.cluster.cards, refuses_context(request.config) is not None
     for pipeline in _divisors(world):
         if pipeline > request.sizes.layers:
             continue
@@ -155,7 +156,7 @@ def _products(request: Request) -> Iterator[dict[str, int]]:
             if tensor > cards:  # the collectives in every layer would cross the network between nodes
                 continue
             for context in _divisors(world // pipeline // tensor):
-                if context > 1 and request.sizes.length // context < SHORTEST:
+                if context > 1 and (whole or request.sizes.length // context < SHORTEST):
                     continue
                 left = world // pipeline // tensor // context
                 for shard in _divisors(left):

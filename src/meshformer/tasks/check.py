@@ -152,20 +152,26 @@ def _packing(config: Config) -> None:
 
 
 def _layout(config: Config) -> None:
-    strategy, kind = config["strategy"], config["data"]["kind"]
-    if strategy["context"] > 1 and kind in ("images", "speech"):
-        why = "the data is images" if kind == "images" else "the loss of speech recognition is over a whole recording"
-        message = f"cuts sequences of tokens over processes, and {why}"
-        raise ConfigError(message, "strategy.context", strategy["context"], fix="Use another layout, such as strategy=tensor.")
-    if strategy["context"] > 1 and declared(config, "pooled"):
-        message = f"cuts each text over processes, and task={_option(config)} takes the mean over all of it"
-        raise ConfigError(message, "strategy.context", strategy["context"], fix="Use another layout, such as strategy=fsdp.")
+    strategy = config["strategy"]
+    if strategy["context"] > 1 and (message := refuses_context(config)) is not None:
+        raise ConfigError(message, "strategy.context", strategy["context"], fix="Use another layout, such as strategy=fsdp or tensor.")
     if strategy["loss_parallel"] and declared(config, "learns_from") and not declared(config, "writes_text"):
         message = f"is for next-token prediction with large vocabularies, and task={_option(config)} needs unsharded outputs"
         raise ConfigError(message, "strategy.loss_parallel", "true", fix="Leave it out.")
     if strategy["tensor"] > 1 and strategy["sequence_parallel"] and config["model"].get("head") is False:
         message = "leaves the last hidden states cut along time, and a model without a head returns them"
         raise ConfigError(message, "strategy.sequence_parallel", "true", fix="Use strategy.sequence_parallel=false.")
+
+
+def refuses_context(config: Config) -> str | None:
+    """Why samples of this data and task cannot be cut along time; None where they can."""
+    kind = config["data"]["kind"]
+    if kind in ("images", "speech"):
+        why = "the data is images" if kind == "images" else "the loss of speech recognition is over a whole recording"
+        return f"cuts sequences of tokens over processes, and {why}"
+    if declared(config, "pooled"):
+        return f"cuts each text over processes, and task={_option(config)} takes the mean over all of it"
+    return None
 
 
 def _groups(config: Config) -> None:
