@@ -26,6 +26,7 @@ from meshformer.bench import (
     speed,
     sweeps,
     transfer,
+    translation,
 )
 
 MEASUREMENTS = {
@@ -51,6 +52,7 @@ MEASUREMENTS = {
     "checks": safety.report_checks,
     "profile": profiling.report_profile,
     "speech": recognition.report_speech,
+    "translation": translation.report_translation,
     "sentiment": transfer.report_sentiment,
     "adapters": transfer.report_adapters,
     "images": transfer.report_images,
