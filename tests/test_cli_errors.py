@@ -173,7 +173,8 @@ def test_a_used_folder_is_refused(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("line", "code", "words"),
     [
-        (["--help"], 0, "model/position"),
+        (["--help"], 0, "meshformer doctor"),
+        (["train", "--help"], 0, "model/position"),
         (["train", "--cfg", "job"], 0, "n_layers: 3"),
         (["train", "trainer.max_stepz=3"], 2, "Did you mean trainer.max_steps?"),
         (["train", "model.n_heads=3"], 2, "does not divide"),

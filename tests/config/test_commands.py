@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import types
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import yaml
 
 from meshformer.checkpoint.find import PARTS, write_manifest
-from meshformer.cli import main
+from meshformer.cli import COMMANDS, main
 from meshformer.command.recorded import read_overrides, write_overrides
 from meshformer.config import ConfigError
 from meshformer.record.run_folder import PENDING
@@ -277,12 +278,29 @@ def test_the_shell_completes_commands_and_overrides(line, expected, monkeypatch,
     assert capsys.readouterr().out.split() == expected
 
 
-def test_help_lists_commands_groups_and_examples(capsys):
-    assert main(["--help"]) == 0
-    text = capsys.readouterr().out
-    assert all(word in text for word in ("meshformer evaluate", "model/attention", "positional_attention", "kjv_finetune", "Examples"))
+def test_help_is_short_and_that_of_a_command_starts_with_its_own_section(capsys):
+    for line in ([], ["--help"]):
+        assert main(line) == 0
+        text = capsys.readouterr().out
+        assert len(text.splitlines()) <= 15 and all(f"  meshformer {command} " in text for command in COMMANDS), text
+    for command in COMMANDS:
+        assert main([command, "--help"]) == 0
+        assert capsys.readouterr().out.splitlines()[0].startswith(f"meshformer {command}")
     assert main(["train", "--help"]) == 0
-    assert "by default: queries and keys are rotated" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert all(word in text for word in ("model/attention", "positional_attention", "kjv_finetune", "Examples"))
+    assert "by default: queries and keys are rotated" in text
+
+
+@pytest.mark.parametrize("flag", [["--config-dir", "mine"], ["--config-dir=mine"], ["-cd", "mine"]])
+def test_help_lists_the_users_own_options(flag, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine" / "model").mkdir(parents=True)
+    (tmp_path / "mine" / "model" / "tall.yaml").write_text("# Pick it for long texts.\ndefaults: [nano, _self_]\n")
+    assert main(["train", *flag, "--help"]) == 0
+    assert re.search(r"^    tall +\(yours\) for long texts\.$", capsys.readouterr().out, re.MULTILINE)
+    assert main(["train", "--config-dir=other", "--help"]) == 2
+    assert "--config-dir=other: there is no such folder" in capsys.readouterr().err
 
 
 def test_info_and_cfg_show_the_composition(capsys):
