@@ -176,6 +176,7 @@ def test_a_used_folder_is_refused(tmp_path, capsys, monkeypatch):
         (["--help"], 0, "meshformer doctor"),
         (["train", "--help"], 0, "model/position"),
         (["train", "--cfg", "job"], 0, "n_layers: 3"),
+        (["train", "strategy=tensor", "trainer.devices=2", "--dry-run"], 0, "tensor, 2 processes: tensor 2"),
         (["train", "trainer.max_stepz=3"], 2, "Did you mean trainer.max_steps?"),
         (["train", "model.n_heads=3"], 2, "does not divide"),
         (["train", "strategy=tensor", "strategy.tensor=3"], 2, "model.n_heads=4 does not divide by it"),
@@ -189,7 +190,7 @@ def test_the_real_command_answers_without_torch(line, code, words, tmp_path):
         (tmp_path / "refuse" / f"{name}.py").write_text("raise RuntimeError('heavy import')")
     script = "import sys; from meshformer.cli import main; c = main(sys.argv[1:]); print('TORCH', 'torch' in sys.modules); sys.exit(c)"
     # Checks that come after the schema need the packages' sources: it reads signatures off them.
-    first = [] if line[-1] in ("model.n_heads=3", "strategy.tensor=3", "strategy.pipeline=2") else [str(tmp_path / "refuse")]
+    first = [] if line[-1] in ("--dry-run", "model.n_heads=3", "strategy.tensor=3", "strategy.pipeline=2") else [str(tmp_path / "refuse")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*first, str(SRC)])}
     done = subprocess.run([sys.executable, "-c", script, *line], capture_output=True, text=True, env=environment, timeout=60)
     assert done.returncode == code, done.stderr

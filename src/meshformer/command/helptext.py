@@ -112,6 +112,7 @@ FLAGS = f"""\
 Flags
 {SHOWS}
   --config-name NAME     another file than train.yaml
+  --dry-run              check, print layout, sizes, steps and the run folder, and write nothing
   -m, --multirun         try every combination of comma-separated values
   -sc install=bash       print the shell completion: eval "$(meshformer -sc install=bash)"
 HYDRA_FULL_ERROR=1 shows stack traces. Keys: meshformer train --cfg job."""
