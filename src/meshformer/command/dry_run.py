@@ -35,7 +35,8 @@ def say_run(config: Config, wanted: str, run: Path | None) -> None:
         "data": str(data["source"].get("_target_", data["kind"])).rpartition(".")[2],
         "step": _step(config),
         "steps": _steps(config),
-        "computes in": f"{trainer['precision']} on {trainer['accelerator']}, {'' if trainer['compile'] else 'not '}compiled, {_plural(trainer['threads'], 'thread')} a process",
+        "computes in": f"{trainer['precision']} on {trainer['accelerator']}, {'' if trainer['compile'] else 'not '}compiled, "
+        f"{_plural(trainer['threads'], 'thread')} a process",
         "memory": _memory(config, size),
     }
     say("\n".join(f"{name:<12} {text}" for name, text in rows.items() if text))

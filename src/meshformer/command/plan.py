@@ -319,7 +319,8 @@ def _heading(request: Request, found: Sequence[Candidate]) -> str:
     trainer = request.config["trainer"]
     how = trainer["precision"] + (", compiled" if trainer["compile"] else "")
     return (
-        f"{count_text(sizes.parameters)} parameters, {batch:,} samples of {sizes.length:,} tokens a step ({count_text(batch * sizes.length)} tokens), "
+        f"{count_text(sizes.parameters)} parameters, {batch:,} samples of {sizes.length:,} tokens a step "
+        f"({count_text(batch * sizes.length)} tokens), "
         f"{cards}, {how}\n{few}"
         f"{fitting:,} of {len(found):,} ways to run it fit in {100 * SPARE:.0f} % of a card's {cluster.memory / 1e9:.0f} GB\n"
     )
