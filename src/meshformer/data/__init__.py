@@ -26,6 +26,7 @@ _HOME = {
     "Digits": "images",
     "Mnist5k": "images",
     "ImageData": "images",
+    "OwnData": "own",
 }
 
 

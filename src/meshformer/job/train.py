@@ -48,6 +48,7 @@ from meshformer.record.run_folder import PENDING, atomic_write_text
 from meshformer.record.run_json import RunRecord
 from meshformer.tasks import Evaluated
 from meshformer.tasks.check import has_own_head
+from meshformer.tasks.plain import Hosted
 
 Config = dict[str, Any]
 # mallopt's M_MMAP_THRESHOLD (its maximum), M_TRIM_THRESHOLD and M_TOP_PAD, in bytes.
@@ -128,7 +129,7 @@ def prepare_data(config: Config) -> SampledData:
     """Builds and prepares the data module. Fine-tuning uses the tokenizer of the pretrained weights; otherwise it is trained on the data."""
     tokenizer = None
     pretrained = config["stage"]["name"] == "finetune" or config["stage"]["init_from"] is not None
-    if pretrained and config["data"]["kind"] != "images":
+    if pretrained and config["data"]["kind"] not in ("images", "own"):
         tokenizer = load_tokenizer(tokenizer_file(Path(config["resume"] or config["fork"] or config["stage"]["init_from"])))
     data = build_data(config, tokenizer)
     data.prepare_data()
@@ -163,7 +164,7 @@ def configure_model(config: Config, task: Any, strategy: Any, start: Start) -> N
     if isinstance(strategy, MeshStrategy):
         with torch.device("meta"):
             task.configure_model()
-        if not type(task.model).__module__.startswith("meshformer."):  # a user's model, which may compute buffers in its constructor
+        if isinstance(task.model, Hosted) or not type(task.model).__module__.startswith("meshformer."):  # a user's model, which may compute buffers in its constructor
             # Without `initial_value` only the constructor can draw the weights, so every rank builds all of them.
             by_name, task.model = hasattr(task.model, "initial_value"), None
             torch.manual_seed(config["seed"])
@@ -207,7 +208,7 @@ def fit(trainer: pl.Trainer, task: Any, data: SampledData, start: Start, rows: R
 
 def final_text(task: Any, trainer: pl.Trainer, data: SampledData) -> str | None:
     """A sample text at the end of the run, or None if the model writes no text. A collective."""
-    if not getattr(task, "writes_text", False):
+    if not getattr(task, "writes_text", False) or data.tokenizer is None:
         return None
     with averaged(trainer):
         return continuation(task, data.tokenizer, "\n", TEXT_TOKENS, temperature=0.8, top_p=0.95, seed=1)

@@ -15,7 +15,7 @@ from meshformer.config.signature import attribute, defaults, method
 
 Config = dict[str, Any]
 HOME = "meshformer.tasks."
-KINDS = {"corpus": "running text", "texts": "single texts", "images": "images"}
+KINDS = {"corpus": "running text", "texts": "single texts", "images": "images", "own": "a LightningDataModule"}
 EXAMPLES = {"corpus": "data=shakespeare", "texts": "data=sentiment", "images": "data=digits"}
 CALLS = ("inputs", "phase_inputs", "arguments", "losses", "forward", "training_step")  # methods of a task that decide how the model is called
 COLUMNS = {"label_column": "labels", "pair_column": "pairs"}
@@ -51,7 +51,7 @@ def check_task(config: Config) -> None:
 
 def _data(config: Config) -> None:
     data, task, kinds = config["data"], _option(config), declared(config, "learns_from")
-    if data["kind"] not in kinds:
+    if data["kind"] not in (*kinds, "own"):  # of a LightningDataModule only its batches can tell
         given = str(data["source"].get("_target_", "")).rpartition(".")[2]
         message = f"learns from {' or '.join(KINDS[k] for k in kinds)}, and the data ({given}) is {KINDS[data['kind']]}"
         raise ConfigError(message, "task", task, fix=f"Use {' or '.join(EXAMPLES[k] for k in kinds)}.")
@@ -101,6 +101,8 @@ def _own_model(config: Config) -> None:
     """Checks that the forward of a user's model accepts the arguments that a task of ours passes."""
     target, task = str(config["model"]["_target_"]), str(config["task"]["_target_"])
     calls = [method(task, name) for name in CALLS]
+    if declared(config, "calls_steps"):
+        return
     forward = None if target.startswith(("meshformer.", "torch.")) else method(target, "forward")
     if forward is None or not all(found is not None and found.module.startswith("meshformer.") for found in calls):
         return  # a user's task may pass other arguments
