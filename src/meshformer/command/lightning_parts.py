@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from meshformer.config import ConfigError
@@ -14,8 +15,6 @@ Config = dict[str, Any]
 SHARED = ("batch_size", "context_length", "workers", "file", "files")  # settings of `data` that a data module is given if it takes them
 PLAIN = "meshformer.tasks.PlainTask"
 OF_THE_MODULE = {"_target_": "meshformer.optim.of_the_module", "_partial_": True}
-# What belongs to the optimizers and models of this program. Setting -> its value if it is not used.
-OF_STAGE = {"lr_scale": 1.0, "layer_decay": 1.0, "head_lr_scale": 1.0, "unfreeze_every": None, "reinit": []}
 
 
 def settled(config: Config, overrides: Sequence[str]) -> Config:
@@ -26,6 +25,23 @@ def settled(config: Config, overrides: Sequence[str]) -> Config:
     config = _data(config) if "_target_" in (config.get("data") or {}) else config
     task = config.get("task")
     return _task(config, overrides) if isinstance(task, dict) and is_plain(str(task.get("_target_", ""))) else config
+
+
+@contextmanager
+def keys_as_typed(typed: Config, config: Config) -> Iterator[None]:
+    """Context in which a ConfigError about `config` names the key that stands in the user's YAML, of which `typed` was composed."""
+    moved = {}
+    if "_target_" in (typed.get("data") or {}):
+        moved["data.source."] = "data."
+    if config["task"].get("_target_") == PLAIN and config["task"] != typed["task"]:
+        moved["model."] = "task."
+    try:
+        yield
+    except ConfigError as error:
+        here, there = next(((here, there) for here, there in moved.items() if (error.key or "").startswith(here)), ("", ""))
+        if not here or error.key is None:
+            raise
+        raise ConfigError(error.message, there + error.key.removeprefix(here), error.value, error.fix and error.fix.replace(here, there)) from None
 
 
 def is_plain(target: str) -> bool:
@@ -62,10 +78,9 @@ def _task(config: Config, overrides: Sequence[str]) -> Config:
         if part in ("model", "optimizer", "schedule"):
             what = "its own network" if part == "model" else "its own optimizers (configure_optimizers)"
             raise ConfigError(f"{target} brings {what}", key, value or None, fix="Leave it out.")
-    stage = config.get("stage") or {}
-    for key, unused in OF_STAGE.items():
-        if stage.get(key, unused) not in (unused, None):
-            raise ConfigError(f"is for tasks of this program, and {target} makes its own optimizer", f"stage.{key}", stage[key], fix="Leave it out.")
+    if (config.get("stage") or {}).get("name") == "finetune":
+        message = f"scales learning rates and starts from models of this program, and {target} makes its own optimizer"
+        raise ConfigError(message, "stage", "finetune", fix="Use fork=RUN, or load the weights in its __init__.")
     parts = {"model": config["task"], "task": {"_target_": PLAIN}, "optimizer": dict(OF_THE_MODULE), "schedule": dict(OF_THE_MODULE)}
     return {**config, **parts}
 

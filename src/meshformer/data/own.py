@@ -1,4 +1,4 @@
-"""A user's LightningDataModule as a data module of ours: a batch of its training loader is an optimizer step, of which each process takes its rows."""
+"""A user's LightningDataModule as a data module of ours: a batch of its loader is an optimizer step, of which each process takes its rows."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class OwnData(SampledData):
     def __init__(self, module: LightningDataModule, lock: Path, dicts: bool, **shared: Any) -> None:
         super().__init__(**shared)
         self.module, self.lock, self.dicts = module, lock, dicts
-        self.name = f"{type(module).__module__}.{type(module).__qualname__}"
+        self.path = f"{type(module).__module__}.{type(module).__qualname__}"
         self._steps: int | None = None
 
     def prepare_data(self) -> None:
@@ -49,7 +49,7 @@ class OwnData(SampledData):
 
     @property
     def identity(self) -> str:
-        return self.name
+        return self.path
 
     def model_settings(self) -> dict[str, int]:
         return {}
@@ -64,15 +64,15 @@ class OwnData(SampledData):
         try:
             number = len(loader)
         except TypeError:
-            message = f"the training loader of {self.name} has no length, and an epoch needs one"
-            raise ConfigError(message, "data.source._target_", self.name, fix="Give its dataset __len__.") from None
+            message = f"the training loader of {self.path} has no length, and an epoch needs one"
+            raise ConfigError(message, "data.source._target_", self.path, fix="Give its dataset __len__.") from None
         size = getattr(loader, "batch_size", None)
         if size is not None and size != self.batch_size:
-            message = f"counts the samples of an optimizer step, and a batch of {self.name} has {size}"
+            message = f"counts the samples of an optimizer step, and a batch of {self.path} has {size}"
             raise ConfigError(message, "data.batch_size", self.batch_size, fix=f"Use data.batch_size={size}, or let its __init__ take batch_size.")
         partial = size is not None and not getattr(loader, "drop_last", False) and len(loader.dataset) % size != 0
         if number - partial < 1:
-            raise ConfigError(f"{self.name} has no batch of that size", "data.batch_size", self.batch_size, fix="Use a smaller one.")
+            raise ConfigError(f"{self.path} has no batch of that size", "data.batch_size", self.batch_size, fix="Use a smaller one.")
         return number - partial
 
     def _loader(self, part: str) -> Any:
@@ -80,10 +80,10 @@ class OwnData(SampledData):
         if isinstance(loader, list | tuple | dict) and part != "train" and len(loader) == 1:
             loader = next(iter(loader.values() if isinstance(loader, dict) else loader))
         if isinstance(loader, list | tuple | dict):
-            raise ConfigError(f"{part}_dataloader gives several loaders", "data.source._target_", self.name, fix="Give one.")
+            raise ConfigError(f"{part}_dataloader gives several loaders", "data.source._target_", self.path, fix="Give one.")
         if isinstance(getattr(loader, "sampler", None), DistributedSampler):
             message = f"{part}_dataloader has a DistributedSampler, and each process takes its rows of every batch here already"
-            raise ConfigError(message, "data.source._target_", self.name, fix="Leave the sampler out.")
+            raise ConfigError(message, "data.source._target_", self.path, fix="Leave the sampler out.")
         return loader
 
     def train_dataloader(self) -> Steps:
@@ -96,7 +96,8 @@ class OwnData(SampledData):
         """`batch`, if the task can read it."""
         if self.dicts and not (isinstance(batch, dict) and all(isinstance(x, Tensor) for x in batch.values())):
             message = f"gives batches that are {type(batch).__name__}, and the tasks of this program read dicts of tensors (tokens, targets)"
-            raise ConfigError(message, "data.source._target_", self.name, fix="Return such a dict from collate_fn, or write a LightningModule as the task.")
+            fix = "Return such a dict from collate_fn, or write a LightningModule as the task."
+            raise ConfigError(message, "data.source._target_", self.path, fix=fix)
         return batch
 
 
@@ -122,7 +123,7 @@ class _Training:
                 continue
             rows = rows_of(data.checked(batch))
             if rows != data.batch_size:
-                message = f"counts the samples of an optimizer step, and a batch of {data.name} has {rows}"
+                message = f"counts the samples of an optimizer step, and a batch of {data.path} has {rows}"
                 raise ConfigError(message, "data.batch_size", data.batch_size, fix=f"Use data.batch_size={rows}.")
             size = rows // parts
             for micro in range(data.accumulation):

@@ -164,7 +164,8 @@ def configure_model(config: Config, task: Any, strategy: Any, start: Start) -> N
     if isinstance(strategy, MeshStrategy):
         with torch.device("meta"):
             task.configure_model()
-        if isinstance(task.model, Hosted) or not type(task.model).__module__.startswith("meshformer."):  # a user's model, which may compute buffers in its constructor
+        if isinstance(task.model, Hosted) or not type(task.model).__module__.startswith("meshformer."):
+            # A user's model, which may compute buffers in its constructor.
             # Without `initial_value` only the constructor can draw the weights, so every rank builds all of them.
             by_name, task.model = hasattr(task.model, "initial_value"), None
             torch.manual_seed(config["seed"])

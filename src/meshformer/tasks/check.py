@@ -34,6 +34,8 @@ def has_own_head(config: Config) -> bool:
 def writes_text(config: Config) -> bool:
     """Whether the model of this run predicts next tokens. True for a user's task without `learns_from`, about which nothing is known."""
     judged = declared(config, "learns_from") is not None
+    if declared(config, "calls_steps"):  # a LightningModule, whose forward nobody knows
+        return False
     return (not judged or bool(declared(config, "writes_text"))) and config["model"].get("causal", True) is not False
 
 

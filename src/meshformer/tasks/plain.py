@@ -69,7 +69,8 @@ class PlainTask(Task):
             raise ConfigError(message, "task._target_", name, fix="Leave it out, or write a task: docs/make_it_yours/task.md.")
         for hook in REFUSED:
             if is_overridden(hook, self.own, pl.LightningModule):
-                raise ConfigError(f"overrides {hook}, which is not called here", "task._target_", name, fix="Leave it out: docs/make_it_yours/lightning.md.")
+                fix = "Leave it out: docs/make_it_yours/lightning.md."
+                raise ConfigError(f"overrides {hook}, which is not called here", "task._target_", name, fix=fix)
         self._rows, self._phase = 1, "train"
         self.own.log, self.own.log_dict = self._log, self._log_dict
 
