@@ -120,7 +120,7 @@ def _schedule(config: Config) -> None:
         raise ConfigError(message, "schedule._target_", target, fix="Use schedule=wsd, or another class of torch.optim.lr_scheduler.")
     if name in ("LambdaLR", "MultiplicativeLR", "SequentialLR", "ChainedScheduler"):
         message = "is made of functions or of other schedulers, which a configuration cannot hold"
-        fix = "Write a function of max_steps that returns a function from the step to the multiplier: docs/make_it_yours/lightning.md."
+        fix = "Write a function of max_steps that returns a function from the step to the multiplier: docs/make_it_yours/task.md."
         raise ConfigError(message, "schedule._target_", target, fix=fix)
     if config["stage"].get("unfreeze_every"):
         message = "layers join by multipliers of the learning rate, and this schedule has none"

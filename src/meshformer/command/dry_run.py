@@ -22,9 +22,10 @@ Config = dict[str, Any]
 NOTHING = "dry run: checked, nothing was written or started"
 
 
-def say_run(config: Config, wanted: str, run: Path | None) -> None:
-    """Print what the resolved and checked `config` would train, and where. `wanted`: hydra.run.dir; `run`: the folder that is resumed, if any.
+def say_run(config: Config, wanted: str, run: Path | None) -> int:
+    """Print what the resolved and checked `config` would train, and where; return the exit code.
 
+    `wanted`: hydra.run.dir; `run`: the folder that is resumed, if any.
     Raises ConfigError where the start of the run would refuse the folder.
     """
     trainer, data, size = config["trainer"], config["data"], sizes_of(config)
@@ -41,6 +42,7 @@ def say_run(config: Config, wanted: str, run: Path | None) -> None:
     }
     say("\n".join(f"{name:<12} {text}" for name, text in rows.items() if text))
     say(NOTHING)
+    return 0
 
 
 def say_sweep(folder: Path, runs: Sequence[tuple[Sequence[str], str | None]], search: str | None, trials: int, jobs: Mapping[int, Any]) -> None:

@@ -18,6 +18,7 @@ from meshformer.checkpoint.find import candidates, latest_checkpoint
 from meshformer.command import compose
 from meshformer.command.compose import Hydra
 from meshformer.command.conversion import export_source_and_target, source_and_target
+from meshformer.command.dry_run import say_run
 from meshformer.command.explain import explain_errors
 from meshformer.command.folders import claim_folder, forget_folder, shared_folder, write_settings
 from meshformer.command.plan import AUTO, CHOICE, choose
@@ -119,10 +120,7 @@ def _train(
         return _train_from(args, {"resume": str(earlier)}, allowed)
     _check_start(config)
     if args.dry_run:
-        from meshformer.command.dry_run import say_run
-
-        say_run(config, wanted, run)
-        return 0
+        return say_run(config, wanted, run)
     if run is not None:
         folder = run
     elif earlier is not None:  # the earlier start ended before its first checkpoint

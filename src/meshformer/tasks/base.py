@@ -28,8 +28,8 @@ class Task(MicroBatches):
 
     `model` builds the network when Lightning calls `configure_model`; `optimizer` takes named parameters; `schedule` takes the number of steps and
     returns a function from the step to the multiplier of the learning rate, or it is a class of torch.optim.lr_scheduler, and takes the
-    optimizer. `tokens_per_step` is an estimate that only keeps the scale of the
-    loss during the backward pass; training/step.py corrects it to the exact count.
+    optimizer. `tokens_per_step` is an estimate that only keeps the scale of the loss during the backward pass; training/step.py corrects it to
+    the exact count.
     """
 
     objective = "next"  # the training objective: it selects the targets (data/objectives.py)
