@@ -79,7 +79,7 @@ def test_what_does_not_suit_is_not_compiled_however_long(change, changes, reason
 
 
 def test_anomalies_are_not_looked_for_in_compiled_blocks(change):
-    with pytest.raises(ConfigError, match="trainer.detect_anomaly=true: .* Use trainer.detect_anomaly=false, or trainer.compile=false"):
+    with pytest.raises(ConfigError, match=r"trainer\.detect_anomaly=true: .* Use trainer\.detect_anomaly=false, or trainer\.compile=false"):
         settle(change({"trainer.compile": True, "trainer.detect_anomaly": True}))
     settle(change({"trainer.compile": "auto", "trainer.detect_anomaly": True}))
 
