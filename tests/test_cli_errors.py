@@ -48,6 +48,10 @@ def launched(*arguments: object) -> None:
         ("train -m hydra/sweeper=optuna seed=1,2", ["hydra/sweeper=optuna", "sweep=search"]),
         ("train -m hydra/launcher=joblib seed=1,2", ["hydra/launcher=joblib", "local"]),
         ("evaluate last", ["last", "Did you mean run=last?"]),
+        ("export last format=onnx", ["last", "Did you mean run=last?"]),
+        ("profile last", ["last", "Did you mean run=last?"]),
+        ("train last", ["last", "Did you mean resume=last or fork=last?"]),
+        ("train resume last", ["resume:", "Write resume=RUN, for example resume=last."]),
         ("train justaword", ["justaword", "Write key=value"]),
         ("train seed=[1", ["seed=[1", "Quote"]),
         ("train seed=${oc.env:NOT_SET_ANYWHERE}", ["seed:", "NOT_SET_ANYWHERE"]),
@@ -173,8 +177,10 @@ def test_a_used_folder_is_refused(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("line", "code", "words"),
     [
-        (["--help"], 0, "model/position"),
+        (["--help"], 0, "meshformer doctor"),
+        (["train", "--help"], 0, "model/position"),
         (["train", "--cfg", "job"], 0, "n_layers: 3"),
+        (["train", "strategy=tensor", "trainer.devices=2", "--dry-run"], 0, "tensor, 2 processes: tensor 2"),
         (["train", "trainer.max_stepz=3"], 2, "Did you mean trainer.max_steps?"),
         (["train", "model.n_heads=3"], 2, "does not divide"),
         (["train", "strategy=tensor", "strategy.tensor=3"], 2, "model.n_heads=4 does not divide by it"),
@@ -188,7 +194,7 @@ def test_the_real_command_answers_without_torch(line, code, words, tmp_path):
         (tmp_path / "refuse" / f"{name}.py").write_text("raise RuntimeError('heavy import')")
     script = "import sys; from meshformer.cli import main; c = main(sys.argv[1:]); print('TORCH', 'torch' in sys.modules); sys.exit(c)"
     # Checks that come after the schema need the packages' sources: it reads signatures off them.
-    first = [] if line[-1] in ("model.n_heads=3", "strategy.tensor=3", "strategy.pipeline=2") else [str(tmp_path / "refuse")]
+    first = [] if line[-1] in ("--dry-run", "model.n_heads=3", "strategy.tensor=3", "strategy.pipeline=2") else [str(tmp_path / "refuse")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*first, str(SRC)])}
     done = subprocess.run([sys.executable, "-c", script, *line], capture_output=True, text=True, env=environment, timeout=60)
     assert done.returncode == code, done.stderr

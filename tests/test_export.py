@@ -17,12 +17,13 @@ from meshformer.command.compose import compose
 from meshformer.config.errors import ConfigError
 from meshformer.data import load_tokenizer
 from meshformer.huggingface import derive, load_pretrained
+from meshformer.huggingface.check import layout_for
 from meshformer.job.export import exported
 from meshformer.job.train import train
 from meshformer.model import Learned, Transformer, VisionTransformer
 from meshformer.record.metrics_csv import read_metrics
 
-LLAMA = ["model.qk_norm=false", "model.activation=swiglu", "model.n_kv_heads=2", "data.tokenizer=bpe", "data.vocab_size=300"]
+LLAMA = ["model=llama_nano", "model.n_kv_heads=2", "data.tokenizer=bpe", "data.vocab_size=300"]
 OURS = [words for words in TINY if not words.startswith("model")]  # of a run whose model comes with its weights
 
 
@@ -63,6 +64,12 @@ def test_transformers_reads_the_folder_with_the_same_logits_and_ids(work: Path, 
     assert tokenizer(text)["input_ids"] == expected and tokenizer.decode(expected) == text
 
 
+def test_the_small_llama_fits_as_it_is_and_the_default_model_does_not() -> None:
+    assert layout_for(compose(["model=llama_nano"])["model"]).NAME == "Llama"
+    with pytest.raises(ConfigError, match="train model=llama_nano"):
+        layout_for(compose()["model"])
+
+
 def test_back_from_the_folder_every_bit_is_the_runs(work: Path, llama: Path) -> None:
     run, back = (load_pretrained(path).state_dict() for path in (work / "llama", llama))
     assert run.keys() == back.keys() and all(torch.equal(run[k], back[k]) for k in run)
@@ -93,6 +100,7 @@ def test_what_fits_no_layout_is_refused_by_option_before_anything_is_written(wor
     assert main(["export", f"run={work}/ours", "format=huggingface", f"output={work}/no"]) == 2
     message = capsys.readouterr().err
     assert "the nearest is Llama, but for model.activation=gelu (there: swiglu), model.qk_norm=true (there: false)" in message
+    assert "or train model=llama_nano, which fits Llama" in message
     assert not (work / "no").exists()
 
 
@@ -217,7 +225,7 @@ def test_finetuning_from_a_safetensors_file_of_ours(work: Path) -> None:
         (["model=micro"], "model=micro: fine-tuning takes the model from the weights it starts from"),
         (["model.n_layers=5"], "model.n_layers=5: the weights in .* have 2"),
         (["model/position=learned"], "model.position: the weights in .* have Rotary"),
-        (["model.norm_eps=1e-5"], "model.norm_eps=1e-05"),
+        (["model.norm_eps=1e-4"], "model.norm_eps=0.0001"),
         (["data.tokenizer=char"], "data.tokenizer=char: finetuning keeps the tokenizer"),
         (["data.context_length=64"], "model.context_length=16: the model sees fewer tokens"),
     ],

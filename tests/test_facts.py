@@ -36,6 +36,7 @@ NAMES_CLASSES = {
         "foreign weights become a node as in conf/model/, whose `_target_` is such a name"),
     "config/foreign.py": ({"meshformer.callbacks.Pruning"}, "the `_target_` that a search writes"),
     "config/schema.py": ({"meshformer.model.layout.Plan"}, "the settings of `model.plan` are read from that class, without torch"),
+    "command/lightning_parts.py": ({"meshformer.tasks.PlainTask"}, "the task that a user's LightningModule becomes in a configuration"),
     "command/stock.py": ({"Checkpoint", "ProgressBar"}, "Lightning's classes of these names"),
 }  # fmt: skip
 

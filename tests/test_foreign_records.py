@@ -28,6 +28,7 @@ from meshformer.command.sweep.record import Point, SweepRecord
 from meshformer.config import ConfigError
 from meshformer.printing import csv_cell, visible
 from meshformer.runs import load_metrics, load_runs
+from meshformer.runs.page import POLICY
 from planted import FORMULA, KINDS, MARKUP, Plants, Watch, places, planted, refuse_raw
 from run_folders import write_run
 
@@ -65,7 +66,7 @@ OWN = {
     "figure",
     "img",
 }
-OWN |= {"figcaption", "details", "summary", "pre"}
+OWN |= {"figcaption", "details", "summary", "pre", "script"}
 
 
 @pytest.fixture
@@ -99,10 +100,11 @@ def show(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         text = page.read_text()
         found = Page(text).found
         assert {tag for tag, _ in found} <= OWN, text
+        assert POLICY.startswith("default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-") and text.count("<script") == 1
         assert [attributes for tag, attributes in found if tag == "meta"] == [
             ["charset=utf-8"],
             ["name=viewport", "content=width=device-width"],
-            ["http-equiv=Content-Security-Policy", "content=default-src 'none'; img-src data:; style-src 'unsafe-inline'"],
+            ["http-equiv=Content-Security-Policy", f"content={POLICY}"],
         ]
         refuse_raw(text)
     out, err = capsys.readouterr()

@@ -118,7 +118,25 @@ def test_data(work: Path) -> None:
 
 def test_task(work: Path) -> None:
     write_files("task.md", work)
-    first, second = commands_of("task.md")
+    first, second, own_schedule, step = commands_of("task.md")
     with_z = layouts_agree(first, second, work, *ON_TEXT, "task.z=0.1")
     plain = rows_of(["meshformer", "train"], work, "plain", *ON_TEXT)
     assert with_z[0]["train/loss"] > plain[0]["train/loss"] + 0.1
+    assert rows_of(own_schedule, work, "restarts", *ON_TEXT, "schedule=restarts", "+schedule.eta_min=0.01")[-1]["train/lr"] < 0.3
+    assert rows_of(step, work, "step", *ON_TEXT, "schedule=step", "schedule.step_size=2")[-1]["train/lr"] == pytest.approx(0.15)
+
+
+def test_lightning(work: Path) -> None:
+    write_files("lightning.md", work)
+    alone, parallel, sweep = commands_of("lightning.md")
+    assert [word for word in parallel if not word.startswith(("strategy=", "trainer.devices="))] == alone and "-m" in sweep
+    quiet = [word for word in SHORT if word.startswith(("trainer.", "~", "paths.", "logger"))]
+
+    def rows(command: list[str], name: str) -> list[dict[str, Any]]:
+        config = compose([*(word for word in command[4:]), *quiet], config_dir=command[3])
+        return run_ranks(config["trainer"]["devices"], _train, config, work / name)[0]
+
+    one, two = rows(alone, "one"), rows(parallel, "two")
+    assert len(one) == 3 and one[-1]["val/loss"] > 0
+    for a, b in zip(one, two, strict=True):
+        assert abs(a["train/loss"] - b["train/loss"]) < 5e-6

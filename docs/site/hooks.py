@@ -212,8 +212,11 @@ def _cell(text: str) -> str:
 
 def commands() -> str:
     """What `meshformer --help` and `meshformer COMMAND --help` say."""
-    parts = ["# Commands\n", f"```text\n{helptext.COMMANDS}\n```\n"]
-    parts += [f"## {name}\n\n```text\n{text}\n```\n" for name, text in helptext.EXAMPLES.items()]
+    parts = ["# Commands\n", f"```text\n{helptext.overview()}\n```\n", "\n".join(helptext.WORDS.values()) + "\n"]
+    for name, (arguments, purpose) in helptext.COMMANDS.items():
+        usage = f"meshformer {name} {arguments}".rstrip()
+        text = "\n".join([usage, f"  {purpose}", *([f"\n{helptext.EXAMPLES[name]}"] if name in helptext.EXAMPLES else [])])
+        parts.append(f"## {name}\n\n```text\n{text}\n```\n")
     return "\n".join([*parts, f"## Flags\n\n```text\n{helptext.FLAGS}\n```\n"])
 
 

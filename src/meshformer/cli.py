@@ -73,9 +73,9 @@ def _dispatch(arguments: list[str]) -> int:
             f"there is no command {arguments[0]!r}", fix=f"{did_you_mean(arguments[0], COMMANDS)} `meshformer --help` lists them."
         )
     if {"-h", "--help"} & set(arguments):
-        from meshformer.command.helptext import overview
+        from meshformer.command.helptext import help_of
 
-        say(overview(command))
+        say(help_of(command, _config_dir(arguments)))
         return 0
     if command == "doctor":
         if arguments[1:]:
@@ -104,6 +104,16 @@ def _dispatch(arguments: list[str]) -> int:
     from meshformer.command.jobs import run_command
 
     return run_command(command, arguments[1:])
+
+
+def _config_dir(arguments: list[str]) -> str | None:
+    """The last --config-dir of the command line, which `--help` reads without Hydra's parser."""
+    found = None
+    for word, following in zip(arguments, [*arguments[1:], None], strict=True):
+        flag, equals, value = word.partition("=")
+        if flag in ("--config-dir", "-cd"):
+            found = value if equals else following
+    return found
 
 
 def _command_being_completed(arguments: list[str]) -> str | None:

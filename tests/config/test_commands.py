@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import types
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import yaml
 
 from meshformer.checkpoint.find import PARTS, write_manifest
-from meshformer.cli import main
+from meshformer.cli import COMMANDS, main
 from meshformer.command.recorded import read_overrides, write_overrides
 from meshformer.config import ConfigError
 from meshformer.record.run_folder import PENDING
@@ -56,6 +57,41 @@ def test_train_makes_a_folder_and_hands_over_a_plain_dict(calls, tmp_path, capsy
     assert type(config) is dict and type(config["model"]["position"]) is dict and config["trainer"]["devices"] == 1
     assert not (folder / ".hydra").exists()
     assert capsys.readouterr().err == "compile: no, the run is short\n"
+
+
+def said_without_a_trace(line, tmp_path, capsys):
+    before = sorted(tmp_path.rglob("*"))
+    assert main([*line, "--dry-run"]) == 0
+    assert sorted(tmp_path.rglob("*")) == before
+    out = capsys.readouterr().out
+    assert out.endswith("dry run: checked, nothing was written or started\n")
+    return out
+
+
+def test_a_dry_run_says_what_would_run_and_changes_nothing(calls, tmp_path, capsys):
+    out = said_without_a_trace(["train", "strategy=fsdp_tensor", "trainer.devices=4", "trainer.max_steps=50"], tmp_path, capsys)
+    rows = dict(re.findall(r"^(.+?) {2,}(.+)$", out, re.MULTILINE))
+    assert rows["run folder"].startswith(f"{tmp_path}/runs/shakespeare_char/")
+    assert rows["layout"] == "fsdp_tensor, 4 processes: shard 2 × tensor 2"
+    assert rows["step"] == "16 samples of 128 tokens = 2,048 tokens; 8 a process"
+    assert rows["steps"] == "50, 102,400 tokens in all" and rows["model"] == "Transformer, about 0.6 million parameters"
+    assert "GB a process" in rows["memory"] and not calls
+    assert main(["train", "trainer.max_steps=2"]) == 0 and len(calls) == 1
+    capsys.readouterr()
+    assert f"{calls[0][1]}, which goes on from step 2\n" in said_without_a_trace(["train", "resume=last", "trainer.max_steps=9"], tmp_path, capsys)
+    assert len(calls) == 1
+    assert main(["train", f"hydra.run.dir={calls[0][1]}", "--dry-run"]) == 2  # as without the flag
+    assert "is already used" in capsys.readouterr().err
+    assert main(["evaluate", "run=last", "--dry-run"]) == 2
+    assert "belongs to `meshformer train`" in capsys.readouterr().err
+
+
+def test_a_dry_run_of_a_sweep_lists_its_runs(calls, tmp_path, capsys):
+    out = said_without_a_trace(["train", "-m", "model.n_heads=4,3", "seed=1,2"], tmp_path, capsys)
+    assert "4 runs, 2 of them refused" in out and "  0  model.n_heads=4 seed=1\n" in out
+    assert re.search(r"^  3  model.n_heads=3 seed=2  refused: model.d_model=128: does not divide", out, re.MULTILINE)
+    assert "a search by tpe, at most 7 runs" in said_without_a_trace(["train", "-m", "sweep=search", "sweep.trials=7"], tmp_path, capsys)
+    assert not calls
 
 
 def test_a_folder_given_by_the_user_is_taken(calls, tmp_path):
@@ -277,12 +313,29 @@ def test_the_shell_completes_commands_and_overrides(line, expected, monkeypatch,
     assert capsys.readouterr().out.split() == expected
 
 
-def test_help_lists_commands_groups_and_examples(capsys):
-    assert main(["--help"]) == 0
-    text = capsys.readouterr().out
-    assert all(word in text for word in ("meshformer evaluate", "model/attention", "positional_attention", "kjv_finetune", "Examples"))
+def test_help_is_short_and_that_of_a_command_starts_with_its_own_section(capsys):
+    for line in ([], ["--help"]):
+        assert main(line) == 0
+        text = capsys.readouterr().out
+        assert len(text.splitlines()) <= 15 and all(f"  meshformer {command} " in text for command in COMMANDS), text
+    for command in COMMANDS:
+        assert main([command, "--help"]) == 0
+        assert capsys.readouterr().out.splitlines()[0].startswith(f"meshformer {command}")
     assert main(["train", "--help"]) == 0
-    assert "by default: queries and keys are rotated" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert all(word in text for word in ("model/attention", "positional_attention", "kjv_finetune", "Examples"))
+    assert "by default: queries and keys are rotated" in text
+
+
+@pytest.mark.parametrize("flag", [["--config-dir", "mine"], ["--config-dir=mine"], ["-cd", "mine"]])
+def test_help_lists_the_users_own_options(flag, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine" / "model").mkdir(parents=True)
+    (tmp_path / "mine" / "model" / "tall.yaml").write_text("# Pick it for long texts.\ndefaults: [nano, _self_]\n")
+    assert main(["train", *flag, "--help"]) == 0
+    assert re.search(r"^    tall +\(yours\) for long texts\.$", capsys.readouterr().out, re.MULTILINE)
+    assert main(["train", "--config-dir=other", "--help"]) == 2
+    assert "--config-dir=other: there is no such folder" in capsys.readouterr().err
 
 
 def test_info_and_cfg_show_the_composition(capsys):

@@ -78,6 +78,12 @@ def test_what_does_not_suit_is_not_compiled_however_long(change, changes, reason
     assert choice is False and reason in told
 
 
+def test_anomalies_are_not_looked_for_in_compiled_blocks(change):
+    with pytest.raises(ConfigError, match=r"trainer\.detect_anomaly=true: .* Use trainer\.detect_anomaly=false, or trainer\.compile=false"):
+        settle(change({"trainer.compile": True, "trainer.detect_anomaly": True}))
+    settle(change({"trainer.compile": "auto", "trainer.detect_anomaly": True}))
+
+
 def test_images_count_their_patches():
     settings = ["task=image_classification", "data=digits", "model=vit_tiny", "trainer.threads=1"]
     steps = int(WORTH_WHILE["cpu"] / (6 * 6 * 12 * 64**2 * 2**2 * 16))

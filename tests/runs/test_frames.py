@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import html
 import itertools
+import json
 import re
 from html.parser import HTMLParser
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -16,6 +21,8 @@ from meshformer.record import RunNotFound
 from meshformer.runs import attention_maps, compare, figures, load_metrics, load_model, load_runs, loss_by_position, training_flops
 from meshformer.runs.fits import fit_power_law, lower_envelope
 from meshformer.runs.frames import distinguishing_columns, labels, setting_columns
+from meshformer.runs.panels import panels
+from meshformer.runs.table import text_table
 from meshformer.runs.timeline import idle_share, play
 from run_folders import write_run
 
@@ -156,14 +163,47 @@ def test_the_report_is_one_file_that_fetches_nothing(real_runs, tmp_path, capsys
     text = page.read_text()
     links = _Links()
     links.feed(text)
-    assert links.tags.count("img") >= (3 if what == "sweep" else 2) and "script" not in links.tags
+    assert links.tags.count("img") >= (6 if what == "sweep" else 3)
+    (script,) = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)  # the one that the page's policy names
+    assert f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}" in text and "fetch" not in script
+    plots = [json.loads(html.unescape(found)) for found in re.findall(r'data-plot="(.*?)"', text)]
+    assert len(plots) >= 3 and any("loss" in plot["names"][1] and len(plot["lines"][0]["x"]) > 1 for plot in plots)
+    for plot in plots:  # a point inside the ranges lies inside the frame, and the frame inside the image
+        assert 0 < plot["box"][0] < plot["box"][2] <= 1 and 0 <= plot["box"][1] < plot["box"][3] < 1
     assert all(address.startswith("data:image/svg+xml;base64,") for address in links.addresses)
     assert "n_layers: 2" in text
     assert what == "run" or re.search(r"<td[^>]*>0\.1</td>", text), "the learning rate is a column"
+
+
+def test_the_values_for_the_pointer_are_those_of_the_lines_at_their_place():
+    frame = pd.DataFrame({"step": [1, 2, 3], "value": [3.0, 2.0, float("nan")], "metric": "train/loss"})
+    loss, *_ = panels(figures.one_run(frame))
+    plot = json.loads(loss["plot"])
+    training = next(line for line in plot["lines"] if line["name"] == "training")
+    assert (training["x"], training["y"], training["colour"]) == ([1, 2], [3, 2], figures.COLOURS[0].lower())
+    assert plot["names"] == ["optimizer step", "loss (nats)"] and plot["log"] == [False, False]
+    with plt.rc_context(figures.STYLE):
+        figure, axes = plt.subplots()
+        axes.plot([1, 10, 100], [1, 2, 3], label="$a$")
+        axes.axhline(2)
+        axes.set_xscale("log")
+    (panel,) = panels(figure)
+    plot = json.loads(panel["plot"])
+    assert plot["log"] == [True, False] and [line["name"] for line in plot["lines"]] == ["$a$"]
+
+
+def test_learning_rates_over_decades_stand_on_a_logarithmic_axis_without_colliding_labels():
+    runs = pd.DataFrame({"optimizer.lr": [1e-4, 1e-3, 1e-2, 1.1e-2, 0.1], "val/loss": [3.0, 2.5, 2.2, 2.1, 2.6], "state": "finished"})
+    axes = figures.against(runs, "optimizer.lr").axes[0]
+    assert axes.get_xscale() == "log" and list(axes.get_xticks()) == [1e-4, 1e-3, 1e-2, 0.1]
+
+
+def test_seconds_shown_as_a_time_have_a_heading_without_a_unit():
+    assert text_table([{"run": "a", "duration_s": 7.0}], ["run", "duration_s"]).splitlines() == ["run  duration", "a     0:00:07"]
 
 
 def test_the_report_shows_text_as_text(tmp_path):
     write_run(tmp_path / "a<b>", overrides="run.name=<script>alert(1)</script>\n")
     assert main(["report", str(tmp_path / "a<b>"), "-o", str(tmp_path / "page.html")]) == 0
     page = (tmp_path / "page.html").read_text()
-    assert "<script" not in page and "&lt;script&gt;" in page
+    assert "<script>alert" not in page and page.count("<script") == 1 and "&lt;script&gt;" in page

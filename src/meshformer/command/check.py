@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from meshformer.checkpoint.check import check_start
+from meshformer.command.lightning_parts import check_lightning_parts
 from meshformer.command.stock import check_stock
 from meshformer.config.bounds import Range, check_ranges, setting
 from meshformer.config.errors import ConfigError
@@ -60,11 +61,13 @@ def check(config: Config) -> None:
         check_cache,
         check_stock,
         check_processes,
+        check_lightning_parts,
         check_transformers,
         check_settings,
         check_batch,
         check_precision,
         _length,
+        _schedule,
         check_files,
         check_labelled_files,
         _model,
@@ -104,6 +107,24 @@ def _length(config: Config) -> None:
     # A warm-up longer than the training is allowed: many users first try `trainer.max_steps=2`, and the ramp then simply ends early.
     if warmup is not None and warmup < 0:
         raise ConfigError("must not be negative", "schedule.warmup_steps", warmup)
+
+
+def _schedule(config: Config) -> None:
+    """Refuse what a scheduler of torch cannot do here."""
+    target = str(config["schedule"]["_target_"])
+    if not target.startswith("torch.optim.lr_scheduler."):
+        return
+    name = target.rpartition(".")[2]
+    if name == "ReduceLROnPlateau":
+        message = "steps on a metric, and a schedule here is a function of the step"
+        raise ConfigError(message, "schedule._target_", target, fix="Use schedule=wsd, or another class of torch.optim.lr_scheduler.")
+    if name in ("LambdaLR", "MultiplicativeLR", "SequentialLR", "ChainedScheduler"):
+        message = "is made of functions or of other schedulers, which a configuration cannot hold"
+        fix = "Write a function of max_steps that returns a function from the step to the multiplier: docs/make_it_yours/task.md."
+        raise ConfigError(message, "schedule._target_", target, fix=fix)
+    if config["stage"].get("unfreeze_every"):
+        message = "layers join by multipliers of the learning rate, and this schedule has none"
+        raise ConfigError(message, "stage.unfreeze_every", config["stage"]["unfreeze_every"], fix="Use schedule=linear, cosine, wsd or constant.")
 
 
 def _model(config: Config) -> None:

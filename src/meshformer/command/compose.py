@@ -29,6 +29,7 @@ from meshformer.checkpoint.find import candidates, is_foreign
 from meshformer.command.check import check, resolve
 from meshformer.command.hydra_object import Hydra as Hydra
 from meshformer.command.hydra_object import make_hydra as make_hydra
+from meshformer.command.lightning_parts import keys_as_typed, settled
 from meshformer.command.recorded import without_option
 from meshformer.config import ConfigError, did_you_mean, validate
 from meshformer.config.foreign import confine, read_config, refuse_links
@@ -163,7 +164,10 @@ def settle(config: Config, overrides: Sequence[str] = ()) -> Config:
     if config.get("allow") and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # the user's own modules lie in the current folder; appended last so that they shadow nothing
     _refuse_groups_as_values(config)
-    config = validate(from_the_folder(_without_task_settings(config, overrides)))
+    typed = _without_task_settings(config, overrides)
+    config = settled(typed, overrides)
+    with keys_as_typed(typed, config):
+        config = validate(from_the_folder(config))
     if is_transformers(config["model"]):
         config = inline(config, attribute(config["task"]["_target_"], "objective", "next"))
     if config["stage"]["name"] == "finetune" and config["resume"] is None:

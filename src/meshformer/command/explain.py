@@ -16,6 +16,8 @@ from meshformer.command.compose import Hydra, compose_config
 from meshformer.config import ConfigError, did_you_mean
 from meshformer.config.paths import conf_dir
 from meshformer.config.trainer_keys import INSTEAD
+from meshformer.printing import argument
+from meshformer.record.run_folder import is_run
 
 # Groups of Hydra in which users name a plugin, and what does its work here.
 OWN_PLUGINS = {
@@ -31,7 +33,7 @@ def explain(error: Exception, hydra: Hydra, config_name: str, overrides: Sequenc
     if isinstance(error, yaml.YAMLError):
         found = _yaml(error)
     elif isinstance(error, OverrideParseException):
-        found = _unreadable(error)
+        found = _unreadable(error, config_name)
     elif isinstance(error, MissingConfigException):
         found = _missing(error)
     elif isinstance(error.__cause__, OmegaConfBaseException) and not str(error):
@@ -46,13 +48,22 @@ def _yaml(error: yaml.YAMLError) -> ConfigError:
     return ConfigError(f"{where}: {problem}", fix="Check the indentation, colons and quotes there.")
 
 
-def _unreadable(error: OverrideParseException) -> ConfigError:
+def _unreadable(error: OverrideParseException, config_name: str) -> ConfigError:
     override = error.override
     if "=" not in override and not override.startswith("~"):
-        fix = "Did you mean run=last?" if override == "last" else "Write key=value, for example trainer.max_steps=100."
-        return ConfigError("is not an override", override, fix=fix)
+        return ConfigError("is not an override", override, fix=_for_a_bare_word(override, config_name))
     key, _, value = override.partition("=")
     return ConfigError(f"cannot be read ({_first_line(error)})", key, value, fix=f"Quote the value: \"{key}='{value}'\".")
+
+
+def _for_a_bare_word(word: str, config_name: str) -> str:
+    """What was meant by a word without `=`: usually a run."""
+    reads_run = config_name in ("evaluate", "generate", "convert", "export")
+    if word in ("resume", "fork", "run"):
+        return f"Write {word if not reads_run else 'run'}=RUN, for example {word if not reads_run else 'run'}=last."
+    if word == "last" or is_run(Path(word).expanduser()):
+        return f"Did you mean {argument('run', word)}?" if reads_run else f"Did you mean {argument('resume', word)} or {argument('fork', word)}?"
+    return "Write key=value, for example " + ("run=last." if reads_run else "trainer.max_steps=100.")
 
 
 def _missing(error: MissingConfigException) -> ConfigError | None:

@@ -21,12 +21,7 @@ STAMP = "%Y-%m-%d_%H-%M-%S"
 
 def claim_folder(folder: Path) -> None:
     """Create `folder` if needed and claim it with an empty config.yaml. Raises ConfigError if it is not empty, so that runs do not mix."""
-    if folder.is_dir() and any(folder.iterdir()):
-        raise ConfigError(
-            f"the folder {folder} is already used", "hydra.run.dir", fix=f"Choose another, or continue it with {argument('resume', folder)}."
-        )
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError("is a file", "hydra.run.dir", str(folder))
+    check_unused(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").open("x").close()  # exclusive: of two commands started at once, only one succeeds
@@ -34,6 +29,16 @@ def claim_folder(folder: Path) -> None:
         raise ConfigError(f"the folder {folder} is already used", "hydra.run.dir", fix="Choose another.") from None
     except OSError as error:
         raise ConfigError(f"the folder cannot be made ({error.strerror})", "hydra.run.dir", str(folder)) from None
+
+
+def check_unused(folder: Path) -> None:
+    """Raise ConfigError if `folder` is a file or holds something."""
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ConfigError(
+            f"the folder {folder} is already used", "hydra.run.dir", fix=f"Choose another, or continue it with {argument('resume', folder)}."
+        )
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError("is a file", "hydra.run.dir", str(folder))
 
 
 def write_settings(folder: Path, config: dict[str, Any], overrides: str) -> None:

@@ -7,22 +7,24 @@ from pathlib import Path
 
 WIDTH = 118
 
-COMMANDS = """\
-meshformer: train a Transformer on real text, every setting an override.
-
-  meshformer plan [OVERRIDES] cluster=NAME      which layout to choose: step time, memory and the override to type
-  meshformer train [OVERRIDES]                  train; prints the run folder
-  meshformer evaluate run=RUN [OVERRIDES]       loss, perplexity and bits per byte on a part of the data
-  meshformer generate run=RUN prompt=TEXT       continue a text
-  meshformer convert run=RUN to=FORMAT          a checkpoint as one file, as weights for other programs, or as a folder again
-  meshformer export run=RUN format=FORMAT       the model for other programs: a Hugging Face folder, safetensors, ONNX, torch.export
-  meshformer runs [FOLDER] [FILTERS]            a table of runs; runs show RUN, runs diff A B
-  meshformer profile run=RUN                    where the time of recorded steps went, and which setting to change
-  meshformer report RUN|FOLDER                  figures, results and settings as one HTML file
-  meshformer doctor                             what this machine can run, measured, and a short test of several processes
-
-RUN is a run folder, the end of its name, or `last`; where weights are read, a checkpoint RUN/checkpoints/step-… too.
-An override is group=option or key=value."""
+# Command -> (its arguments, what it does).
+COMMANDS = {
+    "plan": ("[OVERRIDES] cluster=NAME", "which layout to choose: step time, memory and the override to type"),
+    "train": ("[OVERRIDES]", "train a model; prints the run folder"),
+    "evaluate": ("run=RUN [OVERRIDES]", "loss, perplexity and bits per byte on a part of the data"),
+    "generate": ("run=RUN prompt=TEXT", "continue a text"),
+    "convert": ("run=RUN to=FORMAT", "a checkpoint as one file, as weights for other programs, or as a folder again"),
+    "export": ("run=RUN format=FORMAT", "the model for other programs: a Hugging Face folder, safetensors, ONNX, torch.export"),
+    "runs": ("[FOLDER] [FILTERS]", "a table of runs; `runs show RUN` and `runs diff A B` show settings"),
+    "profile": ("run=RUN", "where the time of recorded steps went, and which setting to change"),
+    "report": ("RUN|FOLDER", "figures, results and settings as one HTML file"),
+    "doctor": ("", "what this machine can run, measured, and a short test of several processes"),
+}
+# Word in those arguments -> what it stands for.
+WORDS = {
+    "RUN": "RUN is a run folder, the end of its name, or `last`; where weights are read, a checkpoint RUN/checkpoints/step-… too.",
+    "OVERRIDES": "An override is group=option or key=value.",
+}
 
 EXAMPLES = {
     "train": """\
@@ -102,43 +104,70 @@ Examples
   meshformer report runs/shakespeare_char --output sweep.html""",
 }
 
-FLAGS = """\
-Flags
+SHOWS = """\
   --cfg job|hydra|all    print the composed configuration; --resolve fills in its references, --package KEY prints a part
   --info [defaults|...]  print how it was composed
-  -m, --multirun         try every combination of comma-separated values
-  --config-dir FOLDER    a folder of your own with further options
+  --config-dir FOLDER    a folder of your own with further options"""
+FLAGS = f"""\
+Flags
+{SHOWS}
   --config-name NAME     another file than train.yaml
+  --dry-run              check, print layout, sizes, steps and the run folder, and write nothing
+  -m, --multirun         try every combination of comma-separated values
   -sc install=bash       print the shell completion: eval "$(meshformer -sc install=bash)"
 HYDRA_FULL_ERROR=1 shows stack traces. Keys: meshformer train --cfg job."""
 
 
-def overview(command: str | None = None) -> str:
-    """Return the help text: commands, config groups and examples. With `command`, each option gets a line of its own."""
-    parts = [COMMANDS]
-    if command in (None, "train"):
-        parts.append(_groups(described=command is not None))
-    parts += [EXAMPLES[command]] if command in EXAMPLES else list(EXAMPLES.values())
-    if command not in ("runs", "profile", "report", "plan", "doctor"):
+def overview() -> str:
+    """Return what `meshformer --help` prints: each command in a line, an example, and where to read on."""
+    width = max(map(len, COMMANDS))
+    lines = ["meshformer: train a Transformer on real text, every setting an override.", ""]
+    lines += [f"  meshformer {name:<{width}}  {purpose}" for name, (_, purpose) in COMMANDS.items()]
+    lines.append("Example: meshformer train strategy=ddp trainer.devices=2 optimizer.lr=0.02")
+    lines.append("Settings: meshformer COMMAND --help. Guides: docs/ of the checkout, as a site after `make docs`.")
+    return "\n".join(lines)
+
+
+def help_of(command: str, config_dir: str | None = None) -> str:
+    """Return what `meshformer COMMAND --help` prints; the options in `config_dir`, the user's own folder, are listed with ours.
+
+    Raises ConfigError if that folder does not exist.
+    """
+    arguments, purpose = COMMANDS[command]
+    parts = [f"meshformer {command} {arguments}".rstrip() + f"\n  {purpose}"]
+    if command == "train":
+        parts.append(_groups(config_dir))
+    if command in EXAMPLES:
+        parts.append(EXAMPLES[command])
+    parts += ["\n".join(meaning for word, meaning in WORDS.items() if word in arguments)]
+    if command == "train":
         parts.append(FLAGS)
-    return "\n\n".join(parts)
+    elif command in ("evaluate", "generate"):
+        parts.append(f"Flags\n{SHOWS}")
+    return "\n\n".join(filter(None, parts))
 
 
-def _groups(described: bool) -> str:
+def _groups(config_dir: str | None) -> str:
+    from meshformer.config.errors import ConfigError
     from meshformer.config.paths import conf_dir
 
-    conf = conf_dir()
+    roots = [conf_dir()]
+    if config_dir is not None:
+        roots.append(Path(config_dir))
+        if not roots[1].is_dir():
+            raise ConfigError("there is no such folder", "--config-dir", config_dir)
+    options: dict[str, dict[str, Path]] = {}
+    for root in roots:
+        for file in sorted(root.rglob("*.yaml")):
+            group = file.parent.relative_to(root).as_posix()
+            if group != "." and group.partition("/")[0] != "hydra":
+                options.setdefault(group, {})[file.stem] = file  # the user's file of the same name is the one that is read
     lines = ["Groups (group=option)"]
-    for folder in sorted(path for path in conf.rglob("*") if path.is_dir() and path.relative_to(conf).parts[0] != "hydra"):
-        options = sorted(folder.glob("*.yaml"))
-        group = folder.relative_to(conf).as_posix()
-        if not described:
-            line = f"  {group:<18} {', '.join(option.stem for option in options)}"
-            lines.append(textwrap.fill(line, WIDTH, subsequent_indent=" " * 21))
-            continue
+    for group in sorted(options):
         lines.append(f"  {group}")
-        for option in options:
-            line = f"    {option.stem:<22} {_purpose(option)}"
+        for name, file in options[group].items():
+            yours = "(yours) " if file.is_relative_to(roots[-1]) and len(roots) > 1 else ""
+            line = f"    {name:<22} {yours}{_purpose(file)}".rstrip()
             lines.append(textwrap.fill(line, WIDTH, subsequent_indent=" " * 27))
     return "\n".join(lines)
 

@@ -18,6 +18,7 @@ from meshformer.checkpoint.find import candidates, latest_checkpoint
 from meshformer.command import compose
 from meshformer.command.compose import Hydra
 from meshformer.command.conversion import export_source_and_target, source_and_target
+from meshformer.command.dry_run import say_run
 from meshformer.command.explain import explain_errors
 from meshformer.command.folders import claim_folder, forget_folder, shared_folder, write_settings
 from meshformer.command.plan import AUTO, CHOICE, choose
@@ -45,6 +46,8 @@ def run_command(command: str, argv: Sequence[str]) -> int:
     config_name = args.config_name or command
     overrides: list[str] = list(args.overrides)
     run_of: dict[str, str] = {}
+    if args.dry_run and (command != "train" or any(getattr(args, name) for name in SHOWING)):
+        raise ConfigError("belongs to `meshformer train`, without another flag that shows something", "--dry-run", fix="Leave it out.")
     if command == "train":
         run_of, overrides = compose.take(overrides, "resume", "fork")
     if run_of:
@@ -77,6 +80,9 @@ def run_command(command: str, argv: Sequence[str]) -> int:
         first = pretraining(config, overrides, flags, args.config_dir)
         if first is None:
             config = compose.settle(config, overrides)
+    if first is not None and args.dry_run:
+        say("two runs: the first pretrains as below, the second fine-tunes its weights (stage.pretrain)")
+        return run_command("train", [*first.arguments, "--dry-run"])
     if first is not None:
         return _train_both(argv, first)
     return _train(args, hydra, cfg, config, write_overrides(overrides, args.config_dir, args.config_name), plan=plan)
@@ -113,6 +119,8 @@ def _train(
         allowed = [override for override in args.overrides if override.lstrip("+").startswith("allow=")]
         return _train_from(args, {"resume": str(earlier)}, allowed)
     _check_start(config)
+    if args.dry_run:
+        return say_run(config, wanted, run)
     if run is not None:
         folder = run
     elif earlier is not None:  # the earlier start ended before its first checkpoint
@@ -348,6 +356,7 @@ def _show(hydra: Hydra, args: argparse.Namespace, config_name: str, overrides: l
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = get_args_parser()
+    parser.add_argument("--dry-run", action="store_true")
 
     def refuse(message: str) -> Any:
         raise ConfigError(message, fix="`meshformer --help` lists the flags.")

@@ -149,7 +149,7 @@ def request_of(typed: Sequence[str], config_dir: str | None = None, measure: boo
         raise ConfigError(f"the cluster has no rate for {precision}", "trainer.precision", there["trainer"]["precision"], fix=fix)
     # Where the command gives the number of cores, every candidate must use that many processes.
     cards = {"cards": cluster.cards} if any(o.lstrip("+").startswith("cluster.cards=") for o in mine) else {}
-    state = STATE_BYTES.get(_optimizer(config), 8.0)
+    state = STATE_BYTES.get(optimizer_name(config), 8.0)
     return Request(there, sizes, cluster, fitted or constants(cluster.card), {**_fixed(config, names), **cards}, state)
 
 
@@ -212,7 +212,7 @@ def _composed(config_dir: str | None, name: str, given: Sequence[str]) -> Any:
         return compose.compose_config(hydra, name, given)
 
 
-def _optimizer(config: Config) -> str:
+def optimizer_name(config: Config) -> str:
     return str(config["optimizer"]["_target_"]).rpartition(".")[2].lower()
 
 
@@ -321,13 +321,14 @@ def _heading(request: Request, found: Sequence[Candidate]) -> str:
     trainer = request.config["trainer"]
     how = trainer["precision"] + (", compiled" if trainer["compile"] else "")
     return (
-        f"{_count(sizes.parameters)} parameters, {batch:,} samples of {sizes.length:,} tokens a step ({_count(batch * sizes.length)} tokens), "
+        f"{count_text(sizes.parameters)} parameters, {batch:,} samples of {sizes.length:,} tokens a step "
+        f"({count_text(batch * sizes.length)} tokens), "
         f"{cards}, {how}\n{few}"
         f"{fitting:,} of {len(found):,} ways to run it fit in {100 * SPARE:.0f} % of a card's {cluster.memory / 1e9:.0f} GB\n"
     )
 
 
-def _count(number: float) -> str:
+def count_text(number: float) -> str:
     for limit, name in ((1e12, "trillion"), (1e9, "billion"), (1e6, "million")):
         if number >= limit:
             return f"{number / limit:.3g} {name}"
@@ -352,7 +353,7 @@ def _row(candidate: Candidate, request: Request, tokens: float | None) -> list[s
 
 
 def _table(rows: Sequence[Candidate], request: Request, tokens: float | None) -> str:
-    columns = [*COLUMNS, *((f"{_count(tokens)} tokens", "energy") if tokens is not None else ())]
+    columns = [*COLUMNS, *((f"{count_text(tokens)} tokens", "energy") if tokens is not None else ())]
     cells = [columns, *(_row(candidate, request, tokens) for candidate in rows)]
     if not any(row[4] for row in cells[1:]):
         cells = [row[:4] + row[5:] for row in cells]

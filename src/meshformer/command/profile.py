@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from meshformer.config.errors import ConfigError
 from meshformer.config.suggest import did_you_mean
-from meshformer.printing import say
+from meshformer.printing import argument, say
 from meshformer.profile.parts import FOLDER
 from meshformer.record import RunNotFound, find_run
 from meshformer.runs.profile import recorded
@@ -23,7 +23,7 @@ def profile(argv: Sequence[str]) -> int:
     for word in argv:
         key, sign, value = word.partition("=")
         if not sign or key not in OPTIONS:
-            fix = did_you_mean(key, OPTIONS) if sign else "Write run=RUN."
+            fix = did_you_mean(key, OPTIONS) if sign else f"Did you mean {argument('run', key)}?"
             raise ConfigError("`meshformer profile` takes no such setting", key, value or None, fix=fix)
         options[key] = value
     if "run" not in options:

@@ -74,7 +74,8 @@ def _list(argv: Sequence[str]) -> int:
         raise ConfigError(f"{len(folders)} folders are given", fix="Name one of them; runs are found however deep they lie.")
     filters = [word for word in options.words if word not in folders]
     if unclear := next((word for word in filters if not any(sign in word for sign in "=<>")), None):
-        raise ConfigError(f"{unclear!r} is neither a folder nor a filter", fix="Write key=value, or 'key<value' in quotes.")
+        fix = "Did you mean `meshformer runs show last`?" if unclear == "last" else "Write key=value, or 'key<value' in quotes."
+        raise ConfigError(f"{unclear!r} is neither a folder nor a filter", fix=fix)
     runs = _scan(Path(folders[0] if folders else "runs"))
     rows = {run.name: row_of(run) for run in runs}
     known = list(dict.fromkeys(key for row in rows.values() for key in row))

@@ -76,7 +76,7 @@ class Data:
     vocab_size: PositiveInt = 1024
     workers: Count = 0
     files: str | list[str] | None = None
-    kind: Literal["corpus", "texts", "images", "speech"] = "corpus"
+    kind: Literal["corpus", "texts", "images", "speech", "own"] = "corpus"
     file: str | None = None
     validation_file: str | None = None
     text_column: str = "text"
@@ -344,6 +344,8 @@ def _arguments(node: dict[str, Any], found: Signature, key: str, allow: tuple[st
             continue
         if key == "optimizer" and argument in FROM_THE_MODEL:
             raise ConfigError("comes from the model", at, fix="Leave it out.")
+        if at == "schedule.optimizer":
+            raise ConfigError("is the run's own optimizer", at, fix="Leave it out.")
         parameter = found.parameters.get(argument)
         if at == "model.plan" and parameter is None:
             _plan(value, allow)
@@ -359,7 +361,7 @@ def _arguments(node: dict[str, Any], found: Signature, key: str, allow: tuple[st
                 if isinstance(item, dict) and "_target_" in item:
                     _target(item, f"{at}[{index}]", allow)
     if not node.get("_partial_") and (key == "model" or key.partition(".")[0] not in FILLED_BY_BUILD):
-        filled = ("seed", "vocab_size") if key == "model" else ()
+        filled = {"model": ("seed", "vocab_size"), "schedule": ("optimizer", "max_steps")}.get(key, ())
         for argument, parameter in found.parameters.items():
             if parameter.required and argument not in node and argument not in filled:
                 raise ConfigError(f"{name} needs it", _join(key, argument), fix=f"Add {_join(key, argument)}=…")

@@ -30,6 +30,7 @@ _HOME = {
     "AudioTable": "recordings",
     "Features": "audio",
     "SpeechData": "speech",
+    "OwnData": "own",
 }
 
 

@@ -32,7 +32,8 @@ def layout_for(model: Model, names: Callable[[], Iterable[str]] = tuple) -> Modu
     if not misfits[layout]:
         return layout
     differing = ", ".join(f"model.{key}={_plain(whole.get(key))} (there: {_either(value)})" for key, value in misfits[layout].items())
-    fix = "Use format=safetensors, onnx or torch_export."
+    small = ", or train model=llama_nano, which fits Llama" if layout.NAME == "Llama" else ""
+    fix = f"Use format=safetensors, onnx or torch_export{small}."
     message = f"the model fits no Hugging Face layout exactly; the nearest is {layout.NAME}, but for {differing}"
     raise ConfigError(message, "format", "huggingface", fix=fix)
 

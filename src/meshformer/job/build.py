@@ -24,7 +24,7 @@ from meshformer.config.errors import ConfigError
 from meshformer.config.foreign import refuse_interpolations
 from meshformer.config.resolve import external_launcher
 from meshformer.config.signature import signature
-from meshformer.data import Features, ImageData, SampledData, SequenceData, SpeechData, TextData
+from meshformer.data import Features, ImageData, OwnData, SampledData, SequenceData, SpeechData, TextData
 from meshformer.job.loggers import given_by_run
 from meshformer.model.layout import Plan
 from meshformer.model.lora import ADAPTERS, add_adapters
@@ -33,6 +33,7 @@ from meshformer.optim.groups import LayerRates
 from meshformer.parallel.strategies import make_strategy
 from meshformer.profile.parts import FOLDER
 from meshformer.tasks.check import has_own_head, padding_multiple
+from meshformer.tasks.plain import Hosted
 from meshformer.training.precision import LossScaling
 
 Config = dict[str, Any]
@@ -92,6 +93,12 @@ def _data_of_kind(config: Config, fixed_tokenizer: Any) -> SampledData:
         "workers": data["workers"],
         "accumulation": config["trainer"]["accumulate_grad_batches"],
     }
+    if data["kind"] == "own":
+        lock = Path(config["paths"]["data"]).expanduser() / "own-data.lock"
+        source = shared.pop("source")
+        if not isinstance(source, pl.LightningDataModule):
+            raise ConfigError("is no LightningDataModule", "data.source._target_", data["source"]["_target_"])
+        return OwnData(source, lock, dicts=not getattr(task_class(config), "calls_steps", False), **shared)
     if data["kind"] == "images":
         return ImageData(**shared, **{key: data[key] for key in ("image_size", "shift", "rotate", "zoom")})
     text = {
@@ -153,7 +160,7 @@ def build_model(config: Config) -> Any:
             parameter.requires_grad_(any(fnmatchcase(name, pattern) for pattern in trained))
     freeze(model, stage.get("freeze") or ())
     fitting((name for name, _ in model.named_parameters()), stage.get("reinit") or (), "stage.reinit")  # checked here; load_weights applies it
-    return model
+    return Hosted(model) if isinstance(model, pl.LightningModule) else model
 
 
 def build_plan(said: Config | str, config: Config) -> Plan:
@@ -206,7 +213,7 @@ def build_task(config: Config, max_steps: int) -> pl.LightningModule:
         "task",
         model=partial(build_model, config),
         optimizer=rates.of(instantiate(optimizer, config, "optimizer")),
-        schedule=instantiate(config["schedule"], config, "schedule"),
+        schedule=instantiate({**config["schedule"], "_partial_": True}, config, "schedule"),
         max_steps=max_steps,
         seed=config["seed"],
         tokens_per_step=config["data"]["batch_size"] * config["data"]["context_length"],

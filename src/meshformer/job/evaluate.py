@@ -27,8 +27,8 @@ def evaluate(config: dict[str, Any], options: dict[str, Any]) -> dict[str, float
     torch.set_num_threads(config["trainer"]["threads"])
     choose_tf32(config["trainer"]["matmul_precision"])
     source = Path(options["run"])
-    images = config["data"]["kind"] == "images"
-    data = build_data(config, None if images else load_tokenizer(run_of(source) / "tokenizer.json"))
+    without = config["data"]["kind"] in ("images", "own")
+    data = build_data(config, None if without else load_tokenizer(run_of(source) / "tokenizer.json"))
     data.prepare_data()
     task: Any = build_task(config, max_steps=1)
     task.configure_model()

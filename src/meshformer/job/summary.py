@@ -10,7 +10,7 @@ from meshformer.checkpoint.find import checkpoints
 from meshformer.data import TextData
 from meshformer.printing import argument
 from meshformer.record.run_folder import find_run
-from meshformer.tasks import Evaluated
+from meshformer.tasks import Evaluated, PlainTask
 
 Config = dict[str, Any]
 PROMPT = re.compile(r"\w{2,12}(?: \w{2,12})?")
@@ -18,7 +18,7 @@ PROMPT = re.compile(r"\w{2,12}(?: \w{2,12})?")
 
 def summary(task: Any, text: str | None, folder: Path, final: dict[str, float], config: Config, data: Any) -> str:
     """The result, a sample `text` if there is one, and commands to use the run, which run as printed."""
-    headline = task.headline(final) if isinstance(task, Evaluated) else f"validation loss {final.get('val/loss', float('nan')):.4f}"
+    headline = task.headline(final) if isinstance(task, Evaluated | PlainTask) else f"validation loss {final.get('val/loss', float('nan')):.4f}"
     lines = ["", headline, ""]
     if text is not None:
         lines += [text.strip(), ""]

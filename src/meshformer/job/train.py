@@ -49,6 +49,7 @@ from meshformer.record.run_folder import PENDING, atomic_write_text
 from meshformer.record.run_json import RunRecord
 from meshformer.tasks import Evaluated
 from meshformer.tasks.check import has_own_head
+from meshformer.tasks.plain import Hosted
 
 Config = dict[str, Any]
 # mallopt's M_MMAP_THRESHOLD (its maximum), M_TRIM_THRESHOLD and M_TOP_PAD, in bytes.
@@ -131,7 +132,7 @@ def prepare_data(config: Config) -> SampledData:
     pretrained = config["stage"]["name"] == "finetune" or config["stage"]["init_from"] is not None
     source = config["resume"] or config["fork"] or config["stage"]["init_from"]
     foreign_speech = config["data"]["kind"] == "speech" and pretrained and not (run_of(Path(source)) / "config.yaml").is_file()
-    if pretrained and config["data"]["kind"] != "images" and not foreign_speech:  # an encoder of sound brings no characters
+    if pretrained and config["data"]["kind"] not in ("images", "own") and not foreign_speech:  # an encoder of sound brings no characters
         tokenizer = load_tokenizer(tokenizer_file(Path(source)))
     data = build_data(config, tokenizer)
     data.prepare_data()
@@ -166,7 +167,8 @@ def configure_model(config: Config, task: Any, strategy: Any, start: Start) -> N
     if isinstance(strategy, MeshStrategy):
         with torch.device("meta"):
             task.configure_model()
-        if not type(task.model).__module__.startswith("meshformer."):  # a user's model, which may compute buffers in its constructor
+        if isinstance(task.model, Hosted) or not type(task.model).__module__.startswith("meshformer."):
+            # A user's model, which may compute buffers in its constructor.
             # Without `initial_value` only the constructor can draw the weights, so every rank builds all of them.
             by_name, task.model = hasattr(task.model, "initial_value"), None
             torch.manual_seed(config["seed"])
@@ -210,7 +212,7 @@ def fit(trainer: pl.Trainer, task: Any, data: SampledData, start: Start, rows: R
 
 def final_text(task: Any, trainer: pl.Trainer, data: SampledData) -> str | None:
     """A sample text at the end of the run, or None if the model writes no text. A collective."""
-    if not getattr(task, "writes_text", False):
+    if not getattr(task, "writes_text", False) or data.tokenizer is None:
         return None
     with averaged(trainer):
         return continuation(task, data.tokenizer, "\n", TEXT_TOKENS, temperature=0.8, top_p=0.95, seed=1)

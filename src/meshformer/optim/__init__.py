@@ -3,7 +3,7 @@
 from meshformer.optim.factories import adamw, muon, sgd
 from meshformer.optim.groups import decay_groups, split_matrices
 from meshformer.optim.muon import MuonAdamW, orthogonalise
-from meshformer.optim.schedules import constant, cosine, linear, wsd
+from meshformer.optim.schedules import constant, cosine, linear, of_the_module, wsd
 
 __all__ = [
     "MuonAdamW",
@@ -13,6 +13,7 @@ __all__ = [
     "decay_groups",
     "linear",
     "muon",
+    "of_the_module",
     "orthogonalise",
     "sgd",
     "split_matrices",

@@ -61,6 +61,11 @@ def constant(max_steps: int | None = None, warmup_steps: int = 0) -> Schedule:
     return partial(_decay_after_warmup, max_steps=None, warmup_steps=warmup_steps, decay_from=0, min_ratio=1.0, shape="linear")
 
 
+def of_the_module(*_: object, **__: object) -> None:
+    """Stands in config.yaml for the optimizer and the schedule that a LightningModule of the user's makes in configure_optimizers. Never called."""
+    raise RuntimeError("the LightningModule makes its optimizer itself")
+
+
 def _decay_after_warmup(step: int, *, max_steps: int | None, warmup_steps: int, decay_from: int, min_ratio: float, shape: str) -> float:
     if step < warmup_steps:
         return (step + 1) / warmup_steps

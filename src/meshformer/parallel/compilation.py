@@ -51,7 +51,10 @@ def lacking(accelerator: str) -> str | None:
 
 
 def check_compile(config: Config) -> None:
-    """ConfigError if trainer.compile is true and this machine lacks a requirement."""
+    """ConfigError if trainer.compile is true and this machine lacks a requirement, or trainer.detect_anomaly is true."""
+    if config["trainer"]["compile"] is True and config["trainer"]["detect_anomaly"]:
+        message = "it names the operation that made a NaN, and a compiled block is one operation"
+        raise ConfigError(message, "trainer.detect_anomaly", "true", fix="Use trainer.detect_anomaly=false, or trainer.compile=false.")
     missing = lacking(config["trainer"]["accelerator"])
     if config["trainer"]["compile"] and missing is not None:
         raise ConfigError(f"torch.compile needs {missing}", "trainer.compile", "true", fix="Install it, or use trainer.compile=false.")

@@ -22,9 +22,7 @@ def new_run_folder(runs: Path | str, experiment: str) -> Path:
 
     Raises ValueError if `experiment` leads out of `runs`, FileExistsError if 100 suffixes in a row are taken.
     """
-    if not experiment or Path(experiment).is_absolute() or ".." in Path(experiment).parts:
-        raise ValueError(f"experiment={experiment!r} cannot name a folder below {runs}; use a plain name such as 'shakespeare_char'.")
-    parent = Path(runs) / experiment
+    parent = experiment_folder(runs, experiment)
     parent.mkdir(parents=True, exist_ok=True)
     for attempt in range(100):
         # Jobs of a grid may start within the same second, so stamps collide, and four hex digits may collide too.
@@ -37,6 +35,13 @@ def new_run_folder(runs: Path | str, experiment: str) -> Path:
             continue
         return folder
     raise AssertionError("unreachable")
+
+
+def experiment_folder(runs: Path | str, experiment: str) -> Path:
+    """Return `runs/<experiment>`. Raises ValueError if `experiment` leads out of `runs`."""
+    if not experiment or Path(experiment).is_absolute() or ".." in Path(experiment).parts:
+        raise ValueError(f"experiment={experiment!r} cannot name a folder below {runs}; use a plain name such as 'shakespeare_char'.")
+    return Path(runs) / experiment
 
 
 def is_run(folder: Path) -> bool:

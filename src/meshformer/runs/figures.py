@@ -160,15 +160,26 @@ def against(runs: pd.DataFrame, key: str, metric: str = "val/loss", log: bool | 
     values = done[key][done[key] > 0]
     if log or (log is None and len(values) == len(done) and values.max() > 5 * values.min()):
         axes.set_xscale("log")
-        ticks = sorted(done[key].unique())
-        if len(ticks) <= 7:
-            axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-            axes.xaxis.set_minor_formatter(NullFormatter())
+        ticks = _apart(sorted(done[key].unique()))
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.margins(y=0.22)
     axes.set(xlabel=key, ylabel=NAME.get(metric, metric))
     if len(set(names)) > 1:
         axes.legend()
     return figure
+
+
+def _apart(values: list[float], share: float = 0.13) -> list[float]:
+    """Those of the rising `values` that stand so far apart on a logarithmic axis (a share of its length) that their labels do not collide."""
+    least = share * np.log(values[-1] / values[0])
+    kept = values[:1]
+    for value in values[1:]:
+        if np.log(value / kept[-1]) >= least:
+            kept.append(value)
+    return kept
 
 
 def _dots(done: Any, key: str, metric: str) -> Figure:
@@ -212,6 +223,7 @@ def parity(metrics: pd.DataFrame, reference: str = "single", by: str = "strategy
                       ha="right", fontsize=8, color=GREY)  # fmt: skip
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(numticks=12))
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.set(xlabel=AXIS["step"])
     panels[0].set_ylim(least / 2, 4 * most)
     panels[0].annotate("no difference", (0.01, 0.012), xycoords="axes fraction", fontsize=7, color=GREY)
@@ -425,6 +437,9 @@ def scaling(runs: pd.DataFrame, metrics: pd.DataFrame, metric: str = "val/loss")
     points = data.groupby(["parameters", "step"])[["compute", "value"]].mean()
     _law(right, *lower_envelope(points["compute"], points["value"]), "C")
     right.set(xlabel="compute C (FLOPs)", xscale="log")
+    for axes in (left, right):
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
     figure.legend(*right.get_legend_handles_labels(), loc="outside right center", title="parameters", title_fontsize=8)
     return figure
 
@@ -437,7 +452,7 @@ def _law(axes: Any, x: list[float], y: list[float], letter: str) -> None:
     axes.plot(along, law(along), color=GREY, linestyle="--", linewidth=1, zorder=1)
     floor = f"{law.floor:.2f} + " if law.floor else ""
     text = rf"$L = {floor}{_power(law.scale)}\,{letter}^{{-{law.exponent:.3f}}}$"
-    axes.text(0.97, 0.96, text, transform=axes.transAxes, ha="right", va="top", color=GREY)
+    axes.text(0.97, 0.96, text, transform=axes.transAxes, ha="right", va="top", color=GREY, parse_math=True)
 
 
 def _power(value: float) -> str:
@@ -485,7 +500,6 @@ def all_figures(runs: pd.DataFrame, metrics: pd.DataFrame) -> Iterable[tuple[str
     if len(runs) == 1:
         if "train/loss" in has:
             yield "Loss, learning rate and speed over the steps.", one_run(metrics)
-            yield "Training loss against steps, tokens and training time.", curves(metrics, "train/loss", start=0.05)
         return
     if "val/loss" in has:
         yield "Validation loss against steps, tokens and training time.", curves(metrics, "val/loss")

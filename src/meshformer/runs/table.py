@@ -17,6 +17,7 @@ from meshformer.runs.scan import Run
 
 Row = dict[str, Any]
 # Columns of every run. All other columns are settings, except those that start with a prefix in METRICS.
+TIMES = ("duration_s", "training_s")  # seconds
 HEAD = ("run", "state", "started", "duration_s", "layout")
 FIGURES = ("processes", "device", "parameters", "step", "tokens", "training_s", "tokens_per_second")
 TAIL = ("best_step", "context_length", "commit", "dirty", "error", "folder")
@@ -158,13 +159,18 @@ def ordered(rows: Sequence[Row], key: str, descending: bool = False) -> list[Row
     return [*numbers, *texts, *missing]
 
 
+def heading(key: str) -> str:
+    """The heading of a column whose values `shown` formats: times are shown as h:mm:ss, so `duration_s` is `duration`."""
+    return key.removesuffix("_s") if key in TIMES else key
+
+
 def shown(value: Any, key: str = "") -> str:
     """Format a cell for display."""
     if value is None or (isinstance(value, float) and math.isnan(value) and not key.startswith(METRICS)):
         return ""
     if key == "started":
         return str(value)[:16].replace("T", " ")
-    if key in ("duration_s", "training_s") and math.isfinite(value):
+    if key in TIMES and math.isfinite(value):
         minutes, seconds = divmod(round(float(value)), 60)
         return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
     if key == "commit":
@@ -179,7 +185,7 @@ def shown(value: Any, key: str = "") -> str:
 def text_table(rows: Sequence[Row], columns: Sequence[str]) -> str:
     """Format rows as aligned text columns, numbers right-aligned."""
     cells = [[visible(shown(row.get(column), column).replace("\n", " "), lines=False) for column in columns] for row in rows]
-    heads = [visible(column, lines=False) for column in columns]
+    heads = [visible(heading(column), lines=False) for column in columns]
     widths = [max(len(text) for text in (heads[i], *(line[i] for line in cells))) for i in range(len(columns))]
     right = [all(row.get(column) is None or isinstance(row.get(column), (int, float)) for row in rows) for column in columns]
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .evaluation import Evaluated as Evaluated
     from .language_modelling import LanguageModelling as LanguageModelling
     from .language_modelling import MaskedLanguageModelling as MaskedLanguageModelling
+    from .plain import PlainTask as PlainTask
     from .sentence_embedding import SentenceEmbedding as SentenceEmbedding
     from .sentence_embedding import embed as embed
     from .speech_recognition import SpeechRecognition as SpeechRecognition
@@ -24,6 +25,7 @@ _HOME = {
     "classification": ("Classification", "ImageClassification", "SequenceClassification", "TokenClassification"),
     "evaluation": ("Evaluated",),
     "language_modelling": ("LanguageModelling", "MaskedLanguageModelling"),
+    "plain": ("PlainTask",),
     "sentence_embedding": ("SentenceEmbedding", "embed"),
     "speech_recognition": ("SpeechRecognition", "transcribe"),
 }  # fmt: skip

@@ -27,8 +27,9 @@ class Task(MicroBatches):
     """A subclass implements two methods: `inputs(batch)`, the model's arguments, and `score(output, batch, phase) -> (loss sum, count)`.
 
     `model` builds the network when Lightning calls `configure_model`; `optimizer` takes named parameters; `schedule` takes the number of steps and
-    returns a function from the step to the multiplier of the learning rate. `tokens_per_step` is an estimate that only keeps the scale of the
-    loss during the backward pass; training/step.py corrects it to the exact count.
+    returns a function from the step to the multiplier of the learning rate, or it is a class of torch.optim.lr_scheduler, and takes the
+    optimizer. `tokens_per_step` is an estimate that only keeps the scale of the loss during the backward pass; training/step.py corrects it to
+    the exact count.
     """
 
     objective = "next"  # the training objective: it selects the targets (data/objectives.py)
@@ -193,10 +194,20 @@ class Task(MicroBatches):
         optimizer = self.make_optimizer(named, **{name: value for name, value in whole.items() if name in takes})
         if self.make_schedule is None:
             return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self._schedule_of(optimizer), "interval": "step"}}
+
+    def _schedule_of(self, optimizer: torch.optim.Optimizer) -> Any:
+        """torch's scheduler for `make_schedule`: one of its own classes, or LambdaLR around our multipliers."""
+        assert self.make_schedule is not None
+        kind = getattr(self.make_schedule, "func", self.make_schedule)
+        if isinstance(kind, type) and issubclass(kind, torch.optim.lr_scheduler.LRScheduler):
+            try:
+                return self.make_schedule(optimizer)  # pyright: ignore[reportArgumentType]
+            except (TypeError, ValueError) as error:
+                raise ConfigError(f"it cannot be made ({error})", "schedule._target_", f"{kind.__module__}.{kind.__qualname__}") from None
         multiplier = self.make_schedule(self.max_steps)
         multipliers = [_zero_before(group.get("first_step", 0), multiplier) for group in optimizer.param_groups]
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, multipliers)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, multipliers)
 
 
 def _zero_before(first: int, multiplier: Callable[[int], float]) -> Callable[[int], float]:

@@ -15,7 +15,7 @@ from meshformer.config.signature import attribute, defaults, method
 
 Config = dict[str, Any]
 HOME = "meshformer.tasks."
-KINDS = {"corpus": "running text", "texts": "single texts", "images": "images", "speech": "recordings"}
+KINDS = {"corpus": "running text", "texts": "single texts", "images": "images", "speech": "recordings", "own": "a LightningDataModule"}
 EXAMPLES = {"corpus": "data=shakespeare", "texts": "data=sentiment", "images": "data=digits", "speech": "data=prompts"}
 READ = {"tokens": ("corpus", "texts"), "images": ("images",), "speech": ("speech",)}  # what a model declares that it reads: the kinds of data
 MODELS = {"corpus": "nano", "texts": "nano", "images": "vit_tiny", "speech": "speech_nano"}
@@ -36,6 +36,8 @@ def has_own_head(config: Config) -> bool:
 def writes_text(config: Config) -> bool:
     """Whether the model of this run predicts next tokens. True for a user's task without `learns_from`, about which nothing is known."""
     judged = declared(config, "learns_from") is not None
+    if declared(config, "calls_steps"):  # a LightningModule, whose forward nobody knows
+        return False
     return (not judged or bool(declared(config, "writes_text"))) and config["model"].get("causal", True) is not False
 
 
@@ -53,7 +55,7 @@ def check_task(config: Config) -> None:
 
 def _data(config: Config) -> None:
     data, task, kinds = config["data"], _option(config), declared(config, "learns_from")
-    if data["kind"] not in kinds:
+    if data["kind"] not in (*kinds, "own"):  # of a LightningDataModule only its batches can tell
         given = str(data["source"].get("_target_", "")).rpartition(".")[2]
         message = f"learns from {' or '.join(KINDS[k] for k in kinds)}, and the data ({given}) is {KINDS[data['kind']]}"
         other = {"images": "task=image_classification", "speech": "task=speech_recognition"}.get(data["kind"])
@@ -126,6 +128,8 @@ def _own_model(config: Config) -> None:
     """Checks that the forward of a user's model accepts the arguments that a task of ours passes."""
     target, task = str(config["model"]["_target_"]), str(config["task"]["_target_"])
     calls = [method(task, name) for name in CALLS]
+    if declared(config, "calls_steps"):
+        return
     forward = None if target.startswith(("meshformer.", "torch.")) else method(target, "forward")
     if forward is None or not all(found is not None and found.module.startswith("meshformer.") for found in calls):
         return  # a user's task may pass other arguments

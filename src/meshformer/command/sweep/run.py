@@ -74,6 +74,8 @@ def run_sweep(args: argparse.Namespace, overrides: list[str]) -> int:
     _check_options(cfg, options, record)
     parsed = composer.parse(cfg, [o for o in cfg.hydra.overrides.task if not o.lstrip("+~").startswith("sweep.")])
     folder = record.folder if record else Path(str(cfg.hydra.sweep.dir)).absolute()
+    if args.dry_run:
+        return _dry_run(composer, folder, [] if options["search"] else grid(parsed), options, record)
     search = Search(folder, parsed, options, cfg.get("seed") or 0) if options["search"] else None
     points = [] if search else [Point(number, point) for number, point in enumerate(grid(parsed))]
     if record:
@@ -89,6 +91,18 @@ def run_sweep(args: argparse.Namespace, overrides: list[str]) -> int:
             return _Sweep(composer, cfg, options, record, jobs, search, lock).run()
         finally:
             callbacks.on_multirun_end(config=cfg, config_name=composer.name)
+
+
+def _dry_run(composer: Composer, folder: Path, combinations: list[list[str]], options: dict[str, Any], record: SweepRecord | None) -> int:
+    """Check every point of a grid and print them; return the exit code."""
+    from meshformer.command.dry_run import say_sweep
+
+    if record is not None:
+        raise ConfigError("it shows a new sweep", "--dry-run", fix=f"Read {record.folder / BOOK}, or leave it out.")
+    points = [Point(number, overrides) for number, overrides in enumerate(combinations)]
+    jobs = _check_points(composer, points, options["fail_fast"])
+    say_sweep(folder, [(point.overrides, point.error) for point in points], options["search"], options["trials"], jobs)
+    return 0
 
 
 class _Locked:
