@@ -257,7 +257,7 @@ def _use_run(command: str, hydra: Hydra, config_name: str, overrides: list[str],
         if not writes_text(config):
             task = str(config["task"].get("_target_", "")).rpartition(".")[2]
             raise ConfigError(f"its model cannot generate text (its task is {task})", "run", options["run"], fix="Use `meshformer evaluate`.")
-        config["data"] = {**config["data"], "files": None, "file": None, "validation_file": None}
+        config["data"] = {**config["data"], **dict.fromkeys(("files", "validation_files", "test_files", "file", "validation_file"))}
     # Any value of `resume` skips the checks of stage.init_from: the run that fine-tuning started from is no longer needed.
     config = compose.settle({**config, "resume": str(run)})
     if command == "evaluate":

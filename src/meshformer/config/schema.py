@@ -76,7 +76,13 @@ class Data:
     vocab_size: PositiveInt = 1024
     workers: Count = 0
     files: str | list[str] | None = None
-    kind: Literal["corpus", "texts", "images"] = "corpus"
+    kind: Literal["corpus", "texts", "images", "auto"] = "corpus"
+    validation_files: str | list[str] | None = None
+    test_files: str | list[str] | None = None
+    text_feature: str | None = None
+    tokens_feature: str | None = None
+    image_feature: str | None = None
+    label_feature: str | None = None
     file: str | None = None
     validation_file: str | None = None
     text_column: str = "text"
