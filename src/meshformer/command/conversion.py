@@ -10,6 +10,7 @@ from meshformer.checkpoint.find import MANIFEST, PARTS, SINGLE, WEIGHTS, candida
 from meshformer.command import compose
 from meshformer.config import ConfigError, did_you_mean
 from meshformer.config.paths import run_of
+from meshformer.data.tfrecord import check_installed
 from meshformer.huggingface.check import layout_for
 from meshformer.huggingface.source import derive
 from meshformer.huggingface.transformers_config import is_transformers
@@ -29,6 +30,15 @@ def source_and_target(options: dict[str, Any]) -> tuple[Path, Path]:
             fix="Name the run, checkpoint folder or .ckpt file that it was made from.",
         )
     return source, _target(source, SUFFIX[options["to"]], f"to={options['to']}", options["output"])
+
+
+def run_and_target(options: dict[str, Any]) -> tuple[Path, Path]:
+    """Return (run whose data is written, folder to write) for `meshformer convert to=tfrecord`. Raises ConfigError if either is unusable."""
+    check_installed("to")
+    if options["checkpoint"] is not None:
+        raise ConfigError("to=tfrecord writes the run's data, not its weights", "checkpoint", options["checkpoint"], fix="Leave it out.")
+    run = run_of(compose.locate_weights(options["run"], options["paths"]["runs"], "run"))
+    return run, _target(run, "", "to=tfrecord", options["output"] or str(run / "exports" / "tfrecord"))
 
 
 def export_source_and_target(options: dict[str, Any]) -> tuple[Path, Path]:

@@ -213,10 +213,11 @@ class Convert:
     """Options of `meshformer convert`."""
 
     run: str
-    to: Literal["sharded", "single", "safetensors"]
-    paths: RunsPath
+    to: Literal["sharded", "single", "safetensors", "tfrecord"]
+    paths: Paths
     checkpoint: Count | str | None = None
     output: str | None = None
+    allow: list[str] = field(default_factory=list)
 
 
 @dataclass

@@ -27,7 +27,7 @@ from meshformer.data.digests import sha256_of
 
 HEADER, FOOTER = 12, 4
 _LAYOUT = 1  # version of the cached index; part of its key
-_READ = 1 << 20
+_READ, _PART = 1 << 20, 1 << 16  # bytes that are read at a time, of a plain and of a compressed file
 INDEX, UNPACKED = "index.npy", "records"  # the files of a cached index: (n, 2) offset and length of the data; the decompressed file
 
 
@@ -186,7 +186,7 @@ def _bytes_of(file: BinaryIO, path: Path) -> Iterator[bytes]:
         return
     inflate, at = zlib.decompressobj(47), 0  # 47: gzip or zlib, by the header
     while True:
-        read = file.read(_READ)
+        read = file.read(_PART)
         while read:
             try:
                 piece = inflate.decompress(read)

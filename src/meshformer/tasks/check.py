@@ -54,7 +54,9 @@ def _data(config: Config) -> None:
     if data["kind"] not in kinds:
         given = str(data["source"].get("_target_", "")).rpartition(".")[2]
         message = f"learns from {' or '.join(KINDS[k] for k in kinds)}, and the data ({given}) is {KINDS[data['kind']]}"
-        raise ConfigError(message, "task", task, fix=f"Use {' or '.join(EXAMPLES[k] for k in kinds)}.")
+        lacks_label = "texts" in kinds and data["kind"] == "corpus" and data["text_feature"] is not None
+        fix = "Add data.label_feature=…." if lacks_label else f"Use {' or '.join(EXAMPLES[k] for k in kinds)}."
+        raise ConfigError(message, "task", task, fix=fix)
     column, source = declared(config, "needs_column"), data["source"]
     if column is not None and column in source and source[column] is None:
         message = f"task={task} learns from {COLUMNS[column]}: say which column holds them"
