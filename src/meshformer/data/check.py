@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from meshformer.config.errors import ConfigError
+from meshformer.config.signature import attribute
 from meshformer.config.suggest import did_you_mean
 
 Config = dict[str, Any]
@@ -68,7 +69,7 @@ def _check_each(key: str, files: list[str], kind: str, what: str) -> None:
 
 
 def is_tfrecord(data: Config) -> bool:
-    return str(data["source"].get("_target_", "")).endswith("data.TFRecords")
+    return bool(attribute(str(data["source"].get("_target_", "")), "reads_records"))
 
 
 def check_tfrecord(config: Config) -> None:

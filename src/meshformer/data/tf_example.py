@@ -117,10 +117,12 @@ def _decode_varints(data: bytes) -> npt.NDArray[np.uint64]:
 
 
 def _encode_varints(values: npt.NDArray[np.uint64]) -> bytes:
-    sizes = 1 + sum((values >> np.uint64(7 * byte) > 0).astype(np.int64) for byte in range(1, LONGEST))
+    sizes = np.ones(len(values), np.int64)
+    for byte in range(1, LONGEST):
+        sizes += values >> np.uint64(7 * byte) > 0
     first = np.cumsum(sizes) - sizes
     out = np.zeros(int(sizes.sum()), np.uint8)
-    for byte in range(int(np.max(sizes, initial=0))):
+    for byte in range(int(sizes.max(initial=0))):
         there = sizes > byte
         part = (values[there] >> np.uint64(7 * byte) & np.uint64(127)).astype(np.uint8)
         out[first[there] + byte] = part | (sizes[there] > byte + 1).astype(np.uint8) << np.uint8(7)

@@ -110,10 +110,17 @@ def _write_folder(
 
 
 def _tokenizer(file: Path) -> str:
-    """Our tokenizer in the JSON format of the `tokenizers` library; a character tokenizer becomes a WordLevel model of single characters."""
+    """Our tokenizer in the JSON format of the `tokenizers` library; a character tokenizer becomes a WordLevel model of single characters,
+    and ids without a text one of numbers."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     saved = json.loads(file.read_text(encoding="utf-8"))
+    if saved.get("kind") == "ids":
+        numbers = Tokenizer(models.WordLevel({str(i): i for i in range(saved["size"])}, unk_token="0"))
+        numbers.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        if saved.get("mask"):
+            numbers.add_special_tokens(["[MASK]"])
+        return numbers.to_str()
     if saved.get("kind") != "char":
         return json.dumps(saved["model"] if "kind" in saved else saved, ensure_ascii=False)
     ours: Any = load_tokenizer(file)
