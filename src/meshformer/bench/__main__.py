@@ -24,6 +24,7 @@ from meshformer.bench import (
     safety,
     speed,
     sweeps,
+    tfrecord,
     transfer,
 )
 
@@ -44,6 +45,7 @@ MEASUREMENTS = {
     "plan": plan.report_plan,
     "plan_here": plan.report_plan_here,
     "prepare": prepare.report_prepare,
+    "tfrecord": tfrecord.report_tfrecord,
     "sweep_overhead": sweeps.report_sweep_overhead,
     "grid": sweeps.report_grid,
     "saving": safety.report_saving,

@@ -213,10 +213,10 @@ class TFRecords:
         if isinstance(value, list):
             data = self._single(value, place, "image")
             pixels = _decoded(data, place) if data.startswith(MAGIC) else np.frombuffer(data, np.uint8)
-            return _square(pixels, place).astype(np.float32) / np.float32(255)
+            return (_square(pixels, place) / 255).astype(np.float32)
         if not np.isfinite(value).all():
             raise ConfigError(f"{place} holds an image with values that are not finite", "data.image_feature", self.features["image"])
-        return _square(value, place).astype(np.float32) / np.float32(1 if value.dtype == np.float32 else 255)
+        return (_square(value, place) / (1 if value.dtype == np.float32 else 255)).astype(np.float32)
 
     # --- one value
 
