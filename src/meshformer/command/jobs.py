@@ -307,7 +307,7 @@ def _convert_or_export(command: str, hydra: Hydra, config_name: str, overrides: 
         source, target = export_source_and_target(options)
         from meshformer.job.export import export  # imports torch
 
-        export(source, target, options["format"])
+        export(source, target, options["format"], options["litert"])
     return 0
 
 

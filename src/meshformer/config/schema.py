@@ -221,14 +221,23 @@ class Convert:
 
 
 @dataclass
+class Litert:
+    """Of `meshformer export format=litert`."""
+
+    python: str | None = None
+    length: PositiveInt | None = None
+
+
+@dataclass
 class Export:
     """Options of `meshformer export`."""
 
     run: str
-    format: Literal["huggingface", "safetensors", "adapter", "onnx", "torch_export"]
+    format: Literal["huggingface", "safetensors", "adapter", "onnx", "torch_export", "litert"]
     paths: Paths
     checkpoint: Count | str | None = None
     output: str | None = None
+    litert: Litert = field(default_factory=lambda: {"python": None, "length": None})  # pyright: ignore[reportAssignmentType]
 
 
 @dataclass
@@ -256,7 +265,7 @@ def layouts() -> list[str]:
     return sorted(file.stem for file in (conf_dir() / "strategy").glob("*.yaml"))
 
 
-SECTIONS: dict[str, type] = {c.__name__: c for c in (Paths, Trainer, Data, Lora, Stage, Strategy, Launch, RunsPath, Sweep)}
+SECTIONS: dict[str, type] = {c.__name__: c for c in (Paths, Trainer, Data, Lora, Stage, Strategy, Launch, RunsPath, Litert, Sweep)}
 
 
 def validate(config: dict[str, Any], schema: type = Root) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,13 @@ from meshformer.printing import say
 Write = Callable[[Path], None]  # writes the prepared model to a path
 
 
-def export(source: Path, target: Path, form: str) -> None:
+def export(source: Path, target: Path, form: str, litert: dict[str, Any] | None = None) -> None:
     """Writes the model of `source` (a checkpoint, or foreign weights) to the path `target`, which must be free, and prints how to use it.
 
     `form`: adapter writes the LoRA adapters (and a new head) only; all other forms merge adapters into the weights. huggingface (a folder) and
     safetensors keep every tensor's dtype and bits; onnx and torch_export hold the graph in fp32, for any batch size and any length up to the
-    context length. ConfigError if the target cannot be written.
+    context length; litert writes a folder with a .tflite file for one text of a fixed length (or one image), by the settings `litert` (`python`,
+    `length`). ConfigError if the target cannot be written.
     """
     try:
         if form == "safetensors" and not is_foreign(source) and settings_of(source) is None:
@@ -50,6 +52,7 @@ def export(source: Path, target: Path, form: str) -> None:
             "onnx": _onnx,
             "torch_export": _torch_export,
             "adapter": _adapter,
+            "litert": partial(_litert, settings=litert or {}),
         }[form]
         write = prepare(source)  # reads and checks everything before anything is written
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -154,6 +157,19 @@ def _onnx(source: Path) -> Write:
     return program.save
 
 
+def _litert(source: Path, settings: dict[str, Any]) -> Write:
+    from meshformer.job.litert import write_litert
+
+    model, file = load_pretrained(source), tokenizer_of(source)
+    tokenizer = None if file is None or isinstance(model, VisionTransformer) else _tokenizer(file)
+
+    def write(target: Path) -> None:
+        difference = write_litert(model, source, target, tokenizer, settings["python"], settings.get("length"))
+        say(f"largest difference from the model's outputs: {difference:.1e}")
+
+    return write
+
+
 def exported(model: Transformer) -> torch.export.ExportedProgram:
     """The exported graph, for any batch size and any length up to the context length. Arguments: a decoder takes tokens_BT; an encoder tokens_BT and
     documents_BT (1 for tokens, 0 for padding); a vision model images."""
@@ -181,6 +197,7 @@ def _usage(target: Path, form: str) -> str:
         "safetensors": f"meshformer.huggingface.load_pretrained({str(target)!r})",
         "adapter": f"peft.PeftModel.from_pretrained(model, {str(target)!r}), or meshformer.checkpoint.weights.load_adapters(model, …)",
         "onnx": f"onnxruntime.InferenceSession({str(target)!r})",
+        "litert": f"ai_edge_litert.interpreter.Interpreter({str(target / 'model.tflite')!r}), or {target}/run.py",
         "torch_export": f"torch.export.load({str(target)!r}).module()",
     }
     return f"{target}\n  {size:.1f} MB\n  load      {uses[form]}"
