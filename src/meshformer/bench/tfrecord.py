@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -24,21 +23,22 @@ def report_tfrecord(options: argparse.Namespace) -> None:
     block = draw.bytes(size)
     _say("checksums of one block", size, *_timed(lambda: masked_crc(block)))
     for length in (1000, 100_000):
-        records = [block[at : at + length] for at in range(0, size, length)]
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            _say(f"write, records of {length / 1000:g} kB", size, *_timed(lambda: write_records(folder / "a", records)))
-            _say("  read in order, all checksums", size, *_timed(lambda: sum(map(len, read_records(folder / "a")))))
-            files = RecordFiles([folder / "a"], folder / "cache")
-            _say("  make the index, all checksums", size, *_timed(lambda: len(files)))
-            order = draw.permutation(len(records)).tolist()
-            _say("  read in random order, all checksums", size, *_timed(lambda: [files[number] for number in order]))
-            files.close()
-            shutil.rmtree(folder / "cache")
+        with tempfile.TemporaryDirectory() as folder:
+            _report(Path(folder), [block[at : at + length] for at in range(0, size, length)], size)
     ids = draw.integers(0, 50_000, 4096)
     examples = [serialize_example({"tokens": ids})] * 500
     seconds, _ = _timed(lambda: [parse_example(example) for example in examples])
     print(f"{'parse Examples of 4,096 token ids':<44}{500 * 4096 / seconds / 1e6:8.1f} million ids/s")
+
+
+def _report(folder: Path, records: list[bytes], size: int) -> None:
+    file, order = folder / "a", np.random.default_rng(1).permutation(len(records)).tolist()
+    _say(f"write, records of {len(records[0]) / 1000:g} kB", size, *_timed(lambda: write_records(file, records)))
+    _say("  read in order, all checksums", size, *_timed(lambda: sum(map(len, read_records(file)))))
+    files = RecordFiles([file], folder / "cache")
+    _say("  make the index, all checksums", size, *_timed(lambda: len(files)))
+    _say("  read in random order, all checksums", size, *_timed(lambda: [files[number] for number in order]))
+    files.close()
 
 
 def _timed(work: Any) -> tuple[float, Any]:

@@ -89,9 +89,9 @@ def _convert(model: Transformer, file: Path, python: str, length: int | None) ->
     return difference
 
 
-def example_inputs(model: Transformer, length: int | None) -> dict[str, Tensor]:
-    """Random inputs of the file's shapes, the same every time."""
-    draw = torch.Generator().manual_seed(0)
+def example_inputs(model: Transformer, length: int | None = None, seed: int = 0) -> dict[str, Tensor]:
+    """Random inputs of the file's shapes."""
+    draw = torch.Generator().manual_seed(seed)
     if isinstance(model, VisionTransformer):
         colours = model.embedding.colours
         size = (1, model.image_size, model.image_size) + ((colours,) if colours > 1 else ())

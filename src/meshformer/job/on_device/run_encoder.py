@@ -17,8 +17,10 @@ tokens[0, : len(ids)], mask[0, : len(ids)] = ids, 1
 (output,) = model.get_signature_runner("serving_default")(tokens=tokens, mask=mask).values()
 output, hidden = output[0, : len(ids)], tokenizer.token_to_id("[MASK]")
 if (here / "labels.txt").exists():
-    print((here / "labels.txt").read_text(encoding="utf-8").splitlines()[(output[0] if POOLING == "first" else output.mean(axis=0)).argmax()])
+    scores = output[0] if POOLING == "first" else output.mean(axis=0)
+    print((here / "labels.txt").read_text(encoding="utf-8").splitlines()[scores.argmax()])
 elif output.shape[1] >= tokenizer.get_vocab_size():
-    print(tokenizer.decode([int(row.argmax()) if i == hidden else i for i, row in zip(ids, output)], skip_special_tokens=False))
+    filled = [int(row.argmax()) if i == hidden else i for i, row in zip(ids, output, strict=True)]
+    print(tokenizer.decode(filled, skip_special_tokens=False))
 else:
     print(output.mean(axis=0).tolist())
