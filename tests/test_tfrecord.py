@@ -15,6 +15,7 @@ from meshformer.config.errors import ConfigError
 THEIRS = Path(__file__).parent / "data" / "tensorflow"
 PLAIN = f"data.files={THEIRS}/plain.tfrecord"
 OURS = [word for word in TINY if word != "data=text"]
+IMAGES = ["data.image_feature=image", "data.label_feature=label", "task=image_classification", "model=vit_tiny"]
 SHORT = ["trainer.max_steps=3", "schedule=constant", "trainer.val_check_interval=3"]
 
 
@@ -61,7 +62,7 @@ def test_labelled_texts_written_as_records_train_to_the_same_losses(work: Path) 
 
 
 def test_images_of_tensorflow_are_learnt_and_written_again(work: Path) -> None:
-    vision = ["task=image_classification", "model=vit_tiny", "model.image_size=4", "model.patch_size=2", "data.batch_size=4"]
+    vision = ["task=image_classification", "model=vit_tiny", "data.image_size=4", "model.patch_size=2", "data.batch_size=4"]
     named = ["data.image_feature=image", "data.label_feature=label"]
     own = [word for word in OURS if not word.startswith(("model", "data"))]
     common = ["data=tfrecord", *own, f"paths.data={work}/cache", f"paths.runs={work}/runs", *SHORT, *vision, *named]
@@ -117,12 +118,14 @@ def run_folder(work: Path) -> Path:
         ([PLAIN, "data.text_feature=text", "data.validation_files=nowhere*"], "data.validation_files=nowhere.*no file has a name like that"),
         ([f"data.files={THEIRS}", "data.text_feature=text"], "is a folder. Use data.files='.*tfrecord' for the records in it"),
         ([f"data.files={THEIRS}/write.py", "data.text_feature=text"], "it is no TFRecord file, or damaged"),
+        ([PLAIN, *IMAGES], r"model.image_size: needs the number of pixels on a side of an image. Add data.image_size=…"),
         ([PLAIN, "data.text_feature=text", "task=sequence_classification"], r"is running text. Add data.label_feature=…"),
     ],
 )
 def test_mistakes_are_one_sentence_before_the_start(overrides: list[str], message: str) -> None:
+    own = [word for word in OURS if not (word.startswith("model") and "model=vit_tiny" in overrides)]
     with pytest.raises(ConfigError, match=message):
-        compose([*OURS, "data=tfrecord", *overrides])
+        compose([*own, "data=tfrecord", *overrides])
 
 
 def test_a_missing_package_is_said_before_the_start(monkeypatch: pytest.MonkeyPatch, work: Path, capsys: pytest.CaptureFixture[str]) -> None:

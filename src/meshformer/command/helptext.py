@@ -14,8 +14,8 @@ meshformer: train a Transformer on real text, every setting an override.
   meshformer train [OVERRIDES]                  train; prints the run folder
   meshformer evaluate run=RUN [OVERRIDES]       loss, perplexity and bits per byte on a part of the data
   meshformer generate run=RUN prompt=TEXT       continue a text
-  meshformer convert run=RUN to=FORMAT          a checkpoint as one file, as weights for other programs, or as a folder again
-  meshformer export run=RUN format=FORMAT       the model for other programs: a Hugging Face folder, safetensors, ONNX, torch.export
+  meshformer convert run=RUN to=FORMAT          a checkpoint as one file, as weights for other programs, or as a folder again; data as TFRecord
+  meshformer export run=RUN format=FORMAT       the model for other programs: a Hugging Face folder, safetensors, ONNX, torch.export, LiteRT
   meshformer runs [FOLDER] [FILTERS]            a table of runs; runs show RUN, runs diff A B
   meshformer profile run=RUN                    where the time of recorded steps went, and which setting to change
   meshformer report RUN|FOLDER                  figures, results and settings as one HTML file
@@ -51,6 +51,7 @@ Options: run, to, checkpoint (a step; else the newest), output (else RUN/exports
   to=single         one .ckpt file with everything; in RUN/checkpoints/ it is read like the folders there
   to=safetensors    the weights alone
   to=sharded        a checkpoint folder, of a .ckpt file or of another folder
+  to=tfrecord       the run's data for TensorFlow: tokens, labelled texts or images (else RUN/exports/tfrecord)
 Examples
   meshformer convert run=last to=safetensors
   meshformer convert run=last to=single checkpoint=500 output=step-500.ckpt
@@ -62,6 +63,7 @@ Options: run, format, checkpoint (a step; else the newest), output (else RUN/exp
   format=safetensors    the weights alone, with our names
   format=onnx           for onnxruntime and others
   format=torch_export   for torch.export.load
+  format=litert         a folder with a .tflite file and a script that runs it; litert.length; `make litert` makes the environment it takes
 Examples
   meshformer export run=last format=huggingface output=my-model
   meshformer export run=all-minilm-l6-v2 format=onnx output=minilm.onnx""",

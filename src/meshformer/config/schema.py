@@ -391,6 +391,8 @@ def _typed(value: Any, annotation: Any, key: str) -> None:
         return  # taken from the tokenizer, which exists only after the text is read
     if types.fits(value, annotation):
         return
+    if key == "model.image_size" and value is None:
+        raise ConfigError("needs the number of pixels on a side of an image", key, fix="Add data.image_size=….")
     if key == "strategy.schedule" and V_SHAPED.search(str(value)):
         raise ConfigError("V-shaped schedules cannot evaluate in torch 2.13", key, value, fix="Use interleaved_zero_bubble.")
     if isinstance(value, int) and abs(value) >= types.LARGEST:
