@@ -21,12 +21,12 @@ from meshformer.data import CharTokenizer
 from meshformer.huggingface.load import build, load_pretrained
 from meshformer.job.export import export
 from meshformer.job.litert import example_inputs
-from meshformer.model import generate
+from meshformer.model import Learned, Rotary, Transformer, VisionTransformer, generate
 from meshformer.model.settings import SECOND_NAME
 
 LETTERS = "\n abcdefghijklmnopqrstuvwxyz.,?"
 SIZES = {"vocab_size": len(LETTERS), "n_layers": 4, "n_heads": 4, "d_model": 128, "context_length": 48, "zero_init": False, "init_std": 0.1}
-LEARNED, ROTARY = ({"_target_": f"meshformer.model.{name}"} for name in ("Learned", "Rotary"))
+LEARNED, ROTARY = ({"_target_": f"meshformer.model.{kind.__name__}"} for kind in (Learned, Rotary))
 MODELS: dict[str, dict[str, Any]] = {
     "gpt2": {**SIZES, "position": LEARNED, "norm": "layer", "bias": True, "activation": "gelu_tanh", "qk_norm": False, "tie_embeddings": True},
     "llama": {**SIZES, "position": ROTARY, "activation": "swiglu", "n_kv_heads": 2, "qk_norm": False, "tie_embeddings": False},
@@ -56,8 +56,8 @@ def report_litert(options: argparse.Namespace) -> None:
 
 def compare(name: str) -> Iterator[str]:
     """Export one of MODELS and run it without torch. Yields lines to print; raises SystemExit where it differs from the model."""
-    kind = "VisionTransformer" if name == "vit" else "Transformer"
-    node = {"_target_": f"meshformer.model.{kind}", **MODELS[name]}
+    kind = VisionTransformer if name == "vit" else Transformer
+    node = {"_target_": f"meshformer.model.{kind.__name__}", **MODELS[name]}
     with tempfile.TemporaryDirectory() as scratch:
         source, target = Path(scratch) / "model.safetensors", Path(scratch) / "out"
         model = build({**node, "seed": 3})

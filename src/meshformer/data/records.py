@@ -15,11 +15,13 @@ import numpy as np
 import numpy.typing as npt
 
 from meshformer.config.errors import ConfigError
+from meshformer.data.checked import built_once
 from meshformer.data.labelled import Examples, class_names, split_at_random
 from meshformer.data.tf_example import Feature, parse_example
 from meshformer.data.tfrecord import RecordFiles, read_records
 from meshformer.data.tokenizer import IdTokenizer, Tokenizer, Tokens, load_tokenizer
 
+LARGEST = "largest_id"  # file in a cached folder
 TOGETHER = 1 << 20  # characters or ids that are yielded together
 KINDS = {"text": "bytes", "tokens": "int64", "image": "bytes, float or int64", "label": "bytes or int64"}
 MAGIC = (b"\x89PNG", b"\xff\xd8\xff")
@@ -57,6 +59,7 @@ class TFRecords:
         split_seed: int = 0,
         classes: list[str] | None = None,
     ) -> None:
+        self.cache = cache
         names = {"train": files, "val": validation_files, "test": test_files}
         self.files = {split: [own] if isinstance(own, str) else [*own] for split, own in names.items() if own}
         self.records = {split: RecordFiles(own, cache) for split, own in self.files.items()}
@@ -112,6 +115,15 @@ class TFRecords:
         """The tokenizer beside the first file; without one, ids are shown as numbers."""
         if self._tokenizer_file.is_file():
             return load_tokenizer(self._tokenizer_file)
+        contents = {split: records.identity() for split, records in self.records.items()}
+        settings = {"largest_id": contents, "feature": self.features["tokens"]}  # a start must not read all ids again
+        folder = built_once(settings, self.cache, self._write_largest)
+        return IdTokenizer(int((folder / LARGEST).read_text()) + 1)
+
+    def _write_largest(self, folder: Path) -> None:
+        (folder / LARGEST).write_text(str(self._largest_id()), encoding="ascii")
+
+    def _largest_id(self) -> int:
         largest = -1
         for split in self.records:
             for ids in self._id_pieces(split):
@@ -121,7 +133,7 @@ class TFRecords:
                 largest = max(largest, int(ids.max(initial=-1)))
         if largest < 0:
             raise ConfigError("the files hold no ids", "data.tokens_feature", self.features["tokens"])
-        return IdTokenizer(largest + 1)
+        return largest
 
     def _id_pieces(self, split: str) -> Iterator[Any]:
         held, have = [], 0

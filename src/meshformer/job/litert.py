@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from meshformer.config.errors import ConfigError
 from meshformer.config.foreign import read_config
 from meshformer.config.paths import run_of
+from meshformer.config.signature import attribute
 from meshformer.huggingface.source import TOKENIZER
 from meshformer.model import Attention, Transformer, VisionTransformer, attend_reference
 
@@ -110,7 +111,7 @@ def _write_beside(model: Transformer, source: Path, folder: Path, tokenizer: str
         config = read_config(run_of(source))
         task = config.get("task") or {}
         names = config["data"].get("classes") or (config["data"].get("source") or {}).get("classes")
-    if names and (images or str(task.get("_target_", "")).endswith("SequenceClassification")):
+    if names and (images or attribute(str(task.get("_target_", "")), "pooled")):
         (folder / "labels.txt").write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
     if tokenizer is not None:
         (folder / TOKENIZER).write_text(tokenizer, encoding="utf-8")
