@@ -15,12 +15,13 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from jobs import run_tiny
 from meshformer.bench.litert import MODELS, compare
 from meshformer.cli import main
 from meshformer.huggingface import load_pretrained
-from meshformer.job.litert import Served, example_inputs
+from meshformer.job.litert import Served, _write_beside, example_inputs
 from meshformer.model import Transformer, VisionTransformer, generate
 
 ROOT = Path(__file__).parents[1]
@@ -180,6 +181,21 @@ def test_the_inputs_have_fixed_shapes_and_names() -> None:
     vision = VisionTransformer(8, 4, 1, 2, 16, colours=3, classes=3).eval()
     images = example_inputs(vision)
     assert images["images"].shape == (1, 8, 8, 3) and Served(vision)(**images)["logits"].shape == (1, 3)
+
+
+def test_a_classifier_has_the_names_of_its_classes_and_its_pooling(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    config = {name: {} for name in ("model", "trainer", "stage", "strategy", "paths")}
+    config |= {"data": {"classes": ["ham", "spam"]}, "task": {"_target_": "meshformer.tasks.SequenceClassification", "pooling": "first"}}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    encoder = Transformer(19, 1, 2, 16, 12, causal=False, outputs=2, tie_embeddings=False)
+    for pooling in ("first", "mean"):
+        (run / "config.yaml").write_text(yaml.safe_dump({**config, "task": {**config["task"], "pooling": pooling}}))
+        (tmp_path / pooling).mkdir()
+        _write_beside(encoder, run, tmp_path / pooling, tokenizer="{}")
+        assert (tmp_path / pooling / "labels.txt").read_text() == "ham\nspam\n"
+        assert f'parent, "{pooling}"\n' in (tmp_path / pooling / "run.py").read_text()
 
 
 @pytest.mark.slow
