@@ -11,7 +11,7 @@ TORCH := torch==2.13.0
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint notebooks docs pair bench faults clean
+.PHONY: help setup train test lint notebooks docs pair bench faults tensorflow litert clean
 
 help:
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-17s %s\n", $$1, $$2 }'
@@ -49,8 +49,14 @@ bench: $(STAMP) ## speed as ratios: our Trainer against a bare loop, bf16 agains
 faults: $(STAMP) ## kill, starve and damage 200 runs and see that none is lost; goes on where it was
 	$(BIN)/python -m meshformer.bench.faults $(ARGS)
 
-clean: ## remove .venv, caches and builds; runs/ and data stay
-	rm -rf $(VENV) dist build .pytest_cache .ruff_cache
+tensorflow: .venv-tensorflow/.installed ## records read and written by us and by TensorFlow, in an environment of its own
+	PYTHONPATH=src TF_ENABLE_ONEDNN_OPTS=0 .venv-tensorflow/bin/python tests/data/tensorflow/check.py
+
+litert: $(STAMP) .venv-litert/.installed ## make the environment of `meshformer export format=litert`, and compare what it writes with the models
+	PYTHONPATH=src:tests $(BIN)/python -m meshformer.bench litert $(ARGS)
+
+clean: ## remove the environments, caches and builds; runs/ and data stay
+	rm -rf $(VENV) .venv-tensorflow .venv-litert dist build .pytest_cache .ruff_cache
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml
@@ -58,4 +64,17 @@ $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet '$(TORCH)'
 	$(PIP) install --quiet '$(TORCH)' -e '.[dev]'
+	@touch $@
+
+# They pin other versions of packages that the project has, so each has an environment of its own.
+.venv-tensorflow/.installed:
+	$(PYTHON) -m venv .venv-tensorflow
+	.venv-tensorflow/bin/python -m pip --disable-pip-version-check install --quiet 'tensorflow-cpu>=2.21' google-crc32c filelock
+	@touch $@
+
+# The same torch, which reads the graph that the project's wrote.
+.venv-litert/.installed:
+	$(PYTHON) -m venv .venv-litert
+	.venv-litert/bin/python -m pip --disable-pip-version-check install --quiet '$(TORCH)'
+	.venv-litert/bin/python -m pip --disable-pip-version-check install --quiet '$(TORCH)' 'litert-torch>=0.10,<0.11' 'ai-edge-litert>=2.3' tokenizers
 	@touch $@

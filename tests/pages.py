@@ -83,6 +83,8 @@ def workplace(folder: Path) -> None:
             csv.writer(file).writerows([[n[-1] for n in names], *([row[n[0]] for n in names] for row in rows)])
     (folder / "commas.csv").write_text("text,label\nshort,a\nlong, with a comma,b\n")
     speech(folder)
+    (folder / "records").mkdir()
+    shutil.copy(ROOT / "tests" / "data" / "tensorflow" / "plain.tfrecord", folder / "records")
     (folder / "used").mkdir()
     (folder / "used" / "notes.txt").write_text("mine")
     run = folder / "runs" / "my_sweep" / "2026-11-24_10-00-00-3f0a"

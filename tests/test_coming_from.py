@@ -1,4 +1,4 @@
-"""The page for users of other trainers: every line of it that names settings of ours composes, with values that the schema takes."""
+"""The pages for users of other trainers: every line of them that names settings of ours composes, with values that the schema takes."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ from meshformer.config import ConfigError, validate
 from meshformer.huggingface.transformers_config import from_the_folder
 from pages import ROOT
 
-PAGE = ROOT / "docs" / "guides" / "coming_from.md"
+PAGES = [ROOT / "docs" / "guides" / name for name in ("coming_from.md", "tensorflow.md")]
 RUNS = ("resume=",)  # name runs, of which there is none here
 SIZES = ["model.n_layers=2", "model.n_heads=2", "model.d_model=32"]
 
 
 def rows() -> list[str]:
     """Our side of the tables, without commands, which tests/test_docs.py runs."""
-    lines = PAGE.read_text(encoding="utf-8").splitlines()
-    cells = [line.split(" | ")[-1].rstrip(" |") for line in lines if line.startswith("| ") and "there |" not in line]
+    tables = [table for page in PAGES for table in page.read_text(encoding="utf-8").split("| there | here |\n")[1:]]
+    lines = [line for table in tables for line in table.partition("\n\n")[0].splitlines()]
+    cells = [line.split(" | ")[-1].rstrip(" |") for line in lines]
     spans = [span for cell in cells for span in re.findall(r"`([^`]+)`", cell)]
     return [span for span in spans if not span.startswith(("meshformer", "hf ", *RUNS))]
 
 
-def test_the_page_has_lines_for_four_trainers() -> None:
-    assert len(rows()) > 50
+def test_the_pages_have_lines_for_five_trainers() -> None:
+    assert len(rows()) > 110
 
 
 @pytest.mark.parametrize("row", rows())

@@ -81,6 +81,8 @@ def here(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(pinned, "folder", lambda name, cache=None: whisper if name == "whisper-base" else known(name, cache))
     for name in ("convert", "export", "evaluate", "generate"):
         monkeypatch.setattr(f"meshformer.job.{name}.{name}", lambda *options: None)
+    # An environment of its own, which `make litert` makes; tests/test_litert.py has what is said without it.
+    monkeypatch.setattr("meshformer.command.conversion._litert", lambda model, settings: settings)
     return place
 
 

@@ -17,6 +17,7 @@ NEEDED = {
     **{f"model=llama3_{size}": ["model.n_layers=4", "model.d_model=512", "model.d_ff=64"] for size in ("8b", "70b", "405b")},
     "model=transformers": ["model.config={config}"],
     "data=text": ["data.files={text}"],
+    "data=tfrecord": [f"data.files={Path(__file__).parents[1]}/data/tensorflow/plain.tfrecord", "data.text_feature=text"],
     "data=hub": ["data.source.path=somebody/texts"],
     "model=custom": ["model.n_layers=4", "model.n_heads=2", "model.d_model=8"],
     "stage=finetune": ["stage.init_from={run}"],

@@ -7,7 +7,10 @@ import pytest
 from meshformer.cli import main
 
 
-@pytest.mark.parametrize("recipe", ["experiment=speech_prompts", "experiment=vit_digits", "experiment=mlm_pretrain task=sequence_classification data=sentiment"])
+POOLED = "experiment=mlm_pretrain task=sequence_classification data=sentiment"
+
+
+@pytest.mark.parametrize("recipe", ["experiment=speech_prompts", "experiment=vit_digits", POOLED])
 def test_no_layout_is_proposed_that_the_task_refuses(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", *recipe.split(), "cluster=h100x8", "--quick"]) == 0
     told = capsys.readouterr().out

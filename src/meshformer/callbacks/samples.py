@@ -54,7 +54,7 @@ def continuation(task: Any, tokenizer: Any, prompt: str, max_tokens: int, **opti
         ids = tokenizer.encode(prompt) if prompt else [0]
     except ConfigError:
         ids = [0]
-    prompt_BT = torch.as_tensor([list(map(int, ids))], device=next(model.parameters()).device)
+    prompt_BT = torch.as_tensor([list(map(int, ids)) or [0]], device=next(model.parameters()).device)
     # Generates under the precision of training (for example bf16 autocast), and in eager mode: a compiled block would recompile for each
     # length of the cache.
     with task.trainer.precision_plugin.forward_context(), torch.compiler.set_stance("force_eager"):

@@ -18,7 +18,7 @@ from meshformer.config.errors import ConfigError
 from meshformer.config.resolve import cores
 from meshformer.config.resolve import resolve as resolve_machine
 from meshformer.config.signature import attribute, defaults
-from meshformer.data.check import check_cache, check_files, check_labelled_files, check_room, check_tokenizer
+from meshformer.data.check import check_cache, check_files, check_labelled_files, check_room, check_tfrecord, check_tokenizer
 from meshformer.huggingface.transformers_config import check as check_transformers
 from meshformer.model import check as model_check
 from meshformer.parallel.check import check_batch, check_cut, check_precision, check_processes, check_settings
@@ -70,6 +70,7 @@ def check(config: Config) -> None:
         _schedule,
         check_files,
         check_labelled_files,
+        check_tfrecord,
         _model,
         check_cut,
         check_compile,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
+import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +13,14 @@ from meshformer.checkpoint.find import MANIFEST, PARTS, SINGLE, WEIGHTS, candida
 from meshformer.command import compose
 from meshformer.config import ConfigError, did_you_mean
 from meshformer.config.paths import run_of
+from meshformer.data.tfrecord import check_installed
 from meshformer.huggingface.check import layout_for
 from meshformer.huggingface.source import derive
 from meshformer.huggingface.transformers_config import is_transformers
 
 SUFFIX = {"sharded": "", "single": SINGLE, "safetensors": WEIGHTS}
-EXPORTED = {"huggingface": "", "safetensors": WEIGHTS, "adapter": "", "onnx": ".onnx", "torch_export": ".pt2"}
+EXPORTED = {"huggingface": "", "safetensors": WEIGHTS, "adapter": "", "onnx": ".onnx", "torch_export": ".pt2", "litert": ""}
+TFLITE = ".tflite"
 
 
 def source_and_target(options: dict[str, Any]) -> tuple[Path, Path]:
@@ -29,6 +34,15 @@ def source_and_target(options: dict[str, Any]) -> tuple[Path, Path]:
             fix="Name the run, checkpoint folder or .ckpt file that it was made from.",
         )
     return source, _target(source, SUFFIX[options["to"]], f"to={options['to']}", options["output"])
+
+
+def run_and_target(options: dict[str, Any]) -> tuple[Path, Path]:
+    """Return (run whose data is written, folder to write) for `meshformer convert to=tfrecord`. Raises ConfigError if either is unusable."""
+    check_installed("to")
+    if options["checkpoint"] is not None:
+        raise ConfigError("to=tfrecord writes the run's data, not its weights", "checkpoint", options["checkpoint"], fix="Leave it out.")
+    run = run_of(compose.locate_weights(options["run"], options["paths"]["runs"], "run"))
+    return run, _target(run, "", "to=tfrecord", options["output"] or str(run / "exports" / "tfrecord"))
 
 
 def export_source_and_target(options: dict[str, Any]) -> tuple[Path, Path]:
@@ -53,8 +67,36 @@ def export_source_and_target(options: dict[str, Any]) -> tuple[Path, Path]:
     for package in ("onnx", "onnxscript") if form == "onnx" else ():
         if importlib.util.find_spec(package) is None:
             raise ConfigError(f"it takes the package {package}", "format", form, fix="Run `pip install 'meshformer[export]'`.")
+    if form == "litert":
+        options["litert"] = _litert(model, options["litert"])
     output = options["output"] or (run_of(source) / "exports" / f"{source.name.removesuffix(SINGLE)}{EXPORTED[form] or f'-{form}'}")
     return source, _target(source, EXPORTED[form], f"format={form}", str(output))
+
+
+def _litert(model: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of format=litert with the interpreter's path. ConfigError where it, a package there, or the length is of no use."""
+    length, longest = settings["length"], model.get("context_length")
+    if length is not None and isinstance(longest, int) and length > longest:
+        raise ConfigError(f"the model sees {longest} tokens", "litert.length", length, fix=f"Use {longest} at most.")
+    # Not below the current folder, which may be anyone's.
+    python = Path(settings["python"] or Path(__file__).parents[3] / ".venv-litert" / "bin" / "python").expanduser().absolute()
+    fix = "Make it in a checkout with `make litert`, or name another: litert.python=…."
+    if not os.access(python, os.X_OK) or python.is_dir():
+        message = "litert-torch pins other packages, so it needs an environment of its own, and there is no Python at that place"
+        raise ConfigError(message, "litert.python", str(python), fix=fix)
+    ask = "from importlib.metadata import version as v; print(v('torch'), v('litert-torch'), v('ai-edge-litert'))"
+    try:
+        told = subprocess.run([python, "-I", "-c", ask], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ConfigError(f"it does not run ({error})", "litert.python", str(python), fix=fix) from error
+    if told.returncode:
+        message = "it has no torch, litert-torch and ai-edge-litert"
+        raise ConfigError(message, "litert.python", str(python), fix=fix)
+    theirs, ours = told.stdout.split()[0].partition("+")[0], importlib.metadata.version("torch").partition("+")[0]
+    if theirs != ours:
+        message = f"it has torch {theirs}, which may not read the graph that torch {ours} writes"
+        raise ConfigError(message, "litert.python", str(python), fix=fix)
+    return {**settings, "python": str(python)}
 
 
 def _weight_names(source: Path) -> list[str]:
@@ -105,7 +147,7 @@ def _target(source: Path, suffix: str, what: str, output: str | None) -> Path:
         target = folder / (source.name.removesuffix(SINGLE) + suffix)
     else:
         target = Path(output).expanduser().absolute()
-        if (target.suffix if target.suffix in {*SUFFIX.values(), *EXPORTED.values()} else "") != suffix:
+        if (target.suffix if target.suffix in {*SUFFIX.values(), *EXPORTED.values(), TFLITE} else "") != suffix:
             named = f"ends in {suffix}" if suffix else "is a folder, so it has no such ending"
             raise ConfigError(f"what {what} writes {named}", "output", output, fix=f"Use output={target.with_suffix(suffix)}.")
     if target.exists():

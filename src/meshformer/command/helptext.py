@@ -12,9 +12,9 @@ COMMANDS = {
     "plan": ("[OVERRIDES] cluster=NAME", "which layout to choose: step time, memory and the override to type"),
     "train": ("[OVERRIDES]", "train a model; prints the run folder"),
     "evaluate": ("run=RUN [OVERRIDES]", "loss, perplexity and bits per byte on a part of the data"),
-    "generate": ("run=RUN prompt=TEXT", "continue a text"),
-    "convert": ("run=RUN to=FORMAT", "a checkpoint as one file, as weights for other programs, or as a folder again"),
-    "export": ("run=RUN format=FORMAT", "the model for other programs: a Hugging Face folder, safetensors, ONNX, torch.export"),
+    "generate": ("run=RUN prompt=TEXT", "continue a text, or turn recordings into text (audio=FILE)"),
+    "convert": ("run=RUN to=FORMAT", "a checkpoint as one file, as weights for other programs, or as a folder again; data as TFRecord"),
+    "export": ("run=RUN format=FORMAT", "the model for other programs: a Hugging Face folder, safetensors, ONNX, torch.export, LiteRT"),
     "runs": ("[FOLDER] [FILTERS]", "a table of runs; `runs show RUN` and `runs diff A B` show settings"),
     "profile": ("run=RUN", "where the time of recorded steps went, and which setting to change"),
     "report": ("RUN|FOLDER", "figures, results and settings as one HTML file"),
@@ -53,6 +53,7 @@ Options: run, to, checkpoint (a step; else the newest), output (else RUN/exports
   to=single         one .ckpt file with everything; in RUN/checkpoints/ it is read like the folders there
   to=safetensors    the weights alone
   to=sharded        a checkpoint folder, of a .ckpt file or of another folder
+  to=tfrecord       the run's data for TensorFlow: tokens, labelled texts or images (else RUN/exports/tfrecord)
 Examples
   meshformer convert run=last to=safetensors
   meshformer convert run=last to=single checkpoint=500 output=step-500.ckpt
@@ -64,6 +65,7 @@ Options: run, format, checkpoint (a step; else the newest), output (else RUN/exp
   format=safetensors    the weights alone, with our names
   format=onnx           for onnxruntime and others
   format=torch_export   for torch.export.load
+  format=litert         a folder with a .tflite file and a script that runs it; litert.length; `make litert` makes the environment it takes
 Examples
   meshformer export run=last format=huggingface output=my-model
   meshformer export run=all-minilm-l6-v2 format=onnx output=minilm.onnx""",

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, read_write
 from meshformer.checkpoint.find import candidates, latest_checkpoint
 from meshformer.command import compose
 from meshformer.command.compose import Hydra
-from meshformer.command.conversion import export_source_and_target, source_and_target
+from meshformer.command.conversion import export_source_and_target, run_and_target, source_and_target
 from meshformer.command.dry_run import say_run
 from meshformer.command.explain import explain_errors
 from meshformer.command.folders import claim_folder, forget_folder, shared_folder, write_settings
@@ -247,12 +247,32 @@ def _use_run(command: str, hydra: Hydra, config_name: str, overrides: list[str],
     if not candidates(run):
         raise ConfigError("there is no checkpoint in that run to read", "run", options["run"])
     options["run"] = str(source)
-    config = _evaluated_config(run, changes, args.config_dir) if changes else read_config(run)
+    config = _in_one_process(_evaluated_config(run, changes, args.config_dir) if changes else read_config(run), options, changes)
+    if command == "generate":  # it needs only the run folder: the training texts may have been deleted
+        if config["data"].get("kind") == "speech":
+            _check_audio(options)
+        elif options["audio"] is not None:
+            raise ConfigError("its model reads text, not sound", "audio", options["audio"], fix="Use prompt=….")
+        elif not writes_text(config):
+            task = str(config["task"].get("_target_", "")).rpartition(".")[2]
+            raise ConfigError(f"its model cannot generate text (its task is {task})", "run", options["run"], fix="Use `meshformer evaluate`.")
+        config["data"] = {**config["data"], **dict.fromkeys(("files", "validation_files", "test_files", "file", "validation_file"))}
+    # Any value of `resume` skips the checks of stage.init_from: the run that fine-tuning started from is no longer needed.
+    config = compose.settle({**config, "resume": str(run)})
+    if command == "evaluate":
+        from meshformer.job.evaluate import evaluate as use
+    else:
+        from meshformer.job.generate import generate as use
+    use({**config, "resume": None}, options)
+    return 0
+
+
+def _in_one_process(config: Config, options: Config, changes: Sequence[str] = ()) -> Config:
+    """The configuration of a run for a command that reads it in one process, whatever layout it was trained in. It builds no loggers and no
+    callbacks. `changes`: the overrides that `evaluate` permits."""
     config["allow"] = options["allow"]
-    # Neither command builds loggers or callbacks.
     paths = {"data": default_cache(), **options["paths"]}
     config = confine({**config, "callbacks": {}, "logger": {}}, paths, cache=compose.value_of(changes, "data.source.cache"))
-    # The run is read by one process, whatever layout it was trained in.
     config["strategy"] = {"name": "single", "replicate": 1}
     config["trainer"] |= {
         "devices": 1,
@@ -262,23 +282,7 @@ def _use_run(command: str, hydra: Hydra, config_name: str, overrides: list[str],
         "compile": False,
     }
     config["trainer"]["limit_val_batches"] = compose.value_of(changes, "trainer.limit_val_batches")
-    if command == "generate":  # it needs only the run folder: the training texts may have been deleted
-        if config["data"].get("kind") == "speech":
-            _check_audio(options)
-        elif options["audio"] is not None:
-            raise ConfigError("its model reads text, not sound", "audio", options["audio"], fix="Use prompt=….")
-        elif not writes_text(config):
-            task = str(config["task"].get("_target_", "")).rpartition(".")[2]
-            raise ConfigError(f"its model cannot generate text (its task is {task})", "run", options["run"], fix="Use `meshformer evaluate`.")
-        config["data"] = {**config["data"], "files": None, "file": None, "validation_file": None}
-    # Any value of `resume` skips the checks of stage.init_from: the run that fine-tuning started from is no longer needed.
-    config = compose.settle({**config, "resume": str(run)})
-    if command == "evaluate":
-        from meshformer.job.evaluate import evaluate as use
-    else:
-        from meshformer.job.generate import generate as use
-    use({**config, "resume": None}, options)
-    return 0
+    return config
 
 
 def _check_audio(options: dict[str, Any]) -> None:
@@ -312,7 +316,14 @@ def _convert_or_export(command: str, hydra: Hydra, config_name: str, overrides: 
     text, overrides = compose.take(overrides, "output")  # a path, which Hydra must not parse
     options = compose.plain(compose.compose_config(hydra, config_name, overrides))
     options = validate({**options, **text}, Convert if command == "convert" else Export)
-    if command == "convert":
+    if command == "convert" and options["to"] == "tfrecord":
+        run, target = run_and_target(options)
+        # Any value of `resume` skips the checks of stage.init_from, as for `evaluate`.
+        config = compose.settle({**_in_one_process(read_config(run), options), "resume": str(run)})
+        from meshformer.job.convert_data import convert_data  # imports torch
+
+        convert_data({**config, "resume": None}, run, target)
+    elif command == "convert":
         source, target = source_and_target(options)
         from meshformer.job.convert import convert  # imports torch
 
@@ -321,7 +332,7 @@ def _convert_or_export(command: str, hydra: Hydra, config_name: str, overrides: 
         source, target = export_source_and_target(options)
         from meshformer.job.export import export  # imports torch
 
-        export(source, target, options["format"])
+        export(source, target, options["format"], options["litert"])
     return 0
 
 

@@ -66,10 +66,12 @@ def resolve(config: dict[str, Any], env: Mapping[str, str] | None = None) -> dic
     paths["data"] = str(Path(paths["data"]).expanduser())
     if data["source"].get("cache") is not None:
         data["source"] = {**data["source"], "cache": str(Path(data["source"]["cache"]).expanduser())}
-    if data["files"] is not None:
-        data["files"] = _files(data["files"])
-        data["source"] = {**data["source"], "files": list(data["files"])}  # a copy: YAML would write an alias
-
+    if data["kind"] == "auto":
+        data["kind"] = _kind_of_records(data)
+    for key in ("files", "validation_files", "test_files"):
+        if data[key] is not None:
+            data[key] = _files(data[key], f"data.{key}")
+            data["source"] = {**data["source"], key: list(data[key])}  # a copy: YAML would write an alias
     for key in ("file", "validation_file"):
         if data[key] is not None:
             data[key] = os.path.abspath(os.path.expanduser(data[key]))
@@ -235,13 +237,29 @@ def _apply_launcher(trainer: dict[str, Any], external: ExternalLauncher) -> None
         trainer[key] = here
 
 
-def _files(given: str | list[str]) -> list[str]:
+def _kind_of_records(data: dict[str, Any]) -> str:
+    """The `data.kind` of records, by the features that are named."""
+    named = [name for name in ("text", "tokens", "image") if data[f"{name}_feature"] is not None]
+    if not named:
+        fix = "Add data.text_feature=…, data.tokens_feature=…, or data.image_feature=… data.label_feature=…."
+        raise ConfigError("says nothing about what the records hold", "data", "tfrecord", fix=fix)
+    if len(named) > 1:
+        raise ConfigError(f"data.{named[0]}_feature is given too", f"data.{named[1]}_feature", data[f"{named[1]}_feature"], fix="Use one of them.")
+    label = data["label_feature"]
+    if named == ["image"] and label is None:
+        raise ConfigError("images are learnt with their classes: say which feature holds them", "data.label_feature", fix="Add data.label_feature=….")
+    if named == ["tokens"] and label is not None:
+        raise ConfigError("labels belong to texts or images, and these are token ids", "data.label_feature", label, fix="Leave it out.")
+    return "images" if named == ["image"] else "texts" if label is not None else "corpus"
+
+
+def _files(given: str | list[str], key: str) -> list[str]:
     """Return absolute paths, since a run may be resumed from another folder, with patterns expanded in name order."""
     found: list[str] = []
     for item in [given] if isinstance(given, str) else given:
         path = os.path.abspath(os.path.expanduser(item))
         matches = sorted(glob.glob(path, recursive=True)) if glob.has_magic(path) and not os.path.exists(path) else [path]
         if not matches:
-            raise ConfigError("no file has a name like that", "data.files", item)
+            raise ConfigError("no file has a name like that", key, item)
         found += matches
     return found

@@ -76,7 +76,13 @@ class Data:
     vocab_size: PositiveInt = 1024
     workers: Count = 0
     files: str | list[str] | None = None
-    kind: Literal["corpus", "texts", "images", "speech", "own"] = "corpus"
+    kind: Literal["corpus", "texts", "images", "speech", "own", "auto"] = "corpus"
+    validation_files: str | list[str] | None = None
+    test_files: str | list[str] | None = None
+    text_feature: str | None = None
+    tokens_feature: str | None = None
+    image_feature: str | None = None
+    label_feature: str | None = None
     file: str | None = None
     validation_file: str | None = None
     text_column: str = "text"
@@ -219,10 +225,19 @@ class Convert:
     """Options of `meshformer convert`."""
 
     run: str
-    to: Literal["sharded", "single", "safetensors"]
-    paths: RunsPath
+    to: Literal["sharded", "single", "safetensors", "tfrecord"]
+    paths: Paths
     checkpoint: Count | str | None = None
     output: str | None = None
+    allow: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Litert:
+    """Of `meshformer export format=litert`."""
+
+    python: str | None = None
+    length: PositiveInt | None = None
 
 
 @dataclass
@@ -230,10 +245,11 @@ class Export:
     """Options of `meshformer export`."""
 
     run: str
-    format: Literal["huggingface", "safetensors", "adapter", "onnx", "torch_export"]
+    format: Literal["huggingface", "safetensors", "adapter", "onnx", "torch_export", "litert"]
     paths: Paths
     checkpoint: Count | str | None = None
     output: str | None = None
+    litert: Litert = field(default_factory=lambda: {"python": None, "length": None})  # pyright: ignore[reportAssignmentType]
 
 
 @dataclass
@@ -263,11 +279,11 @@ def layouts() -> list[str]:
 
 # Sizes of models that conf/model/ takes from the data: an example of data that has them.
 FROM_DATA = {
-    "model.image_size": "task=image_classification data=digits",
+    "model.image_size": "task=image_classification data=digits, or give data.image_size",
     "model.mels": "task=speech_recognition data=prompts",
     "model.subsampling": "task=speech_recognition data=prompts",
 }
-SECTIONS: dict[str, type] = {c.__name__: c for c in (Paths, Trainer, Data, Lora, Stage, Strategy, Launch, RunsPath, Sweep)}
+SECTIONS: dict[str, type] = {c.__name__: c for c in (Paths, Trainer, Data, Lora, Stage, Strategy, Launch, RunsPath, Litert, Sweep)}
 
 
 def validate(config: dict[str, Any], schema: type = Root) -> dict[str, Any]:

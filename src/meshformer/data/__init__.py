@@ -11,6 +11,8 @@ _HOME = {
     "KingJames": "corpus",
     "TextFiles": "corpus",
     "HubText": "corpus",
+    "TFRecords": "records",
+    "RecordFiles": "tfrecord",
     "CharTokenizer": "tokenizer",
     "BpeTokenizer": "tokenizer",
     "load_tokenizer": "tokenizer",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from meshformer.config.errors import ConfigError
+from meshformer.config.signature import attribute
 from meshformer.config.suggest import did_you_mean
 
 Config = dict[str, Any]
@@ -43,23 +44,46 @@ def _prepared(folder: Path) -> bool:
 
 
 def check_files(config: Config) -> None:
-    """ConfigError where a file of data.files does not exist or cannot be read."""
-    files = config["data"]["files"]
-    if files is None:
-        return
+    """ConfigError where a file of data.files, data.validation_files or data.test_files does not exist or cannot be read."""
+    data = config["data"]
+    kind, what = (".tfrecord", "records") if is_tfrecord(data) else (".txt", "texts")
+    for key in ("files", "validation_files", "test_files"):
+        if data[key] is not None:
+            _check_each(f"data.{key}", data[key], kind, what)
+
+
+def _check_each(key: str, files: list[str], kind: str, what: str) -> None:
     if not files:
-        raise ConfigError("names no file", "data.files", fix="Use data.files=[a.txt,b.txt].")
+        raise ConfigError("names no file", key, fix=f"Use {key}=[a{kind},b{kind}].")
     for name in files:
         path = Path(name)
         if path.is_dir():
-            raise ConfigError("is a folder", "data.files", name, fix=f"Use data.files='{name}/*.txt' for the texts in it.")
+            raise ConfigError("is a folder", key, name, fix=f"Use {key}='{name}/*{kind}' for the {what} in it.")
         if not path.exists():
             nearby = sorted(p.name for p in path.parent.iterdir() if p.is_file()) if path.parent.is_dir() else []
-            raise ConfigError("there is no such file", "data.files", name, fix=did_you_mean(path.name, nearby))
+            raise ConfigError("there is no such file", key, name, fix=did_you_mean(path.name, nearby))
         if not os.access(path, os.R_OK):
-            raise ConfigError("may not be read", "data.files", name)
+            raise ConfigError("may not be read", key, name)
         if path.stat().st_size == 0:
-            raise ConfigError("is empty", "data.files", name)
+            raise ConfigError("is empty", key, name)
+
+
+def is_tfrecord(data: Config) -> bool:
+    return bool(attribute(str(data["source"].get("_target_", "")), "reads_records"))
+
+
+def check_tfrecord(config: Config) -> None:
+    """ConfigError where the package for checksums is missing, or where the first record of the first file is damaged or lacks a feature that
+    is named. The job reads the others. Before: `check_files`."""
+    data = config["data"]
+    if not is_tfrecord(data) or data["files"] is None:
+        return
+    from meshformer.data.records import check_first_record  # imports NumPy
+    from meshformer.data.tfrecord import check_installed
+
+    check_installed()
+    named = {use: data[f"{use}_feature"] for use in ("text", "tokens", "image", "label") if data[f"{use}_feature"] is not None}
+    check_first_record(data["files"][0], named)
 
 
 def check_room(config: Config) -> None:

@@ -63,8 +63,8 @@ class TextData(SampledData):
     def vocab_size(self) -> int:
         return self.tokenizer.vocab_size
 
-    def bytes_per_token(self, split: str) -> float:
-        """Mean UTF-8 bytes of text in a token. Bits per byte = nats per token / ln 2 / bytes per token."""
+    def bytes_per_token(self, split: str) -> float | None:
+        """Mean UTF-8 bytes of text in a token. Bits per byte = nats per token / ln 2 / bytes per token. None for ids without a text."""
         return self.prepared.bytes_per_token(split)
 
     def prepare_data(self) -> None:

@@ -1,10 +1,11 @@
-"""Three tokenizers with one interface: ``encode``, ``decode``, ``vocab_size``, ``to_json``, ``save``. Imports no torch.
+"""Four tokenizers with one interface: ``encode``, ``decode``, ``vocab_size``, ``to_json``, ``save``. Imports no torch.
 
 - ``CharTokenizer``: one token a character, ids in code point order. It has no unknown token, whose row of the embedding would
   never be trained. A character outside the vocabulary raises ConfigError; with ``unknown="replace"`` it becomes ``?`` (the
   vocabulary's first character where it has no ``?``), with a warning.
 - ``BpeTokenizer``: byte-level byte-pair encoding; every text can be encoded, and decodes to itself.
 - ``PretrainedTokenizer``: the tokenizer.json of a pretrained model.
+- ``IdTokenizer``: ids without a meaning, shown as numbers.
 """
 
 from __future__ import annotations
@@ -292,6 +293,37 @@ class PretrainedTokenizer:
         Path(path).write_text(self.to_json(), encoding="utf-8")
 
 
+class IdTokenizer:
+    """Ids that come without a tokenizer: a text is numbers with spaces between them. ``mask`` adds a mask token after ``size`` ids."""
+
+    def __init__(self, size: int, mask: bool = False) -> None:
+        self.size, self.mask_id = size, size if mask else None
+
+    @property
+    def vocab_size(self) -> int:
+        return self.size + (self.mask_id is not None)
+
+    def encode(self, text: str, unknown: Unknown = "error") -> Tokens:
+        """Raises ConfigError for what is no id, with any ``unknown``: no other id could stand for it."""
+        for word in text.split():
+            if not word.isdecimal() or int(word) >= self.size:
+                message = f"{word!r} is no token: the data holds ids, here numbers from 0 to {self.size - 1}"
+                raise ConfigError(message, fix="Write ids with spaces between them, for example '3 1 4'.")
+        return np.array([int(word) for word in text.split()], token_type(self.vocab_size))
+
+    def encode_pieces(self, pieces: Iterable[str], unknown: Unknown = "error") -> Iterator[Tokens]:
+        yield self.encode("".join(pieces), unknown)
+
+    def decode(self, ids: Sequence[int] | npt.NDArray[Any]) -> str:
+        return " ".join(MASK if i == self.mask_id else str(i) for i in np.asarray(ids, dtype=np.int64).tolist())
+
+    def to_json(self) -> str:
+        return json.dumps({"kind": "ids", "size": self.size} | ({} if self.mask_id is None else {"mask": True}))
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_text(self.to_json(), encoding="utf-8")
+
+
 def train_tokenizer(kind: str, text: str, train_text: str, vocab_size: int, mask: bool = False) -> Tokenizer:
     """``char``: the characters of the whole ``text``, so that validation has no unknown ones. ``bpe``: merges learnt from ``train_text`` only."""
     if kind == "char":
@@ -313,6 +345,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             return BpeTokenizer(json.dumps(saved["model"]))
         if saved["kind"] == "pretrained":
             return PretrainedTokenizer(json.dumps(saved["model"]))
+        if saved["kind"] == "ids":
+            return IdTokenizer(int(saved["size"]), saved.get("mask", False))
         raise ValueError(f"kind {saved['kind']!r}")
     except FileNotFoundError as error:
         raise ConfigError(f"there is no tokenizer at {path}") from error

@@ -8,6 +8,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,13 @@ from meshformer.printing import say
 Write = Callable[[Path], None]  # writes the prepared model to a path
 
 
-def export(source: Path, target: Path, form: str) -> None:
+def export(source: Path, target: Path, form: str, litert: dict[str, Any] | None = None) -> None:
     """Writes the model of `source` (a checkpoint, or foreign weights) to the path `target`, which must be free, and prints how to use it.
 
     `form`: adapter writes the LoRA adapters (and a new head) only; all other forms merge adapters into the weights. huggingface (a folder) and
     safetensors keep every tensor's dtype and bits; onnx and torch_export hold the graph in fp32, for any batch size and any length up to the
-    context length. ConfigError if the target cannot be written.
+    context length; litert writes a folder with a .tflite file for one text of a fixed length (or one image), by the settings `litert` (`python`,
+    `length`). ConfigError if the target cannot be written.
     """
     try:
         if form == "safetensors" and not is_foreign(source) and settings_of(source) is None:
@@ -50,6 +52,7 @@ def export(source: Path, target: Path, form: str) -> None:
             "onnx": _onnx,
             "torch_export": _torch_export,
             "adapter": _adapter,
+            "litert": partial(_litert, settings=litert or {}),
         }[form]
         write = prepare(source)  # reads and checks everything before anything is written
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -110,10 +113,17 @@ def _write_folder(
 
 
 def _tokenizer(file: Path) -> str:
-    """Our tokenizer in the JSON format of the `tokenizers` library; a character tokenizer becomes a WordLevel model of single characters."""
+    """Our tokenizer in the JSON format of the `tokenizers` library; a character tokenizer becomes a WordLevel model of single characters,
+    and ids without a text one of numbers."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     saved = json.loads(file.read_text(encoding="utf-8"))
+    if saved.get("kind") == "ids":
+        numbers = Tokenizer(models.WordLevel({str(i): i for i in range(saved["size"])}, unk_token="0"))
+        numbers.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        if saved.get("mask"):
+            numbers.add_special_tokens(["[MASK]"])
+        return numbers.to_str()
     if saved.get("kind") != "char":
         return json.dumps(saved["model"] if "kind" in saved else saved, ensure_ascii=False)
     ours: Any = load_tokenizer(file)
@@ -145,6 +155,19 @@ def _onnx(source: Path) -> Write:
         program = torch.onnx.export(exported(load_pretrained(source)), dynamo=True, verbose=False)
     assert program is not None
     return program.save
+
+
+def _litert(source: Path, settings: dict[str, Any]) -> Write:
+    from meshformer.job.litert import write_litert
+
+    model, file = load_pretrained(source), tokenizer_of(source)
+    tokenizer = None if file is None or isinstance(model, VisionTransformer) else _tokenizer(file)
+
+    def write(target: Path) -> None:
+        difference = write_litert(model, source, target, tokenizer, settings["python"], settings.get("length"))
+        say(f"largest difference from the model's outputs: {difference:.1e}")
+
+    return write
 
 
 def exported(model: Transformer) -> torch.export.ExportedProgram:
@@ -180,6 +203,7 @@ def _usage(target: Path, form: str) -> str:
         "safetensors": f"meshformer.huggingface.load_pretrained({str(target)!r})",
         "adapter": f"peft.PeftModel.from_pretrained(model, {str(target)!r}), or meshformer.checkpoint.weights.load_adapters(model, …)",
         "onnx": f"onnxruntime.InferenceSession({str(target)!r})",
+        "litert": f"ai_edge_litert.interpreter.Interpreter({str(target / 'model.tflite')!r}), or {target}/run.py",
         "torch_export": f"torch.export.load({str(target)!r}).module()",
     }
     return f"{target}\n  {size:.1f} MB\n  load      {uses[form]}"

@@ -350,6 +350,8 @@ def settle_sizes(config: Config, data: SampledData) -> None:
         model[key] = size
     if config["data"]["kind"] == "texts" and data.classes is not None:
         config["data"]["classes"] = data.classes  # so that an evaluation on other data uses the same class ids
+    if "classes" in config["data"]["source"] and data.classes is not None:
+        config["data"]["source"]["classes"] = list(data.classes)  # the same for records
 
 
 def vocabulary(wanted: int | None, tokens: int) -> int:

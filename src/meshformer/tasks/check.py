@@ -60,7 +60,9 @@ def _data(config: Config) -> None:
         message = f"learns from {' or '.join(KINDS[k] for k in kinds)}, and the data ({given}) is {KINDS[data['kind']]}"
         other = {"images": "task=image_classification", "speech": "task=speech_recognition"}.get(data["kind"])
         more = f", or {other} model={MODELS[data['kind']]}" if other else ""
-        raise ConfigError(message, "task", task, fix=f"Use {' or '.join(EXAMPLES[k] for k in kinds)}{more}.")
+        lacks_label = "texts" in kinds and data["kind"] == "corpus" and data["text_feature"] is not None
+        fix = "Add data.label_feature=…." if lacks_label else f"Use {' or '.join(EXAMPLES[k] for k in kinds)}{more}."
+        raise ConfigError(message, "task", task, fix=fix)
     column, source = declared(config, "needs_column"), data["source"]
     if column is not None and column in source and source[column] is None:
         message = f"task={task} learns from {COLUMNS[column]}: say which column holds them"

@@ -60,8 +60,9 @@ class LanguageModelling(Evaluated):
     def figures(self, phase: str, loss: Tensor, computed: dict[str, Tensor]) -> dict[str, Tensor]:
         values = {"loss": loss, "perplexity": loss.exp()}
         bytes_per_token = getattr(getattr(self.trainer, "datamodule", None), "bytes_per_token", None)
-        if bytes_per_token is not None:
-            values["bits_per_byte"] = loss / math.log(2) / bytes_per_token(phase)
+        size = bytes_per_token(phase) if bytes_per_token is not None else None
+        if size is not None:  # None for ids without a text
+            values["bits_per_byte"] = loss / math.log(2) / size
         return values
 
     def headline(self, final: dict[str, float]) -> str:
