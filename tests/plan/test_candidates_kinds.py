@@ -6,7 +6,6 @@ import pytest
 
 from meshformer.cli import main
 
-
 POOLED = "experiment=mlm_pretrain task=sequence_classification data=sentiment"
 
 
