@@ -125,7 +125,7 @@ def translate(model: Translator, sources: list[list[int]], begin: int, end: int)
 
 def train(model: Translator, pairs: Pairs, minutes: float) -> int:
     """Trains for these CPU minutes; the number of steps."""
-    named = [(name if "embedding" in name or p.ndim < 2 else f"blocks.{name}", p) for name, p in model.named_parameters()]
+    named = [(name if "embedding" in name or p.ndim < 2 else f"blocks.0.{name}", p) for name, p in model.named_parameters()]
     optimizer = muon(named, lr=0.02, adamw_lr=0.004, blocks="blocks", dtype="float32")
     rates = [group["lr"] for group in optimizer.param_groups]
     generator, step, begun = random.Random(1), 0, time.process_time()
