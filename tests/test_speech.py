@@ -29,6 +29,9 @@ SETTINGS = [
 ]  # fmt: skip
 
 
+SPOKEN = ["task=speech_recognition", "data=prompts", "model=speech_nano"]
+
+
 @pytest.fixture(scope="module")
 def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_table(tmp_path_factory.mktemp("tones"), texts(160))
@@ -84,6 +87,7 @@ def test_an_evaluation_may_decode_with_a_beam(run: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
+        (["audio=[]"], "audio: its model turns"),
         ([], "audio: its model turns recordings into text: name one. Add audio=FILE"),
         (["audio=absent.wav"], "audio=absent.wav: there is no such file"),
         (["audio={silent}"], "silent.wav is silent"),
@@ -106,6 +110,9 @@ def test_a_recording_that_cannot_be_used_is_refused_in_a_sentence(run: Path, tmp
         (["model=speech_nano", "data.mels=8", "data.frames_per_token=4"], r"reads speech, and the task is about texts\. Use model=nano"),
         (["model=speech_nano"], r"model\.mels: is taken from the data, which has none\. Use task=speech_recognition data=prompts"),
         (["task=speech_recognition", "data=prompts", "model=speech_nano", "model.mels=80"], r"data\.mels=64: the model reads 80 bands"),
+        ([*SPOKEN, "data.sample_rate=22050"], r"data\.sample_rate=22050: must be a multiple of 100"),
+        ([*SPOKEN, "task.beam_width=0"], r"task\.beam_width=0"),
+        ([*SPOKEN, "data.packing=true"], r"data\.packing=true: .* the task has a result for each text"),
         (["task=speech_recognition", "data=prompts", "model=speech_nano", "data.scaling=whisper"], r"data\.scaling=whisper: is that of Whisper"),
         (["task=speech_recognition", "data=prompts", "model=speech_nano", "data.speeds=[3.0]"], r"data\.speeds=\[3\.0\]: must be one or more speeds"),
     ],

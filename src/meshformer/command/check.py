@@ -30,6 +30,7 @@ from meshformer.tasks.check import check_task, has_own_head
 Config = dict[str, Any]
 # Ranges of component settings: their annotations are plain `int` and `float`, which cannot express a range.
 RANGES: dict[str, Range] = {
+    "task.beam_width": (1, True, math.inf, False),
     "optimizer.eps": (0, True, 1, False),
     "optimizer.adamw_eps": (0, True, 1, False),
     "optimizer.momentum": (0, True, 1, False),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -288,10 +289,10 @@ def _in_one_process(config: Config, options: Config, changes: Sequence[str] = ()
 def _check_audio(options: dict[str, Any]) -> None:
     """ConfigError unless `audio` names recordings that exist."""
     given = options["audio"]
-    if given is None:
+    if not given:
         raise ConfigError("its model turns recordings into text: name one", "audio", fix="Add audio=FILE to the command.")
     for name in [given] if isinstance(given, str) else given:
-        path = Path(name).expanduser()
+        path = Path(os.path.expanduser(name))  # which leaves the name of an unknown user as it is
         if not path.is_file():
             nearby = sorted(p.name for p in path.parent.iterdir() if p.is_file()) if path.parent.is_dir() else []
             raise ConfigError("is a folder" if path.is_dir() else "there is no such file", "audio", name, fix=did_you_mean(path.name, nearby))

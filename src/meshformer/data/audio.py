@@ -38,6 +38,10 @@ class Features:
     mels: int = 80
     scaling: Literal["clip", "whisper"] = "clip"
 
+    def __post_init__(self) -> None:
+        if self.sample_rate % 100:
+            raise ValueError(f"sample_rate={self.sample_rate} is no multiple of 100, and there are 100 frames a second")
+
     @property
     def hop(self) -> int:
         """Samples between two frames."""
@@ -81,31 +85,52 @@ def mel_filters(bins: int, mels: int, sample_rate: int) -> npt.NDArray[np.float3
     return (triangles * 2 / (right - left)).astype(np.float32)
 
 
-def read_audio(file: Path, sample_rate: int, longest: float) -> Samples:
+def read_audio(file: Path, sample_rate: int, longest: float, slowest: float = 1.0) -> Samples:
     """(N,): the recording at `sample_rate`, its channels averaged. Its length is looked up before it is read.
 
-    Raises BadClip for a file that is missing, damaged, empty, silent, or longer than `longest` seconds.
+    Raises BadClip for a file that is missing, damaged, cut off, empty, silent, or longer than `longest` seconds at the speed `slowest`.
     """
     soundfile: Any = library("soundfile")
-    if not file.is_file():
-        raise BadClip("is missing")
     try:
+        if not file.is_file():
+            raise BadClip("is missing")
         seconds = soundfile.info(file).duration
-        if seconds > longest:
-            raise BadClip(f"lasts {seconds:,.1f} s, and data.context_length leaves room for {longest:g} s")
+        if seconds / slowest > longest:
+            slowed = f", {seconds / slowest:,.1f} s at speed {slowest:g}" if slowest < 1 else ""
+            raise BadClip(f"lasts {seconds:,.1f} s{slowed}, and data.context_length leaves room for {longest:g} s")
         wave, rate = soundfile.read(file, dtype="float32", always_2d=True)
-    except (soundfile.SoundFileError, RuntimeError, OSError) as error:
+        cut = len(wave) < round(seconds * rate) or _ends_early(file)
+    except (soundfile.SoundFileError, RuntimeError, OSError, TypeError) as error:  # TypeError: a file without a header
         raise BadClip(f"cannot be read ({str(error).rpartition(': ')[2].rstrip('.')})") from None
     if len(wave) < rate / 10:
         raise BadClip(f"holds {len(wave) / rate:.2f} s of sound" if len(wave) else "is empty")
-    if len(wave) < round(seconds * rate):
-        raise BadClip(f"is cut off: it holds {len(wave) / rate:.1f} of {seconds:.1f} s")
+    if cut:
+        raise BadClip("is cut off: its file ends before its sound does")
     mono: Samples = wave.mean(axis=1)
     if not np.isfinite(mono).all():
         raise BadClip("holds values that are not numbers")
     if np.abs(mono).max() < SILENCE:
         raise BadClip("is silent")
     return resampled(mono, rate, sample_rate)
+
+
+def _ends_early(file: Path) -> bool:
+    """Whether a wav file is shorter than its header says, or an ogg file lacks the mark of its last page: libsndfile reads what is there."""
+    with file.open("rb") as opened:
+        start = opened.read(12)
+        size = file.stat().st_size
+        if start[:4] == b"OggS":
+            opened.seek(max(0, size - (1 << 16)))
+            last = opened.read().rpartition(b"OggS")[2]
+            return len(last) < 2 or not last[1] & 4  # behind the mark: version, then flags; 4 is the end of the stream
+        if start[:4] != b"RIFF":
+            return False
+        while len(head := opened.read(8)) == 8:
+            length = int.from_bytes(head[4:], "little")
+            if head[:4] == b"data":
+                return 0 < length < 0xFFFFFFFF and opened.tell() + length > size
+            opened.seek(length + length % 2, 1)
+    return False
 
 
 def resampled(wave_N: Samples, rate: float, wanted: float) -> Samples:

@@ -164,14 +164,8 @@ class CsvTexts:
 
     def _rows(self, file: Path) -> list[dict[str, str]]:
         """The chosen columns of each row, keyed by the setting that names the column."""
-        try:
-            text = file.read_bytes().decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            byte = f"0x{error.object[error.start]:02x} at offset {error.start}"
-            raise ConfigError(f"not UTF-8: byte {byte}", "data.file", file, f"Convert it: iconv -f latin1 -t utf-8 '{file}'") from error
-        except OSError as error:
-            raise ConfigError(f"cannot read it ({error.strerror})", "data.file", file) from error
-        header, rows = _table(text, file)
+        text = read_text(file)
+        header, rows = read_table(text, file)
         for key, column in self.columns.items():
             if column is not None and column not in header and header:
                 raise no_such_column(file, header, key, column)
@@ -187,7 +181,18 @@ class CsvTexts:
         return [{key: row[column].strip() for key, column in wanted.items()} for row in rows]
 
 
-def _table(text: str, file: Path) -> tuple[list[str], list[dict[str, str]]]:
+def read_text(file: Path, key: str = "data.file") -> str:
+    """The text of a table. ConfigError for one that cannot be read or is not in UTF-8."""
+    try:
+        return file.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        byte = f"0x{error.object[error.start]:02x} at offset {error.start}"
+        raise ConfigError(f"not UTF-8: byte {byte}", key, file, f"Convert it: iconv -f latin1 -t utf-8 '{file}'") from error
+    except OSError as error:
+        raise ConfigError(f"cannot read it ({error.strerror})", key, file) from error
+
+
+def read_table(text: str, file: Path, key: str = "data.file") -> tuple[list[str], list[dict[str, str]]]:
     """(header, rows). ConfigError for a row whose cells cannot be assigned to columns, with its number."""
     separator = separator_of(file)
     # The csv module refuses cells of over 131,072 characters. Long documents exceed that, and the text is in memory already.
@@ -199,12 +204,12 @@ def _table(text: str, file: Path) -> tuple[list[str], list[dict[str, str]]]:
             first = reader.line_num + 1
     except csv.Error as error:
         fix = 'Write " inside of a quoted text as "", and close each quoted text with ".'
-        raise ConfigError(f"the row that begins in line {first} is not closed or quoted rightly ({error})", "data.file", file, fix) from error
+        raise ConfigError(f"the row that begins in line {first} is not closed or quoted rightly ({error})", key, file, fix) from error
     finally:
         csv.field_size_limit(before)
     header, lines = (lines[0], lines[1:]) if lines else ([], [])
     if repeated := next((name for name in header if name and header.count(name) > 1), None):
-        raise ConfigError(f"two columns are called {repeated}", "data.file", file, "Give each column a name of its own")
+        raise ConfigError(f"two columns are called {repeated}", key, file, "Give each column a name of its own")
     rows: list[dict[str, str]] = []
     for number, cells in enumerate(lines, start=2):
         if not cells:  # an empty line
@@ -213,7 +218,7 @@ def _table(text: str, file: Path) -> tuple[list[str], list[dict[str, str]]]:
             sign, fix = ("a tab", "Take the tabs out of it") if separator == "\t" else ("a comma", 'Put quotes around it: "a, b"')
             more = len(cells) > len(header)
             message = f"row {number} has {len(cells)} cells, and the header {len(header)}"
-            raise ConfigError(f"{message}: a text may hold {sign}" if more else message, "data.file", file, fix if more else "Fill it in")
+            raise ConfigError(f"{message}: a text may hold {sign}" if more else message, key, file, fix if more else "Fill it in")
         rows.append(dict(zip(header, cells, strict=True)))
     return [name for name in header if name], rows
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import gzip
 import hashlib
 import re
@@ -17,7 +16,8 @@ from typing import Any, ClassVar, Protocol
 from filelock import FileLock
 
 from meshformer.config.errors import ConfigError
-from meshformer.data.check import no_such_column, separator_of
+from meshformer.data.check import no_such_column
+from meshformer.data.labelled import read_table, read_text
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,8 @@ class Recordings(Protocol):
 
 
 def letters(text: str) -> str:
-    """The text as it is said: lower-case letters, digits and apostrophes, with single spaces; hyphens separate words, brackets and what they
-    hold are left out."""
-    text = unicodedata.normalize("NFC", re.sub(r"\[.*?\]|\(.*?\)|<.*?>", " ", text)).lower().replace("’", "'")
+    """The text as it is said: lower-case letters, digits and apostrophes, with single spaces; hyphens separate words."""
+    text = unicodedata.normalize("NFC", text).lower().replace("’", "'")
     kept = (c if c == "'" or unicodedata.category(c)[0] in "LMN" else " " for c in text)
     return " ".join("".join(kept).split())
 
@@ -84,12 +83,12 @@ class Prompts:
     def clips(self) -> list[Clip]:
         root = Path(self.folder).expanduser() if self.folder is not None else unpacked(self.packages, self.cache)
         texts = self._texts(root)
-        files = sorted((root / "usr/share/asterisk/sounds").glob("*/**/*.wav"))
+        files = sorted((root / "usr/share/asterisk/sounds").glob(f"{self.language}_*/**/*.wav"))
         found = []
         for file in files:
             name = "/".join(file.relative_to(root / "usr/share/asterisk/sounds").parts[1:]).removesuffix(".wav")
             said = texts.get(name, "")
-            text = letters(said)
+            text = letters(re.sub(r"\[.*?\]|\(.*?\)|<.*?>", " ", said))  # remarks that nobody reads out
             speed = len(text) / max((file.stat().st_size - 44) / 16000, 0.1)  # 16-bit samples after a header of 44 bytes
             if text and not said.startswith("[") and not re.search(r"\d", said) and self.SPEED[0] <= speed <= self.SPEED[1]:
                 found.append(Clip(file, text, split_of(text, *self.shares), name))
@@ -109,7 +108,7 @@ class Prompts:
         raise ConfigError(f"holds no transcripts, {base.relative_to(root)}.gz", "data.folder", str(root))
 
     def identity(self) -> dict[str, Any]:
-        return {"speech": "prompts", "language": self.language, "folder": self.folder, "split": self.shares}
+        return {"speech": "prompts", "language": self.language, "folder": _stamps(self.clips()) if self.folder else None, "split": self.shares}
 
 
 def unpacked(packages: tuple[str, ...], cache: Path) -> Path:
@@ -171,33 +170,35 @@ class AudioTable:
         for split, table in self.files.items():
             if table is None:
                 continue
-            for number, (name, said) in enumerate(self._rows(Path(table)), start=2):
+            file = Path(table)
+            for number, (name, said) in enumerate(self._rows(file, "data.file" if split == "train" else "data.validation_file"), start=2):
                 text = letters(said)
                 own = split_of(text, *self.shares) if self.files["val"] is None else split
-                found.append(Clip(Path(table).parent / Path(name).expanduser(), text, own, f"{name} (row {number} of {Path(table).name})"))
+                place = Path.home() / name[2:] if name.startswith("~/") else file.parent / name
+                found.append(Clip(place, text, own, f"{name} (row {number} of {file.name})"))
         return found
 
-    def _rows(self, table: Path) -> list[tuple[str, str]]:
-        try:
-            text = table.read_bytes().decode("utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"cannot be read ({error})", "data.file", table) from error
-        rows = list(csv.DictReader(text.splitlines(), delimiter=separator_of(table), strict=True))
+    def _rows(self, table: Path, key: str) -> list[tuple[str, str]]:
+        header, rows = read_table(read_text(table, key), table, key)
+        for own, column in self.columns.items():
+            if column not in header and header:
+                raise no_such_column(table, header, own, column)
         if not rows:
-            raise ConfigError("holds no rows below a header line", "data.file", table)
-        for key, column in self.columns.items():
-            if column not in rows[0]:
-                raise no_such_column(table, [name for name in rows[0] if name], key, column)
+            raise ConfigError("holds no rows below a header line" if header else "is empty", key, table)
         audio, said = self.columns.values()
-        return [((row[audio] or "").strip(), (row[said] or "").strip()) for row in rows]
+        return [(row[audio].strip(), row[said].strip()) for row in rows]
 
     def identity(self) -> dict[str, Any]:
-        stamps = []
-        for clip in self.clips():
-            try:
-                stat = clip.file.stat()
-                stamps.append([clip.name, clip.text, clip.split, stat.st_size, stat.st_mtime_ns])
-            except OSError:
-                stamps.append([clip.name, clip.text, clip.split, None, None])
-        content = hashlib.sha256(repr(stamps).encode("utf-8", "surrogatepass")).hexdigest()
-        return {"speech": "table", "sha256": content}
+        return {"speech": "table", "sha256": _stamps(self.clips())}
+
+
+def _stamps(clips: list[Clip]) -> str:
+    """A hash that changes when a recording or transcript does: of names, texts, sizes and times of modification."""
+    found = []
+    for clip in clips:
+        try:
+            stat = clip.file.stat()
+            found.append([clip.name, clip.text, clip.split, stat.st_size, stat.st_mtime_ns])
+        except OSError:
+            found.append([clip.name, clip.text, clip.split, None, None])
+    return hashlib.sha256(repr(found).encode("utf-8", "surrogatepass")).hexdigest()

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
+import zlib
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,7 +31,8 @@ from meshformer.data.windows import IGNORED, Batch, Order, Starts
 from meshformer.printing import say
 
 _LAYOUT = 1  # version of the folder's format; part of the cache key
-_NAMED = 3  # bad clips named in a message
+_NAMED, _SHOWN = 3, 60  # bad clips named in a message, and characters of a transcript
+TELL_EVERY = 30  # seconds between the lines that say how many recordings are read
 FRAMES_A_SECOND = 100
 Ints = npt.NDArray[np.int64]
 
@@ -95,56 +99,60 @@ class SpeechData(SampledData):
         settings |= {"frames_per_token": self.frames_per_token, "longest": self.longest, "skip_bad": self.skip_bad}
         settings |= tokenizer_settings(kind, vocab_size, fixed, unknown, False)
 
-        def build(folder: Path) -> None:
-            clips = self.source.clips()
-            _check_split(clips)
-            texts = [clip.text for clip in clips]
-            train = [clip.text for clip in clips if clip.split == "train"]
-            chosen = fixed or train_tokenizer(kind, "\n".join(texts).replace("\n", " "), " ".join(train), vocab_size)
-            targets = [chosen.encode(text, unknown) for text in texts]
-            sounds, bad = self._read(clips, targets)
+        return built_once(settings, self._cache, self._build)
+
+    def _build(self, folder: Path) -> None:
+        kind, vocab_size, fixed, unknown = self._tokenizer_settings
+        clips = self.source.clips()
+        if not clips:
+            raise ConfigError("there are no recordings", "data.source")
+        train = " ".join(clip.text for clip in clips if clip.split == "train")
+        chosen = fixed or train_tokenizer(kind, " ".join(clip.text for clip in clips), train, vocab_size)
+        bad: list[str] = []
+        with ExitStack() as opened:
+            parts = {split: _Written(opened, folder, split, len(self.speeds) if split == "train" else 1) for split in SPLITS}
+            told = time.monotonic()
+            for number, clip in enumerate(clips):
+                try:
+                    ids, sound = self._read(clip, chosen, unknown)
+                except BadClip as why:
+                    bad.append(f"{clip.name} {why}")
+                    continue
+                waves = (resampled(sound, speed, 1.0) for speed in (self.speeds if clip.split == "train" else [1.0]))
+                parts[clip.split].add(clip, ids, [self._whole_tokens(self.features.of(wave)) for wave in waves])
+                if time.monotonic() - told > TELL_EVERY:
+                    told = time.monotonic()
+                    say(f"read {number + 1:,} of {len(clips):,} recordings", error=True)
             if bad and not self.skip_bad:
                 more = f"; and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
-                fix = "Mend or remove them; data.skip_bad=true leaves them out."
-                raise ConfigError("; ".join(bad[:_NAMED]) + more, "data.source", fix=fix)
+                raise ConfigError("; ".join(bad[:_NAMED]) + more, "data.source", fix="Mend or remove them; data.skip_bad=true leaves them out.")
             if bad:
                 say(f"left out {len(bad)} of {len(clips)} recordings: {bad[0]}{', …' if len(bad) > 1 else ''}", error=True)
-            _check_split([clip for clip, sound in zip(clips, sounds, strict=True) if sound is not None])
-            for split in SPLITS:
-                own = [i for i, clip in enumerate(clips) if clip.split == split and sounds[i] is not None]
-                ends = np.cumsum([len(targets[i]) for i in own], dtype=np.int64)
-                joined = np.concatenate([targets[i] for i in own]) if own else np.zeros(0, np.uint16)
-                np.savez(folder / f"{split}.npz", targets=joined, target_ends=ends)
-                names = [[clips[i].name, clips[i].text] for i in own]
-                (folder / f"{split}.json").write_text(json.dumps(names), encoding="utf-8")
-                for number, speed in enumerate(self.speeds if split == "train" else [1.0]):
-                    waves = (_at_speed(sounds[i], speed) for i in own)
-                    found = [self._whole_tokens(self.features.of(wave)).half().numpy() for wave in waves]
-                    np.save(folder / f"{split}-{number}.npy", np.concatenate(found) if found else np.zeros((0, self.features.mels), np.float16))
-                    np.save(folder / f"{split}-{number}-ends.npy", np.cumsum([len(x) for x in found], dtype=np.int64))
-            chosen.save(folder / "tokenizer.json")
+            for split, need in (("train", "to train on"), ("val", "to validate on")):
+                if not parts[split].names:
+                    fix = "Raise data.validation_fraction, or name a table by data.validation_file."
+                    raise ConfigError(f"no recording is left {need}, of {len(clips)} in all", "data.validation_fraction", fix=fix)
+            for part in parts.values():
+                part.finish()
+        chosen.save(folder / "tokenizer.json")
 
-        return built_once(settings, self._cache, build)
-
-    def _read(self, clips: Sequence[Clip], targets: Sequence[Any]) -> tuple[list[Any], list[str]]:
-        """(sound of each clip, None where it is bad; why each bad one is)."""
-        sounds: list[Any] = []
-        bad: list[str] = []
-        for clip, ids in zip(clips, targets, strict=True):
-            try:
-                if not clip.text:
-                    raise BadClip("has a transcript without letters")
-                sound = read_audio(clip.file, self.features.sample_rate, self.longest * min(1.0, *self.speeds))
-                tokens = int(len(sound) / max(1.0, *self.speeds)) // self.features.hop // self.frames_per_token
-                need = len(ids) + int((ids[1:] == ids[:-1]).sum())  # CTC puts a blank between equal neighbours
-                if need > tokens:
-                    fast = f" at speed {max(self.speeds):g}" if max(self.speeds) > 1 else ""
-                    raise BadClip(f"has {tokens} tokens of sound{fast}, too few for a transcript that needs {need}: {clip.text!r}")
-                sounds.append(sound)
-            except BadClip as why:
-                sounds.append(None)
-                bad.append(f"{clip.name} {why}")
-        return sounds, bad
+    def _read(self, clip: Clip, tokenizer: Tokenizer, unknown: Unknown) -> tuple[Any, Any]:
+        """(ids of the transcript, sound). Raises BadClip."""
+        if not clip.text:
+            raise BadClip("has a transcript without letters")
+        shown = repr(clip.text if len(clip.text) <= _SHOWN else f"{clip.text[:_SHOWN]}…")
+        try:
+            ids = tokenizer.encode(clip.text, unknown)
+        except ConfigError as error:
+            raise BadClip(f"has a transcript that the tokenizer cannot spell, {shown} ({error.message})") from None
+        speeds = self.speeds if clip.split == "train" else [1.0]
+        sound = read_audio(clip.file, self.features.sample_rate, self.longest, min(1.0, *speeds))
+        tokens = int(len(sound) / max(1.0, *speeds)) // self.features.hop // self.frames_per_token
+        need = len(ids) + int((ids[1:] == ids[:-1]).sum())  # CTC puts a blank between equal neighbours
+        if need > tokens:
+            fast = f" at speed {max(speeds):g}" if max(speeds) > 1 else ""
+            raise BadClip(f"has {tokens} tokens of sound{fast}, too few for a transcript that needs {need}: {shown}")
+        return ids, sound
 
     def _whole_tokens(self, x_FM: torch.Tensor) -> torch.Tensor:
         return x_FM[: len(x_FM) // self.frames_per_token * self.frames_per_token]
@@ -159,7 +167,10 @@ class SpeechData(SampledData):
 
     @cached_property
     def identity(self) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
-        parts = self.source.identity(), self.speeds, self.masks, self.frames_per_token, self.tokenizer.to_json()
+        # Of contents, not of places and times: a copied folder holds the same recordings.
+        features = [self.features.sample_rate, self.features.mels, self.features.scaling]
+        contents = [self.part(split).content for split in SPLITS]
+        parts = contents, features, self.speeds, self.masks, self.frames_per_token, self.tokenizer.to_json()
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
     def prepare_data(self) -> None:
@@ -190,22 +201,57 @@ class SpeechData(SampledData):
     def part(self, split: str) -> _Part:
         if split not in self._parts:
             speeds = len(self.speeds) if split == "train" else 1
-            self._parts[split] = _Part(self.folder, split, speeds, self.frames_per_token, self.seed, self.masks if split == "train" else (0, 0))
+            masks = self.masks if split == "train" else (0, 0)
+            self._parts[split] = _Part(self.folder, split, self.features.mels, speeds, self.frames_per_token, self.seed, masks)
         return self._parts[split]
+
+
+class _Written:
+    """One split while it is prepared: features go to its files clip by clip, so that no more than one recording is in memory."""
+
+    def __init__(self, opened: ExitStack, folder: Path, split: str, speeds: int) -> None:
+        self.folder, self.split = folder, split
+        self.files = [opened.enter_context((folder / f"{split}-{speed}.f16").open("wb")) for speed in range(speeds)]
+        self.lengths: list[list[int]] = [[] for _ in range(speeds)]
+        self.targets: list[Any] = []
+        self.names: list[tuple[str, str]] = []
+        self.content = hashlib.sha256()
+
+    def add(self, clip: Clip, ids: Any, features: Sequence[torch.Tensor]) -> None:
+        for file, lengths, x_FM in zip(self.files, self.lengths, features, strict=True):
+            file.write(x_FM.half().numpy().tobytes())
+            lengths.append(len(x_FM))
+        self.targets.append(ids)
+        self.names.append((clip.name, clip.text))
+        self.content.update(f"{clip.text}\0{zlib.crc32(clip.file.read_bytes())}\0".encode())
+
+    def finish(self) -> None:
+        ends = {f"ends_{speed}": np.cumsum(lengths, dtype=np.int64) for speed, lengths in enumerate(self.lengths)}
+        joined = np.concatenate(self.targets) if self.targets else np.zeros(0, np.uint16)
+        target_ends = np.cumsum([len(ids) for ids in self.targets], dtype=np.int64)
+        np.savez(self.folder / f"{self.split}.npz", targets=joined, target_ends=target_ends, **ends)  # pyright: ignore[reportArgumentType]
+        about = {"names": self.names, "content": self.content.hexdigest()}
+        (self.folder / f"{self.split}.json").write_text(json.dumps(about), encoding="utf-8")
 
 
 class _Part:
     """One split. ``lengths``: frames of each clip at the first speed; ``names``: (name, transcript) of each clip."""
 
-    def __init__(self, folder: Path, split: str, speeds: int, frames_per_token: int, seed: int, masks: tuple[int, int]) -> None:
-        self._arguments = folder, split, speeds, frames_per_token, seed, masks
+    def __init__(
+        self, folder: Path, split: str, mels: int, speeds: int, frames_per_token: int, seed: int, masks: tuple[int, int]
+    ) -> None:
+        self._arguments = folder, split, mels, speeds, frames_per_token, seed, masks
         self.frames_per_token, self.seed, self.masks = frames_per_token, seed, masks
         with np.load(folder / f"{split}.npz", allow_pickle=False) as stored:
-            self.targets, ends = stored["targets"].astype(np.int64), stored["target_ends"]
-        self.target_starts = np.concatenate(([0], ends))
-        self.names: list[tuple[str, str]] = [(name, text) for name, text in json.loads((folder / f"{split}.json").read_text(encoding="utf-8"))]
-        self.frames = [np.asarray(np.load(folder / f"{split}-{speed}.npy", mmap_mode="r")) for speed in range(speeds)]
-        self.starts = [np.concatenate(([0], np.load(folder / f"{split}-{speed}-ends.npy"))) for speed in range(speeds)]
+            self.targets = stored["targets"].astype(np.int64)
+            self.target_starts, *self.starts = (
+                np.concatenate(([0], stored[name])) for name in ("target_ends", *(f"ends_{speed}" for speed in range(speeds)))
+            )
+        about = json.loads((folder / f"{split}.json").read_text(encoding="utf-8"))
+        self.names: list[tuple[str, str]] = [(name, text) for name, text in about["names"]]
+        self.content: str = about["content"]  # a hash of the recordings and transcripts
+        self.mels = mels
+        self.frames = [_features_in(folder / f"{split}-{speed}.f16", mels) for speed in range(speeds)]
         self.lengths_at = [np.diff(starts) for starts in self.starts]
         self.lengths: Ints = self.lengths_at[0]
 
@@ -233,7 +279,7 @@ class _Part:
         return self._batch(samples, width, numbers, np.zeros_like(samples), longest)
 
     def _batch(self, samples: Ints, width: int, numbers: Ints, speeds: Ints, longest: int) -> Batch:
-        B, M = len(samples), self.frames[0].shape[1]
+        B, M = len(samples), self.mels
         features = np.zeros((B, width, M), np.float32)
         documents = np.full((B, width // self.frames_per_token), -1, np.int64)
         targets = np.full((B, max(longest, 1)), IGNORED, np.int64)
@@ -288,13 +334,8 @@ class _SpeechOrder:
         return np.stack((chosen[batches].ravel(), *shared), axis=1)
 
 
-def _at_speed(wave: Any, speed: float) -> Any:
-    return resampled(wave, speed, 1.0)
-
-
-def _check_split(clips: Sequence[Clip]) -> None:
-    if not clips:
-        raise ConfigError("there are no recordings", "data.source")
-    for split, need in (("train", "to train on"), ("val", "to validate on")):
-        if not any(clip.split == split for clip in clips):
-            raise ConfigError(f"no recording is left {need}, of {len(clips)} in all", "data.validation_fraction")
+def _features_in(file: Path, mels: int) -> npt.NDArray[np.float16]:
+    """(frames, M) of all clips, memory-mapped."""
+    if not file.stat().st_size:  # an empty file cannot be mapped
+        return np.zeros((0, mels), np.float16)
+    return np.asarray(np.memmap(file, np.float16, "r")).reshape(-1, mels)

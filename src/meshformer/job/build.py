@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
@@ -112,7 +113,7 @@ def _data_of_kind(config: Config, fixed_tokenizer: Any) -> SampledData:
     if data["kind"] == "speech":
         features = Features(data["sample_rate"], data["mels"], data["scaling"])
         augmented = {key: data[key] for key in ("frames_per_token", "speeds", "mask_mels", "mask_frames", "skip_bad")}
-        return SpeechData(**shared, **text, **augmented, features=features, pad_to=padding_multiple(config) // 2)
+        return SpeechData(**shared, **text, **augmented, features=features, pad_to=math.lcm(8, config["strategy"].get("tensor", 1)))
     objective = task_class(config).objective
     if data["kind"] == "corpus":
         return TextData(**shared, **text, masked=objective == "mask")

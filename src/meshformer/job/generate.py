@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -55,15 +56,18 @@ def _transcripts(config: dict[str, Any], options: dict[str, Any], model: Any, to
     data = config["data"]
     task: Any = build_task(config, max_steps=1)
     given = options["audio"]
-    files = [Path(name).expanduser() for name in ([given] if isinstance(given, str) else given)]
+    files = [Path(os.path.expanduser(name)) for name in ([given] if isinstance(given, str) else given)]
     features = Features(data["sample_rate"], data["mels"], data["scaling"])
     longest = config["model"]["context_length"] * data["frames_per_token"] / FRAMES_A_SECOND
-    texts = []
-    for file in files:
+    if not hasattr(task, "text_of"):
+        raise ConfigError("its task turns no sound into text", "run", options["run"], fix="Load it in a notebook: meshformer.runs.load_model.")
+    sounds = []
+    for file in files:  # all are read before the first is printed
         try:
-            sound = features.of(read_audio(file, data["sample_rate"], longest))
+            sounds.append(features.of(read_audio(file, data["sample_rate"], longest)))
         except BadClip as why:
             raise ConfigError(f"{file} {why}", "audio", fix="Cut it into pieces." if "lasts" in str(why) else None) from None
-        texts += transcribe(task, model, tokenizer, [sound])
-        say(texts[-1] if len(files) == 1 else f"{file}\t{texts[-1]}")
+    texts = transcribe(task, model, tokenizer, sounds, data["frames_per_token"])
+    for file, text in zip(files, texts, strict=True):
+        say(text if len(files) == 1 else f"{file}\t{text}")
     return texts

@@ -97,9 +97,17 @@ def _speech(config: Config) -> None:
         if model.get(own) not in (None, data[key]):
             message = f"the model reads {model[own]} {what} (model.{own})"
             raise ConfigError(message, f"data.{key}", data[key], fix=f"Use data.{key}={model[own]}.")
-    if data["scaling"] == "whisper" and (data["sample_rate"], data["mels"]) != (16000, 80):
-        message = "is that of Whisper, which reads 80 bands of sound at 16,000 Hz"
+    rate = data["sample_rate"]
+    if rate % 100 or not 4000 <= rate <= 48000:
+        message = "must be a multiple of 100 from 4,000 to 48,000, since there are 100 frames a second"
+        raise ConfigError(message, "data.sample_rate", rate, fix="16000 is usual for speech.")
+    if data["mels"] is not None and data["mels"] > 128:
+        raise ConfigError("so many bands would hold no frequency each", "data.mels", data["mels"], fix="Use 80.")
+    if data["scaling"] == "whisper" and (rate != 16000 or data["mels"] not in (80, 128)):
+        message = "is that of Whisper, which reads 80 (or 128) bands of sound at 16,000 Hz"
         raise ConfigError(message, "data.scaling", "whisper", fix="Use data.sample_rate=16000 data.mels=80, or data.scaling=clip.")
+    if config["trainer"]["deterministic"] and config["trainer"]["accelerator"] == "gpu":
+        raise ConfigError("torch has no deterministic CTC loss on a GPU", "trainer.deterministic", "true", fix="Leave it out.")
     if not data["speeds"] or not all(0.5 <= speed <= 2 for speed in data["speeds"]):
         raise ConfigError("must be one or more speeds from 0.5 to 2", "data.speeds", data["speeds"], fix="[0.9,1.0,1.1] is usual.")
 
@@ -153,7 +161,7 @@ def _own_model(config: Config) -> None:
 def _packing(config: Config) -> None:
     texts = config["data"]["kind"] == "texts"
     if config["data"]["packing"] and (not texts or declared(config, "own_head")):
-        why = "the task has a result for each text" if texts else "running text has no gaps"
+        why = "running text has no gaps" if config["data"]["kind"] == "corpus" else "the task has a result for each text"
         raise ConfigError(f"puts several texts into a sample, and {why}", "data.packing", "true", fix="Leave it out.")
 
 

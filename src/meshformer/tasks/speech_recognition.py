@@ -13,6 +13,7 @@ from torch import Tensor
 from torchmetrics import MetricCollection
 from torchmetrics.text import CharErrorRate, WordErrorRate
 
+from meshformer.data import CharTokenizer
 from meshformer.model.ctc import beam_search, ctc_loss, greedy
 
 from .evaluation import IGNORED, Evaluated
@@ -22,7 +23,7 @@ LONGEST_SAMPLE = 8192  # bytes of a sample file that a pipeline's last stage sen
 
 
 class SpeechRecognition(Evaluated):
-    """CTC over characters or pieces of words, in nats a character. Logs val/loss, val/cer and val/wer, the error rates of characters and words:
+    """CTC over characters or pieces of words, in nats each. Logs val/loss, val/cer and val/wer, the error rates of characters and words:
     substitutions, insertions and deletions, divided by what was said.
 
     `decoding`: `greedy`, the likeliest class of each token; `beam`, the likeliest of `beam_width` texts over all their alignments, slower.
@@ -36,6 +37,8 @@ class SpeechRecognition(Evaluated):
         super().__init__(*args, **kwargs)
         if decoding not in ("greedy", "beam"):
             raise ValueError(f"decoding must be 'greedy' or 'beam', not {decoding!r}")
+        if beam_width < 1:
+            raise ValueError(f"beam_width must be at least 1, not {beam_width}")
         self.decoding, self.beam_width = decoding, beam_width
         self.transcripts: list[tuple[str, str]] = []  # (reference, hypothesis) of the first clips of a validation
 
@@ -71,14 +74,18 @@ class SpeechRecognition(Evaluated):
     def outputs_of(self, data: Any) -> int | None:
         return 0
 
+    def on_validation_epoch_start(self) -> None:
+        self.transcripts = []
+
     def headline(self, final: dict[str, float]) -> str:
+        tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
+        unit = "character" if isinstance(tokenizer, CharTokenizer) else "piece"
         rates = f"characters wrong {final['val/cer']:.3f}, words {final['val/wer']:.3f}"
-        return f"validation {rates}, loss {final['val/loss']:.4f} nats a character"
+        return f"validation {rates}, loss {final['val/loss']:.4f} nats a {unit}"
 
     def sample_text(self) -> str | None:
         """Reference above hypothesis, for the first clips of the last validation on this rank."""
-        shown, self.transcripts = self.transcripts, []
-        text = "\n\n".join(f"said   {said}\nheard  {heard}" for said, heard in shown)
+        text = "\n\n".join(f"said   {said}\nheard  {heard}" for said, heard in self.transcripts)
         if self.pipeline is None:
             return text or None
         # Only the last stage has seen the outputs.
@@ -90,10 +97,10 @@ class SpeechRecognition(Evaluated):
 
 
 @torch.no_grad()
-def transcribe(task: SpeechRecognition, model: Any, tokenizer: Any, features: Sequence[Tensor]) -> list[str]:
-    """The text of each recording's features (F, M), one at a time; F is cut to whole tokens."""
+def transcribe(task: SpeechRecognition, model: Any, tokenizer: Any, features: Sequence[Tensor], frames_per_token: int) -> list[str]:
+    """The text of each recording's features (F, M), one at a time; F is cut to a multiple of `frames_per_token`."""
     texts = []
     for x_FM in features:
-        whole = x_FM[: len(x_FM) // model.subsampling * model.subsampling]
+        whole = x_FM[: len(x_FM) // frames_per_token * frames_per_token]
         texts.append(task.text_of(model(whole[None])[0], tokenizer))
     return texts
