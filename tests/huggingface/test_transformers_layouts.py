@@ -38,6 +38,11 @@ CASES = [
     *(("gpt_neox", layout) for layout in ("tensor", "pipeline")),
     *((name, layout) for name in ("gpt2", "bert") for layout in DATA_PARALLEL),
 ]
+# What the other cases cover too, one layout of one model each: `-m slow`.
+REPEATED = {
+    ("llama", "hsdp"), ("llama", "interleaved"), ("qwen3", "fsdp"), ("qwen3", "tensor, whole sequences"), ("mistral", "pipeline"),
+    ("llama_tied", "fsdp"), ("llama_tied", "tensor"), ("gpt_neox", "pipeline"), ("gpt2", "ddp"), ("gpt2", "hsdp"), ("bert", "ddp"), ("bert", "hsdp"),
+}  # fmt: skip
 GPT2_PLAN = "+model.plan={blocks: net.transformer.h, embed: [net.transformer.wte, net.transformer.wpe], head: [net.transformer.ln_f, net.lm_head]}"
 OTHERS: dict[str, tuple[str, int, list[str], list[str]]] = {  # model, processes, what the run is, its layout
     "a plan of the user's": ("gpt2", 2, [GPT2_PLAN], ["strategy=pipeline"]),
@@ -73,7 +78,7 @@ def references(folder: Path) -> dict[str, list[dict[str, Any]]]:
     return {}
 
 
-@pytest.mark.parametrize(("model", "layout"), CASES)
+@pytest.mark.parametrize(("model", "layout"), [pytest.param(*case, marks=[pytest.mark.slow] if case in REPEATED else []) for case in CASES])
 def test_every_layout_trains_it_to_the_loss_of_one_process(folder: Path, references: dict[str, Any], model: str, layout: str) -> None:
     if model not in references:
         (references[model],) = run_ranks(1, rows_of, folder, model, f"{model}_one", [])
@@ -87,7 +92,9 @@ def test_every_layout_trains_it_to_the_loss_of_one_process(folder: Path, referen
         assert abs(a["train/grad_norm"] / b["train/grad_norm"] - 1) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in ("a window, tensor and pipeline", "pairs") else []) for name in OTHERS]
+)
 def test_other_tasks_and_plans_train_to_the_loss_of_one_process(folder: Path, name: str) -> None:
     model, processes, what, layout = OTHERS[name]
     (rows,) = run_ranks(1, rows_of, folder, model, f"{name}, one", what)

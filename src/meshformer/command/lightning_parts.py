@@ -22,18 +22,23 @@ def settled(config: Config, overrides: Sequence[str]) -> Config:
 
     `overrides` are those the user typed. Raises ConfigError for a class that is neither, and for an override that the module would not read.
     """
-    config = _data(config) if "_target_" in (config.get("data") or {}) else config
-    task = config.get("task")
-    return _task(config, overrides) if isinstance(task, dict) and is_plain(str(task.get("_target_", ""))) else config
+    config = _data(config) if "_target_" in _node(config, "data") else config
+    return _task(config, overrides) if is_plain(str(_node(config, "task").get("_target_", ""))) else config
+
+
+def _node(config: Config, name: str) -> Config:
+    """The settings of a group, empty where the configuration, which is not validated yet, holds something else there."""
+    found = config.get(name)
+    return found if isinstance(found, dict) else {}
 
 
 @contextmanager
 def keys_as_typed(typed: Config, config: Config) -> Iterator[None]:
     """Context in which a ConfigError about `config` names the key that stands in the user's YAML, of which `typed` was composed."""
     moved = {}
-    if "_target_" in (typed.get("data") or {}):
+    if "_target_" in _node(typed, "data"):
         moved["data.source."] = "data."
-    if config["task"].get("_target_") == PLAIN and config["task"] != typed["task"]:
+    if _node(config, "task").get("_target_") == PLAIN and config["task"] != typed["task"]:
         moved["model."] = "task."
     try:
         yield
@@ -78,7 +83,7 @@ def _task(config: Config, overrides: Sequence[str]) -> Config:
         if part in ("model", "optimizer", "schedule"):
             what = "its own network" if part == "model" else "its own optimizers (configure_optimizers)"
             raise ConfigError(f"{target} brings {what}", key, value or None, fix="Leave it out.")
-    if (config.get("stage") or {}).get("name") == "finetune":
+    if _node(config, "stage").get("name") == "finetune":
         message = f"scales learning rates and starts from models of this program, and {target} makes its own optimizer"
         raise ConfigError(message, "stage", "finetune", fix="Use fork=RUN, or load the weights in its __init__.")
     parts = {"model": config["task"], "task": {"_target_": PLAIN}, "optimizer": dict(OF_THE_MODULE), "schedule": dict(OF_THE_MODULE)}
