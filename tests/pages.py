@@ -14,6 +14,7 @@ from jobs import TINY, labelled_file, text_file
 from meshformer.bench.tones import texts, write_table
 from meshformer.cli import main
 from meshformer.command import helptext
+from spoken import tiny_whisper
 
 ROOT = Path(__file__).parents[1]
 DAMAGED = ("one", "all", "swapped", "linked")  # runs: one checkpoint, or all; those of another model; a folder that leads out
@@ -110,8 +111,6 @@ def workplace(folder: Path) -> None:
 
 def speech(folder: Path) -> None:
     """Recordings, a run that reads them, and a tiny model of Whisper's form."""
-    from transformers import WhisperConfig, WhisperForConditionalGeneration
-
     write_table(folder / "calls", texts(30)).rename(folder / "calls" / "calls.csv")
     for file in (folder / "calls").iterdir():
         file.rename(folder / file.name)
@@ -120,10 +119,7 @@ def speech(folder: Path) -> None:
     kind = ["task=speech_recognition", "model=speech_nano", "data=audio_csv", f"data.file={folder}/calls.csv", f"paths.data={folder}/cache"]
     small = ["model.d_model=16", "model.n_layers=1", "trainer.max_steps=1", "trainer.progress=false", "logger=csv"]
     assert main(["train", *kind, *small, f"hydra.run.dir={folder}/heard/speech_prompts/2026-11-30_10-00-00-7ae8"]) == 0
-    sizes = dict.fromkeys(("encoder_layers", "decoder_layers", "encoder_attention_heads", "decoder_attention_heads"), 1)
-    ends = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"), 0)
-    config = WhisperConfig(**sizes, **ends, vocab_size=9, d_model=8, encoder_ffn_dim=8, decoder_ffn_dim=8)
-    WhisperForConditionalGeneration(config).save_pretrained(folder / "models" / "whisper")
+    tiny_whisper(folder / "models" / "whisper")
 
 
 def train(folder: Path, run: Path, *overrides: str) -> None:

@@ -12,6 +12,7 @@ from meshformer.command.compose import compose
 from meshformer.config.paths import conf_dir
 from meshformer.job.train import train
 from meshformer.record.metrics_csv import read_metrics
+from spoken import prompts_folder, tiny_whisper
 
 EXPERIMENTS = sorted(path.stem for path in (conf_dir() / "experiment").glob("*.yaml"))
 FROM_A_RUN = ("kjv_finetune", "mlm_then_classify", "mlm_pretrain_then_classify")  # weights from outside come with the recipe
@@ -45,6 +46,10 @@ def test_there_are_experiments() -> None:
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_experiment_trains_two_steps(experiment: str, pretrained: Path, tmp_path: Path) -> None:
     start = [f"stage.init_from={pretrained}", "stage.pretrain=null"] if experiment in FROM_A_RUN else []
+    if experiment.startswith("speech"):  # apt-get may be missing here, and the weights are 140 MB
+        start = [f"data.folder={prompts_folder(tmp_path / 'prompts')}", f"paths.data={tmp_path}"]
+    if experiment == "speech_from_whisper":
+        start.append(f"stage.init_from={tiny_whisper(tmp_path / 'whisper')}")
     rows = train_two_steps(tmp_path / "run", experiment, *start)
     assert [row["step"] for row in rows] == [1, 2]
     assert all(math.isfinite(row["train/loss"]) for row in rows)

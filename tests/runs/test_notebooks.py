@@ -8,7 +8,7 @@ import jupytext
 import pytest
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
-NAMES = ("attention", "compare_runs", "layouts", "scaling")
+NAMES = ("attention", "compare_runs", "layouts", "scaling", "speech")
 
 
 @pytest.mark.parametrize("name", NAMES)

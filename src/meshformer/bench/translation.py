@@ -9,11 +9,12 @@ Shapes: B batch, S source tokens, T target tokens, C channels, V vocabulary.
 from __future__ import annotations
 
 import argparse
-import gettext
 import hashlib
 import math
 import random
+import struct
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +45,22 @@ def message_pairs() -> list[tuple[str, str]]:
     for package in PACKAGES:
         root = unpacked((package,), Path(default_cache()).expanduser())
         for file in sorted(root.rglob("fr/LC_MESSAGES/*.mo")):
-            with file.open("rb") as opened:
-                catalogue: dict[Any, str] = gettext.GNUTranslations(opened)._catalog  # pyright: ignore[reportAttributeAccessIssue]
-            for source, target in catalogue.items():
-                english = source.rpartition("\x04")[2] if isinstance(source, str) else ""
+            for english, target in catalogue(file.read_bytes()):
                 if english.strip() and target.strip() and english != target:
                     found.setdefault(english, target)
     return list(found.items())
+
+
+def catalogue(content: bytes) -> Iterator[tuple[str, str]]:
+    """(message, translation) of a compiled catalogue of gettext, which has two tables of lengths and places. Of a plural the first form."""
+    order = "<" if content[:4] == b"\xde\x12\x04\x95" else ">"
+    _, count, sources, targets = struct.unpack_from(f"{order}4I", content, 4)
+    for i in range(count):
+        pair = []
+        for table in (sources, targets):
+            length, start = struct.unpack_from(f"{order}2I", content, table + 8 * i)
+            pair.append(content[start : start + length].split(b"\0")[0].decode("utf-8", errors="replace"))
+        yield pair[0].rpartition("\x04")[2], pair[1]
 
 
 class CrossAttention(nn.Module):
