@@ -195,5 +195,11 @@ def test_an_encoder_of_speech_is_exported_as_a_graph(run: Path, tmp_path: Path) 
     features, documents = torch.randn(3, 80, 32), torch.zeros(3, 20, dtype=torch.int64)
     with torch.no_grad():
         assert (program(features, documents_BT=documents) - model(features, documents_BT=documents)).abs().max() < 1e-5
+    for words, told in (
+        (["export", "format=litert"], "format=litert: is for models of text and images"),
+        (["convert", "to=tfrecord"], "to=tfrecord: writes text and images, and the run's data is recordings"),
+    ):
+        refused = meshformer(*words, f"run={run}", f"output={tmp_path / 'other'}")
+        assert refused.returncode != 0 and told in refused.stderr and not (tmp_path / "other").exists(), refused.stderr
     refused = meshformer("export", f"run={run}", "format=huggingface", f"output={tmp_path / 'hf'}")
     assert refused.returncode != 0 and "Whisper" in refused.stderr and not (tmp_path / "hf").exists()

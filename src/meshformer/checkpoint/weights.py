@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -19,6 +18,7 @@ from meshformer.config.errors import ConfigError
 from meshformer.config.foreign import read_config
 from meshformer.config.paths import run_of
 from meshformer.model.lora import ADAPTERS, add_adapters, merged
+from meshformer.record.run_folder import new_folder
 
 from .read import SHOWN, Foreign, misfits, read_into, read_tensors, refuse_misfits, tensor_sizes
 
@@ -233,16 +233,10 @@ def write_adapters(source: Path, folder: Path, trained: tuple[str, ...] = ()) ->
         "task_type": None,
         "inference_mode": True,
     }
-    aside = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
+    with new_folder(folder) as aside:
         (aside / ADAPTER_CONFIG).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
         tensors = {OF_PEFT + peft_name(name): x.contiguous() for name, x in saved.items()}
         safetensors.torch.save_file(tensors, aside / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-        aside.rename(folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def peft_name(name: str) -> str:

@@ -13,6 +13,7 @@ from meshformer.checkpoint.find import MANIFEST, PARTS, SINGLE, WEIGHTS, candida
 from meshformer.command import compose
 from meshformer.config import ConfigError, did_you_mean
 from meshformer.config.paths import run_of
+from meshformer.config.signature import attribute
 from meshformer.data.tfrecord import check_installed
 from meshformer.huggingface.check import layout_for
 from meshformer.huggingface.source import derive
@@ -75,6 +76,8 @@ def export_source_and_target(options: dict[str, Any]) -> tuple[Path, Path]:
 
 def _litert(model: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     """The settings of format=litert with the interpreter's path. ConfigError where it, a package there, or the length is of no use."""
+    if attribute(str(model["_target_"]), "reads") == "speech":
+        raise ConfigError("is for models of text and images; this one reads speech", "format", "litert", fix="Use format=onnx.")
     length, longest = settings["length"], model.get("context_length")
     if length is not None and isinstance(longest, int) and length > longest:
         raise ConfigError(f"the model sees {longest} tokens", "litert.length", length, fix=f"Use {longest} at most.")

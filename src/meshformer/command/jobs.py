@@ -35,7 +35,7 @@ from meshformer.parallel.compilation import compiles
 from meshformer.printing import say
 from meshformer.record import RunRecord, atomic_write_text
 from meshformer.record.run_folder import PENDING
-from meshformer.tasks.check import writes_text
+from meshformer.tasks.check import KINDS, writes_text
 
 Config = dict[str, Any]
 SHOWING = ("cfg", "info", "shell_completion", "hydra_help")
@@ -321,6 +321,9 @@ def _convert_or_export(command: str, hydra: Hydra, config_name: str, overrides: 
         run, target = run_and_target(options)
         # Any value of `resume` skips the checks of stage.init_from, as for `evaluate`.
         config = compose.settle({**_in_one_process(read_config(run), options), "resume": str(run)})
+        if config["data"]["kind"] in ("speech", "own"):
+            message = f"writes text and images, and the run's data is {KINDS[config['data']['kind']]}"
+            raise ConfigError(message, "to", "tfrecord", fix="Write its files with TensorFlow.")
         from meshformer.job.convert_data import convert_data  # imports torch
 
         convert_data({**config, "resume": None}, run, target)

@@ -6,7 +6,9 @@ import multiprocessing
 import signal
 import time
 from collections.abc import Iterator
+from functools import cached_property
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from meshformer.config.errors import ConfigError
+from meshformer.data.tokenizer import Tokenizer, load_tokenizer
 from meshformer.data.windows import Batch, Batches, FirstSamples, GlobalBatchSampler, Order, collated
 
 
@@ -163,6 +166,32 @@ class SampledData(LightningDataModule):
 
     def _on_gpu(self) -> bool:
         return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+
+
+class FolderData(SampledData):
+    """Samples that are prepared in a folder of the cache, with their tokenizer. A subclass implements ``prepared_folder`` too."""
+
+    def prepared_folder(self) -> Path:
+        """The folder, made where the cache has none; of several processes, the first to get the lock makes it."""
+        raise NotImplementedError
+
+    @cached_property
+    def folder(self) -> Path:
+        return self.prepared_folder()
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return load_tokenizer(self.folder / "tokenizer.json")
+
+    @property
+    def vocab_size(self) -> int:
+        return self.tokenizer.vocab_size
+
+    def prepare_data(self) -> None:
+        _ = self.folder
+
+    def setup(self, stage: str | None = None) -> None:
+        _ = self.folder
 
 
 def _ignore_stop_signals(worker: int) -> None:

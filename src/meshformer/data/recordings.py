@@ -18,6 +18,7 @@ from filelock import FileLock
 from meshformer.config.errors import ConfigError
 from meshformer.data.check import no_such_column
 from meshformer.data.labelled import read_table, read_text
+from meshformer.record.run_folder import new_folder
 
 
 @dataclass(frozen=True)
@@ -134,10 +135,9 @@ def unpacked(packages: tuple[str, ...], cache: Path) -> Path:
             if done.returncode or len(archives) != len(packages):
                 why = next((line for line in done.stderr.splitlines() if line.startswith("E:")), "no reason given").removeprefix("E: ")
                 raise ConfigError(f"apt-get could not download them ({why})", "data", "prompts", f"Run apt-get update. Or u{by_hand[1:]}")
-            inside = Path(temporary, "files")
-            for archive in archives:
-                subprocess.run(["dpkg-deb", "-x", str(archive), str(inside)], check=True, capture_output=True)
-            inside.rename(target)
+            with new_folder(target) as inside:
+                for archive in archives:
+                    subprocess.run(["dpkg-deb", "-x", str(archive), str(inside)], check=True, capture_output=True)
     except OSError as error:
         raise ConfigError(f"cannot write the data cache ({error})", "paths.data", cache, "Name a folder you may write to") from error
     except subprocess.CalledProcessError as error:

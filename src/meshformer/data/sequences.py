@@ -15,19 +15,19 @@ from typing import Any, Protocol
 import numpy as np
 
 from meshformer.config.errors import ConfigError
-from meshformer.data.base import SampledData
+from meshformer.data.base import FolderData
 from meshformer.data.checked import built_once
 from meshformer.data.labelled import Examples, LabelledSource
 from meshformer.data.objectives import READERS, Ints, Objective, Reader, StretchReader
 from meshformer.data.prepared import SPLITS, tokenizer_settings
-from meshformer.data.tokenizer import Tokenizer, Unknown, load_tokenizer, train_tokenizer
+from meshformer.data.tokenizer import Tokenizer, Unknown, train_tokenizer
 from meshformer.data.windows import Batch, Order, Starts
 
 _LAYOUT = 1  # version of the folder's format; part of the cache key
 _POOL = 16  # batches whose samples are sorted by length together
 
 
-class SequenceData(SampledData):
+class SequenceData(FolderData):
     """Batches for ``objective``, int64: ``tokens`` and ``documents`` (B, T), and
 
     - ``label``: ``labels`` (B,), the class of each text, IGNORED for rows of padding
@@ -75,8 +75,7 @@ class SequenceData(SampledData):
         self._cache = cache
         self._readers: dict[str, Reader] = {}
 
-    @cached_property
-    def folder(self) -> Path:
+    def prepared_folder(self) -> Path:
         kind, vocab_size, fixed, unknown = self._tokenizer_settings
         settings = {"sequences": _LAYOUT, "source": self.source.identity(), "objective": self.objective, "classes": self._classes}
         settings |= tokenizer_settings(kind, vocab_size, fixed, unknown, self.reader.masks)
@@ -97,14 +96,6 @@ class SequenceData(SampledData):
         return built_once(settings, self._cache, build)
 
     @cached_property
-    def tokenizer(self) -> Tokenizer:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return load_tokenizer(self.folder / "tokenizer.json")
-
-    @property
-    def vocab_size(self) -> int:
-        return self.tokenizer.vocab_size
-
-    @cached_property
     def classes(self) -> list[str] | None:  # pyright: ignore[reportIncompatibleVariableOverride]
         return json.loads((self.folder / "classes.json").read_text(encoding="utf-8"))
 
@@ -113,12 +104,6 @@ class SequenceData(SampledData):
         # Not the folder's name, which depends on `classes`: a resumed run gets the recorded classes, where the first start had None.
         parts = self.source.identity(), self.objective, self.packing, self.classes, self.tokenizer.to_json()
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-
-    def prepare_data(self) -> None:
-        _ = self.folder
-
-    def setup(self, stage: str | None = None) -> None:
-        _ = self.folder
 
     def model_settings(self) -> dict[str, int]:
         return {"vocab_size": self.vocab_size} | ({"outputs": len(self.classes)} if self.classes is not None else {})

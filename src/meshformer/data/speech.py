@@ -21,12 +21,12 @@ import torch
 
 from meshformer.config.errors import ConfigError
 from meshformer.data.audio import BadClip, Features, read_audio, resampled
-from meshformer.data.base import SampledData
+from meshformer.data.base import FolderData
 from meshformer.data.checked import built_once
 from meshformer.data.prepared import SPLITS, tokenizer_settings
 from meshformer.data.recordings import Clip, Recordings
 from meshformer.data.sequences import EvalRows, in_batches_of_like_length, rounded
-from meshformer.data.tokenizer import Tokenizer, Unknown, load_tokenizer, train_tokenizer
+from meshformer.data.tokenizer import Tokenizer, Unknown, train_tokenizer
 from meshformer.data.windows import IGNORED, Batch, Order, Starts
 from meshformer.printing import say
 
@@ -37,7 +37,7 @@ FRAMES_A_SECOND = 100
 Ints = npt.NDArray[np.int64]
 
 
-class SpeechData(SampledData):
+class SpeechData(FolderData):
     """Batches ``features`` (B, F, M) in fp32, 0 for padding, ``documents`` (B, F / frames_per_token), 0 for sound and -1 for padding, and
     ``targets`` (B, S), the ids of the transcript, IGNORED behind it.
 
@@ -91,8 +91,7 @@ class SpeechData(SampledData):
         """Seconds that fit into the context length."""
         return self.context_length * self.frames_per_token / FRAMES_A_SECOND
 
-    @cached_property
-    def folder(self) -> Path:
+    def prepared_folder(self) -> Path:
         kind, vocab_size, fixed, unknown = self._tokenizer_settings
         features = [self.features.sample_rate, self.features.mels, self.features.scaling]
         settings = {"speech": _LAYOUT, "source": self.source.identity(), "features": features, "speeds": self.speeds}
@@ -158,26 +157,12 @@ class SpeechData(SampledData):
         return x_FM[: len(x_FM) // self.frames_per_token * self.frames_per_token]
 
     @cached_property
-    def tokenizer(self) -> Tokenizer:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return load_tokenizer(self.folder / "tokenizer.json")
-
-    @property
-    def vocab_size(self) -> int:
-        return self.tokenizer.vocab_size
-
-    @cached_property
     def identity(self) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
         # Of contents, not of places and times: a copied folder holds the same recordings.
         features = [self.features.sample_rate, self.features.mels, self.features.scaling]
         contents = [self.part(split).content for split in SPLITS]
         parts = contents, features, self.speeds, self.masks, self.frames_per_token, self.tokenizer.to_json()
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-
-    def prepare_data(self) -> None:
-        _ = self.folder
-
-    def setup(self, stage: str | None = None) -> None:
-        _ = self.folder
 
     def model_settings(self) -> dict[str, int]:
         return {"vocab_size": self.vocab_size}

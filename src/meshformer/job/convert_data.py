@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from meshformer.data.tf_example import serialize_example
 from meshformer.data.tfrecord import write_shards
 from meshformer.job.build import build_data
 from meshformer.printing import say
+from meshformer.record.run_folder import new_folder
 
 RECORD = 4096  # tokens in a record
 OPTIONS = {"train": "files", "val": "validation_files", "test": "test_files"}
@@ -30,19 +30,13 @@ def convert_data(config: dict[str, Any], run: Path, target: Path) -> None:
     images = config["data"]["kind"] == "images"
     data = build_data(config, None if images else load_tokenizer(run / "tokenizer.json"))
     data.prepare_data()
-    aside = target.with_name(target.name + ".tmp")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
-        counts = {split: len(write_shards(aside, split, records)) for split, records in _records(data).items()}
-        if isinstance(data, TextData):
-            data.tokenizer.save(aside / "tokenizer.json")
-        aside.rename(target)
+        with new_folder(target) as aside:
+            counts = {split: len(write_shards(aside, split, records)) for split, records in _records(data).items()}
+            if isinstance(data, TextData):
+                data.tokenizer.save(aside / "tokenizer.json")
     except OSError as error:
         raise ConfigError(f"it cannot be written ({error})", "output", str(target)) from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     say(_usage(data, target, counts))
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import re
-import shutil
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -30,6 +29,7 @@ from meshformer.job.model_card import model_card
 from meshformer.model import Attention, SpeechTransformer, Transformer, VisionTransformer, attend_reference
 from meshformer.model.settings import HEAD_PARAMETERS, SECOND_NAME
 from meshformer.printing import say
+from meshformer.record.run_folder import new_folder
 
 Write = Callable[[Path], None]  # writes the prepared model to a path
 
@@ -97,19 +97,13 @@ def _auto_class(config: dict[str, Any]) -> str:
 def _write_folder(
     target: Path, config: dict[str, Any], tensors: dict[str, Tensor], tokenizer: Path | None, length: int | None, card: str
 ) -> None:
-    aside = target.with_name(target.name + ".tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    try:
+    with new_folder(target) as aside:
         save(aside, config, tensors)
         (aside / "README.md").write_text(card, encoding="utf-8")
         if tokenizer is not None:
             (aside / TOKENIZER).write_text(_tokenizer(tokenizer), encoding="utf-8")
             about = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": length}
             (aside / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-        aside.rename(target)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _tokenizer(file: Path) -> str:

@@ -6,7 +6,6 @@ torch writes the graph here; the environment of litert-torch, which pins other p
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import tempfile
 from pathlib import Path
@@ -21,6 +20,7 @@ from meshformer.config.paths import run_of
 from meshformer.config.signature import attribute
 from meshformer.huggingface.source import TOKENIZER
 from meshformer.model import Attention, Transformer, VisionTransformer, attend_reference
+from meshformer.record.run_folder import new_folder
 
 SCRIPTS = Path(__file__).parent / "on_device"
 LARGEST_FILE = 2**31 - 1  # bytes of a .tflite file, whose offsets have 32 bits
@@ -52,15 +52,9 @@ def write_litert(model: Transformer, source: Path, target: Path, tokenizer: str 
     size = sum(p.numel() for p in model.parameters()) * 4
     if size > LARGEST_FILE:
         raise ConfigError(f"a .tflite file holds at most 2 GB, and these weights have {size / 1e9:.1f} GB", "format", "litert")
-    aside = target.with_name(target.name + ".tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    try:
+    with new_folder(target) as aside:
         difference = _convert(model, aside / "model.tflite", python, length)
         _write_beside(model, source, aside, tokenizer)
-        aside.rename(target)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return difference
 
 

@@ -20,7 +20,8 @@ NEVER = -math.inf
 def ctc_loss(logits_BTK: Tensor, targets_BS: Tensor, real_BT: Tensor) -> tuple[Tensor, Tensor]:
     """(summed loss in nats, number of target characters), both scalars. −log p of each target over all alignments, computed in fp32.
 
-    Rows without a real token count 0. A target that needs more tokens than there are has an infinite loss; data/speech.py refuses it.
+    On a GPU torch copies the lengths to the host, so the host waits for the device in every micro-batch. Rows without a real token count 0.
+    A target that needs more tokens than there are has an infinite loss; data/speech.py refuses it.
     """
     log_p_TBK = logits_BTK.float().log_softmax(-1).transpose(0, 1)
     lengths_B, known_BS = real_BT.sum(1), targets_BS != IGNORED

@@ -3,7 +3,10 @@
 import difflib
 import os
 import secrets
+import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
@@ -88,6 +91,19 @@ def find_run(spec: str | Path, runs: Path | str = "runs") -> Path:
     if close:
         raise RunNotFound(f"No run {text!r} under {runs}. Did you mean {_names(close, Path(runs))}?")
     raise RunNotFound(f"No run {text!r} under {runs}. The latest are {_names(known[::-1], Path(runs))}; `last` means the first of these.")
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill, which gets the name `path` when the context ends without an error; after an error nothing is left of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        yield temporary
+        temporary.chmod(0o777 & ~_umask())  # mkdtemp makes it private
+        temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def atomic_write_text(path: Path | str, text: str) -> None:
