@@ -156,7 +156,7 @@ def test_the_version_4_way_to_write_theta_is_read(folders: Folders, tmp_path: Pa
 
 def test_the_decoder_matches_its_own_package() -> None:
     model, folder = load_pretrained("glassllm"), pinned.folder("glassllm")
-    wheel = folder.parents[1] / "carriers" / pinned.MODELS["glassllm"].package.filename
+    wheel = folder.parents[1] / "carriers" / pinned.MODELS["glassllm"].packages[0].filename
     text = "Alice was beginning to get very tired.\n\n“What,” thought  Alice: {42}!"
     script = (
         "import sys, json, numpy as np; sys.path.insert(0, sys.argv[1]); import glassllm; m, t = glassllm.load_pretrained('en'); "
