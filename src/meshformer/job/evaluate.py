@@ -13,6 +13,7 @@ from meshformer.checkpoint.weights import load_weights
 from meshformer.config.errors import ConfigError
 from meshformer.config.paths import run_of
 from meshformer.data import load_tokenizer
+from meshformer.data.images import PIXELS, ImageData, PixelScale
 from meshformer.job.build import build_data, build_model, build_task, build_trainer
 from meshformer.job.train import choose_tf32, quiet_libraries
 from meshformer.printing import say
@@ -29,6 +30,8 @@ def evaluate(config: dict[str, Any], options: dict[str, Any]) -> dict[str, float
     source = Path(options["run"])
     without = config["data"]["kind"] in ("images", "own")
     data = build_data(config, None if without else load_tokenizer(run_of(source) / "tokenizer.json"))
+    if isinstance(data, ImageData):
+        data.scale = PixelScale.read(run_of(source) / PIXELS)  # other images are seen as those of the training
     data.prepare_data()
     task: Any = build_task(config, max_steps=1)
     task.configure_model()

@@ -6,6 +6,7 @@ torch writes the graph here; the environment of litert-torch, which pins other p
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import tempfile
 from pathlib import Path
@@ -18,6 +19,7 @@ from meshformer.config.errors import ConfigError
 from meshformer.config.foreign import read_config
 from meshformer.config.paths import run_of
 from meshformer.config.signature import attribute
+from meshformer.data.images import PIXELS
 from meshformer.huggingface.source import TOKENIZER
 from meshformer.model import Attention, Transformer, VisionTransformer, attend_reference
 from meshformer.record.run_folder import new_folder
@@ -99,7 +101,7 @@ def example_inputs(model: Transformer, length: int | None = None, seed: int = 0)
 
 
 def _write_beside(model: Transformer, source: Path, folder: Path, tokenizer: str | None) -> None:
-    """The tokenizer, the names of the classes, and run.py, where it has all that it needs."""
+    """The tokenizer, the names of the classes, the scale of the pixels, and run.py, where it has all that it needs."""
     images, task, names = isinstance(model, VisionTransformer), {}, None
     if (run_of(source) / "config.yaml").is_file():
         config = read_config(run_of(source))
@@ -107,6 +109,8 @@ def _write_beside(model: Transformer, source: Path, folder: Path, tokenizer: str
         names = config["data"].get("classes") or (config["data"].get("source") or {}).get("classes")
     if names and (images or attribute(str(task.get("_target_", "")), "pooled")):
         (folder / "labels.txt").write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+    if images and (run_of(source) / PIXELS).is_file():
+        shutil.copyfile(run_of(source) / PIXELS, folder / PIXELS)
     if tokenizer is not None:
         (folder / TOKENIZER).write_text(tokenizer, encoding="utf-8")
     if images or tokenizer is not None:

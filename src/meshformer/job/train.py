@@ -30,6 +30,7 @@ from meshformer.config.foreign import read_config
 from meshformer.config.paths import run_of
 from meshformer.config.signature import signature
 from meshformer.data import SampledData, load_tokenizer
+from meshformer.data.images import PIXELS, ImageData
 from meshformer.huggingface.source import tokenizer_of
 from meshformer.job import loggers
 from meshformer.job.build import build_callbacks, build_data, build_loggers, build_task, build_trainer
@@ -251,6 +252,8 @@ class Recording(pl.Callback):
         self.begun, config, folder = True, self.config, self.folder
         if not config["resume"] and self.data.tokenizer is not None:
             self.data.tokenizer.save(folder / "tokenizer.json")
+        if not config["resume"] and isinstance(self.data, ImageData) and self.data.scale is not None:
+            self.data.scale.save(folder / PIXELS)
         atomic_write_text(folder / "config.yaml", yaml.safe_dump({**config, "resume": None}, sort_keys=False, allow_unicode=True))
         if (folder / PENDING).exists():
             (folder / PENDING).replace(folder / "overrides.txt")
