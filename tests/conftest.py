@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+gc.disable()  # until all tests are imported
 
 # Files go to the workers whole, in the order in which they are collected: were a long one the last, all other workers would wait for it.
 LONGEST = (
@@ -20,6 +22,12 @@ LONGEST = (
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays to the end. Frozen, no collection walks it, in this process or in one forked from it (whose memory would be copied)."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1] / "src" / PACKAGE
 FLOORS = {
     "compat": -1,  # private names of libraries
     "config": 0,
+    "importing": 0,
     "model": 0,
     "printing": 0,
     "record": 0,

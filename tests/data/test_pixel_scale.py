@@ -18,10 +18,12 @@ from meshformer.data.images import Digits, ImageData, PixelScale
 from meshformer.job.litert import _write_beside
 from meshformer.model import VisionTransformer
 
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pixels") / "run"
-    words = ["experiment=vit_digits", "trainer.max_steps=2", "model.n_layers=1", "trainer.limit_val_batches=2", "logger=csv", "trainer.progress=false", "trainer.threads=1"]
+    words = ["experiment=vit_digits", "trainer.max_steps=2", "model.n_layers=1", "trainer.limit_val_batches=2", "logger=csv"]
+    words += ["trainer.progress=false", "trainer.threads=1"]
     assert main(["train", *words, f"hydra.run.dir={folder}"]) == 0
     return folder
 

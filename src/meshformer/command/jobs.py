@@ -31,6 +31,7 @@ from meshformer.config import ConfigError, Convert, Evaluate, Export, Generate, 
 from meshformer.config.foreign import confine, read_config
 from meshformer.config.paths import default_cache, run_of
 from meshformer.config.resolve import external_launcher
+from meshformer.importing import heavy_imports
 from meshformer.parallel.compilation import compiles
 from meshformer.printing import say
 from meshformer.record import RunRecord, atomic_write_text
@@ -260,10 +261,11 @@ def _use_run(command: str, hydra: Hydra, config_name: str, overrides: list[str],
         config["data"] = {**config["data"], **dict.fromkeys(("files", "validation_files", "test_files", "file", "validation_file"))}
     # Any value of `resume` skips the checks of stage.init_from: the run that fine-tuning started from is no longer needed.
     config = compose.settle({**config, "resume": str(run)})
-    if command == "evaluate":
-        from meshformer.job.evaluate import evaluate as use
-    else:
-        from meshformer.job.generate import generate as use
+    with heavy_imports():
+        if command == "evaluate":
+            from meshformer.job.evaluate import evaluate as use
+        else:
+            from meshformer.job.generate import generate as use
     use({**config, "resume": None}, options)
     return 0
 
@@ -324,17 +326,20 @@ def _convert_or_export(command: str, hydra: Hydra, config_name: str, overrides: 
         if config["data"]["kind"] in ("speech", "own"):
             message = f"writes text and images, and the run's data is {KINDS[config['data']['kind']]}"
             raise ConfigError(message, "to", "tfrecord", fix="Write its files with TensorFlow.")
-        from meshformer.job.convert_data import convert_data  # imports torch
+        with heavy_imports():
+            from meshformer.job.convert_data import convert_data
 
         convert_data({**config, "resume": None}, run, target)
     elif command == "convert":
         source, target = source_and_target(options)
-        from meshformer.job.convert import convert  # imports torch
+        with heavy_imports():
+            from meshformer.job.convert import convert
 
         convert(source, target, options["to"])
     else:
         source, target = export_source_and_target(options)
-        from meshformer.job.export import export  # imports torch
+        with heavy_imports():
+            from meshformer.job.export import export
 
         export(source, target, options["format"], options["litert"])
     return 0

@@ -23,6 +23,7 @@ from meshformer.checkpoint.find import VERIFIED, checkpoints
 from meshformer.command.slurm import requeue
 from meshformer.config.errors import ConfigError, Stopped
 from meshformer.config.resolve import external_launcher
+from meshformer.importing import heavy_imports
 from meshformer.printing import say
 from meshformer.record.run_folder import PENDING, atomic_write_text
 from meshformer.record.run_json import RunRecord
@@ -62,7 +63,8 @@ def launch(config: dict[str, Any], folder: Path, own_process: bool = False, star
 
 
 def _train(config: dict[str, Any], folder: Path, signals: StopSignals | None = None) -> dict[str, float]:
-    from meshformer.job.train import leave_together, train
+    with heavy_imports():
+        from meshformer.job.train import leave_together, train
 
     try:
         final = train(config, folder, signals)
@@ -76,12 +78,13 @@ def _train(config: dict[str, Any], folder: Path, signals: StopSignals | None = N
 def _launch_agent(config: dict[str, Any], folder: Path, processes: int, start_method: str) -> dict[str, float]:
     import multiprocessing
 
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-    from torch.numa.binding import AffinityMode, NumaOptions
+    with heavy_imports():
+        from torch.distributed.elastic.multiprocessing.api import SignalException
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+        from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+        from torch.numa.binding import AffinityMode, NumaOptions
 
-    multiprocessing.set_forkserver_preload(["meshformer.job.train"])  # the ranks are forked with it already imported
+    multiprocessing.set_forkserver_preload(["meshformer.command.preload"])  # the ranks are forked with all of it already imported
     if start_method == "forkserver":
         _start_fork_server()
     for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):

@@ -18,13 +18,16 @@ from dataclasses import asdict
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-import torch
-
 from meshformer.config.errors import ConfigError
+from meshformer.importing import heavy_imports
 from meshformer.plan.counted import LiveMemory
-from meshformer.plan.live_memory import live_memory
-from meshformer.plan.shortened import count
 from meshformer.printing import say
+
+with heavy_imports():
+    import torch
+
+    from meshformer.plan.live_memory import live_memory
+    from meshformer.plan.shortened import count
 
 Config = dict[str, Any]
 Counter = Callable[[Config, int], LiveMemory]

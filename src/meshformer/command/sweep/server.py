@@ -21,6 +21,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from meshformer.importing import heavy_imports
 from meshformer.printing import say
 
 POLL_SECONDS = 0.05
@@ -40,8 +41,9 @@ class JobSpec:
 def main(handle: int, preload: list[str]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of the terminal; the sweep forwards it to the jobs
     connection = Connection(handle)
-    for name in ("meshformer.command.launch", "meshformer.job.train", "torch.distributed.launcher.api", *preload):
-        importlib.import_module(name)
+    with heavy_imports():
+        for name in ("meshformer.command.preload", *preload):
+            importlib.import_module(name)
     connection.send(("ready",))
     spec, results = _serve(connection)
     sys.exit(_work(spec, results))
