@@ -23,7 +23,7 @@ train: $(STAMP) ## train the default recipe; ARGS="key=value ..." overrides
 
 test: $(STAMP) ## lint, type check, run the notebooks, build the documentation and run the whole suite; ARGS="..." goes to pytest
 	@$(MAKE) --no-print-directory -j2 --output-sync=target lint notebooks docs
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(STAMP) ## ruff and basedpyright
 	$(BIN)/ruff check src tests docs

@@ -1,9 +1,12 @@
-"""The layouts of conf/strategy/, as their files say them."""
+"""The layouts of conf/strategy/, as their files say them, and which of a test's cases are slow tests."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from math import prod
+from typing import Any
 
+import pytest
 import yaml
 
 from meshformer.config.degrees import AXES
@@ -21,3 +24,8 @@ def degrees() -> dict[str, dict[str, int]]:
 def layouts(**more: list[str]) -> dict[str, Layout]:
     """Every layout that cuts something; `more`: further overrides of some."""
     return {name: (prod(cut.values()), [f"strategy={name}", *more.get(name, [])]) for name, cut in degrees().items() if cut}
+
+
+def params(cases: Iterable[Any], repeated: Iterable[Any]) -> list[Any]:
+    """Parameters of a test, of which those in `repeated` run with `-m slow` only: what they show, others show too."""
+    return [pytest.param(case, marks=[pytest.mark.slow] * (case in repeated)) for case in cases]

@@ -4,6 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+# A test's ranks are forked from this process: what it has imported they need not import, each for itself.
+from transformers import (  # noqa: F401
+    AutoModelForCausalLM,
+    BertForMaskedLM,
+    GPT2LMHeadModel,
+    GPTNeoXForCausalLM,
+    LlamaForCausalLM,
+    MistralForCausalLM,
+    Qwen3ForCausalLM,
+)
+
 SMALL = {
     "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64, "max_position_embeddings": 64,
     "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,

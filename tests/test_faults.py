@@ -8,7 +8,8 @@ from meshformer.bench import faults
 from meshformer.checkpoint import find
 
 KINDS = list(faults.FAULTS)
-ELSEWHERE = ("hang", "kill -9 of a rank")  # tests/test_launch.py and tests/test_preemption.py do the same
+# tests/test_launch.py, test_preemption.py, test_nonfinite.py and test_unfinished.py do the same; a full disk is one fault of two here.
+ELSEWHERE = ("hang", "kill -9 of a rank", "SIGTERM", "nan", "stop with loaders", "full disk, go on")
 
 
 @pytest.fixture(scope="module")

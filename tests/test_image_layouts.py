@@ -9,6 +9,7 @@ import pytest
 
 import jobs
 from harness import run_ranks
+from layouts import params
 from meshformer.command.compose import compose
 from meshformer.config import ConfigError
 
@@ -48,7 +49,7 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return reference
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", params(LAYOUTS, ["fsdp_tensor", "pipeline, a class token"]))
 def test_every_layout_trains_to_the_loss_of_one_process(references: Any, layout: str) -> None:
     processes, overrides = LAYOUTS[layout]
     folder, one = references([o for o in overrides if o.startswith("model.")])

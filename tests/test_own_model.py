@@ -15,7 +15,7 @@ from torch import nn
 import jobs
 from harness import RankFailed, run_ranks
 from jobs import run_tiny, text_file
-from layouts import layouts
+from layouts import layouts, params
 from meshformer.model.meta_device import parameters_on_meta
 from meshformer.record.metrics_csv import read_metrics
 from test_own_attention import SOURCE as GATED
@@ -57,7 +57,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict
     return folder, rows
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", params(LAYOUTS, ["fsdp_tensor", "fsdp_pipeline", "fsdp_context"]))
 def test_every_layout_trains_it_to_the_loss_of_one_process(reference, layout: str):
     folder, rows = reference
     processes, overrides = LAYOUTS[layout]

@@ -16,7 +16,7 @@ import torch
 import jobs
 from harness import run_ranks
 from jobs import run_labelled, run_tiny, text_file, tiny_config
-from layouts import layouts
+from layouts import layouts, params
 from meshformer.callbacks.samples import whole_model
 from meshformer.data.windows import Batches
 from meshformer.model import draw, head
@@ -245,13 +245,13 @@ def test_layout_equals_one_process(references: References, processes: int, overr
     check_equal(references, processes, [*overrides, *settings], tiles=not tied)
 
 
-@pytest.mark.parametrize("layout", ["fsdp", "pipeline"])
+@pytest.mark.parametrize("layout", params(["fsdp", "pipeline"], ["fsdp"]))
 def test_accumulation_of_a_tied_model_and_a_whole_batch_of_an_untied_one(references: References, layout: str) -> None:
     check_equal(references, 2, [f"strategy={layout}", "trainer.accumulate_grad_batches=2"])
     check_equal(references, 2, [f"strategy={layout}", "model.tie_embeddings=false"], ignore=False)
 
 
-SLOW = ("compiled, tensor", "ulysses × tensor")  # compiled fsdp, and ALiBi with both, say as much
+SLOW = ("compiled, tensor", "ulysses × tensor", "loss parallel", "checkpointing, pipeline", "zero bubble")  # another says as much
 
 
 @pytest.mark.parametrize(
@@ -284,7 +284,7 @@ def test_every_part_of_the_model_survives_the_cuts(references: References, model
     check_equal(references, processes, [*overrides, *MODELS[model]])
 
 
-@pytest.mark.parametrize("layout", FLEX_LAYOUTS)
+@pytest.mark.parametrize("layout", params(FLEX_LAYOUTS, ["pipeline", "context"]))
 def test_the_block_mask_kernel_equals_the_masked_one_in_every_layout(references: References, layout: str) -> None:
     processes, overrides = FLEX_LAYOUTS[layout]
     check_equal(references, processes, [*FLEX, *overrides])

@@ -9,6 +9,7 @@ import pytest
 
 import jobs
 from harness import run_ranks
+from layouts import params
 from meshformer.bench.tones import texts, write_table
 from meshformer.command.compose import compose
 from meshformer.config import ConfigError
@@ -55,7 +56,7 @@ def distance(ours: list[dict[str, Any]], one: list[dict[str, Any]]) -> float:
     return max(*losses, *norms)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", params(LAYOUTS, ["tensor without sequence parallel", "ddp"]))
 def test_every_layout_trains_to_the_loss_of_one_process(table: Path, one: list[dict[str, Any]], layout: str) -> None:
     processes, overrides = LAYOUTS[layout]
     ours = run_ranks(processes, rows, table, layout.replace(" ", "-"), [*overrides, f"trainer.devices={processes}"], timeout=240)[0]

@@ -9,8 +9,11 @@ import sys
 import pytest
 
 KEPT = """
-import ctypes, json, sys, torch
-from meshformer.job.train import keep_freed_memory
+import ctypes, json, sys
+from meshformer.importing import heavy_imports
+with heavy_imports():
+    import torch
+    from meshformer.job.train import keep_freed_memory
 
 
 class MallocInfo(ctypes.Structure):
@@ -36,7 +39,9 @@ def test_freed_memory_is_kept_for_the_next_step():
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
     seen = {}
     for what in ("keep", "give back"):
-        done = subprocess.run([sys.executable, "-c", KEPT, what], env=clean, capture_output=True, text=True, check=True)
+        # glibc's first threshold, which it else moves by what was freed before: then the place of a small allocation decides what it gives back.
+        fixed = {"MALLOC_MMAP_THRESHOLD_": str(128 * 1024)} if what == "give back" else {}
+        done = subprocess.run([sys.executable, "-c", KEPT, what], env={**clean, **fixed}, capture_output=True, text=True, check=True)
         seen[what] = json.loads(done.stdout)
     tensors = 12 * 4 * 2**20
     assert seen["keep"]["free for the next step"] >= tensors, seen

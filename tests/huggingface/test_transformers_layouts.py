@@ -11,6 +11,7 @@ import pytest
 import jobs
 from harness import run_ranks
 from jobs import run_labelled, run_tiny, text_file
+from layouts import params
 from small_transformers import CONFIGS, LM
 
 DATA_PARALLEL = {
@@ -41,7 +42,8 @@ CASES = [
 # What the other cases cover too, one layout of one model each: `-m slow`.
 REPEATED = {
     ("llama", "hsdp"), ("llama", "interleaved"), ("qwen3", "fsdp"), ("qwen3", "tensor, whole sequences"), ("mistral", "pipeline"),
-    ("llama_tied", "fsdp"), ("llama_tied", "tensor"), ("gpt_neox", "pipeline"), ("gpt2", "ddp"), ("gpt2", "hsdp"), ("bert", "ddp"), ("bert", "hsdp"),
+    ("llama", "tensor, whole sequences"), ("llama_tied", "fsdp"), ("llama_tied", "tensor"), ("gpt_neox", "pipeline"), ("gpt2", "ddp"),
+    ("gpt2", "hsdp"), ("bert", "ddp"), ("bert", "hsdp"),
 }  # fmt: skip
 GPT2_PLAN = "+model.plan={blocks: net.transformer.h, embed: [net.transformer.wte, net.transformer.wpe], head: [net.transformer.ln_f, net.lm_head]}"
 OTHERS: dict[str, tuple[str, int, list[str], list[str]]] = {  # model, processes, what the run is, its layout
@@ -78,7 +80,7 @@ def references(folder: Path) -> dict[str, list[dict[str, Any]]]:
     return {}
 
 
-@pytest.mark.parametrize(("model", "layout"), [pytest.param(*case, marks=[pytest.mark.slow] if case in REPEATED else []) for case in CASES])
+@pytest.mark.parametrize(("model", "layout"), [pytest.param(*case, marks=[pytest.mark.slow] * (case in REPEATED)) for case in CASES])
 def test_every_layout_trains_it_to_the_loss_of_one_process(folder: Path, references: dict[str, Any], model: str, layout: str) -> None:
     if model not in references:
         (references[model],) = run_ranks(1, rows_of, folder, model, f"{model}_one", [])
@@ -92,9 +94,7 @@ def test_every_layout_trains_it_to_the_loss_of_one_process(folder: Path, referen
         assert abs(a["train/grad_norm"] / b["train/grad_norm"] - 1) < TOLERANCE
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in ("a window, tensor and pipeline", "pairs") else []) for name in OTHERS]
-)
+@pytest.mark.parametrize("name", params(OTHERS, ["a window, tensor and pipeline", "pairs", "texts judged, pipeline"]))
 def test_other_tasks_and_plans_train_to_the_loss_of_one_process(folder: Path, name: str) -> None:
     model, processes, what, layout = OTHERS[name]
     (rows,) = run_ranks(1, rows_of, folder, model, f"{name}, one", what)

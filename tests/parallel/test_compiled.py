@@ -96,7 +96,7 @@ def in_a_run(folder: Path, *overrides: str) -> dict[str, int]:
         (2, ["strategy=fsdp", "strategy.activation_checkpointing=full"]),
         (2, ["strategy=tensor"]),
         pytest.param(2, ["strategy=tensor", "model/position=alibi", "model/attention=reference"], marks=pytest.mark.slow),
-        (2, ["strategy=tensor", "model/position=positional_attention", "strategy.sequence_parallel=false"]),
+        pytest.param(2, ["strategy=tensor", "model/position=positional_attention", "strategy.sequence_parallel=false"], marks=pytest.mark.slow),
         (2, ["strategy=context"]),
         (2, ["strategy=pipeline"]),
     ],

@@ -138,10 +138,14 @@ def test_what_sleeps_in_one_process_is_found_in_its_part(tmp_path: Path):
 def test_one_of_two_ranks_that_sleeps_is_found_where_it_is_waited_for(tmp_path: Path):
     """Rank 1 sleeps in its forward passes: there they take longer, and rank 0 waits as long."""
     overrides = ["strategy=ddp", "trainer.devices=2", *SMALL]
-    profile = record(tmp_path, 2, overrides, {1: [slow_forward]})
-    assert found_share(profile, of_part(profile, 1, FORWARD), 1) == WHOLE
-    assert found_share(profile, waited(profile, 0, slow=1), 1) == WHOLE
-    assert all(abs(found_share(profile, of_part(profile, 0, part), 1)) < 0.15 for part in (DATA, FORWARD, OPTIMIZER))
+    for attempt in range(3):  # other processes on these cores may make a rank late for as long as a recording takes, but hardly three times
+        (tmp_path / str(attempt)).mkdir()
+        profile = record(tmp_path / str(attempt), 2, overrides, {1: [slow_forward]})
+        shares = [found_share(profile, of_part(profile, 1, FORWARD), 1), found_share(profile, waited(profile, 0, slow=1), 1)]
+        elsewhere = [found_share(profile, of_part(profile, 0, part), 1) for part in (DATA, FORWARD, OPTIMIZER)]
+        if all(share == WHOLE for share in shares) and all(abs(share) < 0.15 for share in elsewhere):
+            return
+    pytest.fail(f"of each ms that it slept, its forward passes hold and the other rank waits {shares}; in the other's own parts {elsewhere}")
 
 
 @pytest.mark.slow

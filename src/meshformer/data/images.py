@@ -93,7 +93,7 @@ class PixelScale(NamedTuple):
     deviation: float
 
     def save(self, file: Path) -> None:
-        atomic_write_text(file, json.dumps(self._asdict()) + "\n")
+        atomic_write_text(file, json.dumps({"mean": self.mean, "deviation": self.deviation}) + "\n")
 
     @classmethod
     def read(cls, file: Path) -> PixelScale | None:
