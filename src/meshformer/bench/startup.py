@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import statistics
 import subprocess
@@ -17,7 +18,7 @@ WAYS = {
 }
 
 
-def report_startup() -> None:
+def report_startup(options: argparse.Namespace) -> None:
     """Print the CPU seconds of a process that imports what a job needs and ends, either way, and their ratio."""
     seconds = dict[str, list[float]]({name: [] for name in WAYS})
     for _ in range(TIMES + 1):
