@@ -28,6 +28,7 @@ from meshformer.bench import (
     startup,
     sweeps,
     tfrecord,
+    threads,
     transfer,
     translation,
 )
@@ -46,6 +47,7 @@ MEASUREMENTS = {
     "pipeline": layouts.report_pipeline,
     "drawing": drawing.report_drawing,
     "startup": startup.report_startup,
+    "threads": threads.report_threads,
     "runs": runs.report_runs,
     "plan": plan.report_plan,
     "plan_here": plan.report_plan_here,
