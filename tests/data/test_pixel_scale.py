@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from meshformer.cli import main
+from meshformer.config.paths import default_cache
 from meshformer.data.images import Digits, ImageData, PixelScale
 from meshformer.job.litert import _write_beside
 from meshformer.model import VisionTransformer
@@ -35,7 +36,7 @@ def evaluated(run: Path, capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def test_other_images_are_normalised_as_those_of_the_training(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    whole = Digits(Path("~/.cache/meshformer").expanduser())
+    whole = Digits(Path(default_cache()).expanduser())
     images, _, splits = whole.read()
     train = images[np.array(splits) == "train"]
     scale = PixelScale.read(run / "pixels.json")
@@ -48,14 +49,15 @@ def test_other_images_are_normalised_as_those_of_the_training(run: Path, capsys:
     PixelScale(scale.mean + 2, scale.deviation).save(run / "pixels.json")
     assert evaluated(run, capsys) != given
 
-    (run / "pixels.json").write_text("{}")
-    assert main(["evaluate", f"run={run}", f"paths.runs={run.parent}"]) == 2
-    assert "pixels.json does not hold the mean and the deviation of pixels" in capsys.readouterr().err
+    for damaged in ("{}", "[1, 2]", '{"mean": 0.3, "deviation": 0}', '{"mean": NaN, "deviation": 1}', '{"mean": "a", "deviation": 1}', "\x00"):
+        (run / "pixels.json").write_text(damaged)
+        assert main(["evaluate", f"run={run}", f"paths.runs={run.parent}"]) == 2
+        assert "pixels.json does not hold the mean and the deviation of pixels" in capsys.readouterr().err, damaged
     (run / "kept").replace(run / "pixels.json")
 
 
 def test_a_given_scale_is_kept() -> None:
-    data = ImageData(Digits(Path("~/.cache/meshformer").expanduser()), batch_size=4, seed=0)
+    data = ImageData(Digits(Path(default_cache()).expanduser()), batch_size=4, seed=0)
     data.scale = PixelScale(0.0, 0.5)
     data.setup()
     images = next(iter(data.eval_batches("val", 4, 0, 1)))["images"]

@@ -18,6 +18,7 @@ from meshformer.command.compose import compose
 from meshformer.command.launch import launch
 from meshformer.config.paths import default_cache
 from meshformer.config.resolve import cores, cpu_multiplies_bf16
+from meshformer.importing import heavy_imports
 from meshformer.printing import say
 from meshformer.record.metrics_csv import read_metrics
 from meshformer.record.run_json import installed_versions
@@ -48,10 +49,11 @@ def doctor() -> int:
 
 def facts() -> list[tuple[str, str]]:
     """Return (name, text) for each line of the report; measuring takes about a second."""
-    import torch
-    import torch.distributed as dist
+    with heavy_imports():
+        import torch
+        import torch.distributed as dist
 
-    from meshformer.callbacks.throughput import measure_matrix_rate
+        from meshformer.callbacks.throughput import measure_matrix_rate
 
     devices = [f"{torch.cuda.get_device_name(i)} ({_gib(torch.cuda.mem_get_info(i)[1])})" for i in range(torch.cuda.device_count())]
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""

@@ -171,6 +171,8 @@ class SampledData(LightningDataModule):
 class FolderData(SampledData):
     """Samples that are prepared in a folder of the cache, with their tokenizer. A subclass implements ``prepared_folder`` too."""
 
+    # Abstract method, implemented by SequenceData and SpeechData.
+
     def prepared_folder(self) -> Path:
         """The folder, made where the cache has none; of several processes, the first to get the lock makes it."""
         raise NotImplementedError

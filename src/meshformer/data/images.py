@@ -87,7 +87,7 @@ class Mnist5k(_Table):
 
 
 class PixelScale(NamedTuple):
-    """Mean and deviation of the pixels that a model was trained on, which any image is normalised with before it. A run keeps them in pixels.json."""
+    """Mean and deviation of a run's training pixels. Every image that its model sees is normalised with them. The run keeps them in pixels.json."""
 
     mean: float
     deviation: float
@@ -97,9 +97,12 @@ class PixelScale(NamedTuple):
 
     @classmethod
     def read(cls, file: Path) -> PixelScale | None:
-        """None where there is no such file: the run is older than it. ConfigError if it holds no two numbers."""
+        """None where there is no such file: the run is older than it. ConfigError if it does not hold a finite mean and a positive deviation."""
         try:
-            return cls(**{name: float(value) for name, value in json.loads(file.read_text()).items()})
+            scale = cls(**{name: float(value) for name, value in json.loads(file.read_text(encoding="utf-8")).items()})
+            if not (math.isfinite(scale.mean) and 0 < scale.deviation < math.inf):
+                raise ValueError(f"{scale.mean} and {scale.deviation}")
+            return scale
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError, AttributeError) as error:
