@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.installed
+# `--no-compile` below: of the 24,000 files of these packages a run imports a tenth, which Python compiles when it first does.
 # Exact, and named in every install: `2.13.0` accepts a CPU build (2.13.0+cpu) where the user's pip finds one and prefers it,
 # while a range would let a later release from the index replace it, gigabytes of GPU libraries included.
 TORCH := torch==2.13.0
@@ -62,8 +63,8 @@ clean: ## remove the environments, caches and builds; runs/ and data stay
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("meshformer needs Python 3.10 or newer; set PYTHON=..." if sys.version_info < (3, 10) else 0)'
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet '$(TORCH)'
-	$(PIP) install --quiet '$(TORCH)' -e '.[dev]'
+	$(PIP) install --quiet --no-compile '$(TORCH)'
+	$(PIP) install --quiet --no-compile '$(TORCH)' -e '.[dev]'
 	@touch $@
 
 # They pin other versions of packages that the project has, so each has an environment of its own.

@@ -226,7 +226,8 @@ def check_equal(
 CASES = [(*layout, *how) for layout in LAYOUTS for how in ((1, True), (2, False)) if layout[1] < 8 or how == (2, False)]
 
 
-TIED_ELSEWHERE = ("hsdp", "fsdp_tensor", "fsdp_context", "fsdp_pipeline")  # tied matrices meet each of their axes in a layout of its own
+# Tied matrices meet each axis of these in a layout of its own.
+TIED_ELSEWHERE = ("hsdp", "fsdp_tensor", "fsdp_context", "fsdp_pipeline", "tensor_pipeline")
 
 
 @pytest.mark.parametrize(

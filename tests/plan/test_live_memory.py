@@ -79,7 +79,7 @@ def train_and_count(folder: Path, overrides: list[str]) -> tuple[int, str, dict[
 
 LONGER = (
     "single", "single, selective, accumulated", "ddp", "fsdp", "fsdp, full", "tensor, no sequence parallel, loss parallel, full", "context",
-    "pipeline, zero bubble", "fsdp × tensor", "hsdp, accumulated",
+    "pipeline, zero bubble", "fsdp × tensor", "fsdp × pipeline, Muon", "hsdp, accumulated",
 )  # fmt: skip
 
 

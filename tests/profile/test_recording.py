@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -38,7 +37,7 @@ from meshformer.profile.parts import (
 from meshformer.profile.trace import read_trace, trace_files
 from meshformer.tasks import LanguageModelling
 
-SLEEPS = (0.0, 0.02, 0.05)  # seconds, one for each of three kinds of steps
+SLEEP = 0.2  # seconds, in every second step, every second pair of steps, every second four: long beside what another process on the cores takes
 Sleep = Callable[[int], None]  # sleeps, for a step's number
 
 
@@ -68,9 +67,9 @@ def slow_optimizer(sleep: Sleep) -> None:
     before_the_norm(lambda task: sleep(task.trainer.global_step + 1))
 
 
-def kind(step: int, digit: int) -> int:
-    """Which of the three kinds a step is of; for other digits the steps are divided otherwise, so that one run serves several sleeps."""
-    return step // 3**digit % 3
+def sleeps(step: int, digit: int) -> bool:
+    """Whether the step sleeps; for other digits the steps are divided otherwise, so that one run serves several sleeps."""
+    return bool(step >> digit & 1)
 
 
 def work(folder: Path, name: str, overrides: list[str], slow: dict[int, list[Callable[[Sleep], None]]]) -> None:
@@ -78,7 +77,7 @@ def work(folder: Path, name: str, overrides: list[str], slow: dict[int, list[Cal
 
         def sleep(step: int, digit: int) -> None:
             begun = time.perf_counter()
-            time.sleep(SLEEPS[kind(step, digit)])
+            time.sleep(SLEEP if sleeps(step, digit) else 0)
             slept.write(f"{digit},{step},{1e3 * (time.perf_counter() - begun)}\n")  # on a busy machine it may be longer than asked for
 
         for digit, slow_part in enumerate(slow.get(int(os.environ["RANK"]), [])):
@@ -92,27 +91,33 @@ def record(folder: Path, ranks: int, overrides: list[str], slow: dict[int, list[
     return folder / "run" / "profile"
 
 
-def found_share(profile: Path, values: dict[int, float], sleeper: int, digit: int = 0) -> float:
-    """How many ms the values (step -> ms) grow for each ms that the rank slept: the median over all pairs of steps of different kinds (Theil-Sen),
-    which other processes on the same cores hardly move. 1: the sleep is found whole."""
-    lines = [line.split(",") for line in (profile.parents[1] / f"slept{sleeper}.csv").read_text().splitlines()]
-    slept = {int(step): float(ms) for own, step, ms in lines if int(own) == digit}
-    pairs = [(a, b) for a, b in itertools.combinations(sorted(values), 2) if abs(slept[a] - slept[b]) > 10]
-    return median((values[a] - values[b]) / (slept[a] - slept[b]) for a, b in pairs)
+def slept_in(profile: Path, rank: int, digit: int = 0) -> dict[int, float]:
+    """step -> ms that the rank slept, for the recorded steps."""
+    lines = [line.split(",") for line in (profile.parents[1] / f"slept{rank}.csv").read_text().splitlines()]
+    recorded = {row.step for row in read_parts(profile / TABLE)}
+    return {int(step): float(ms) for own, step, ms in lines if int(own) == digit and int(step) in recorded}
+
+
+def holds_the_sleep(profile: Path, rank: int, part: str, digit: int = 0) -> bool:
+    """Whether the part is in every step at least as long as the rank slept there. As the parts of a step add up to the step, no other holds it too;
+    so the answer does not depend on what else runs on these cores."""
+    found, slept = of_part(profile, rank, part), slept_in(profile, rank, digit)
+    return all(found[step] >= slept[step] - 0.1 for step in slept) and max(slept.values()) >= 1e3 * SLEEP
+
+
+def found_share(profile: Path, values: dict[int, float], sleeper: int) -> float:
+    """How much longer the values are in steps in which the rank slept, as a share of its sleep: medians, which single disturbed steps do not move."""
+    slept = slept_in(profile, sleeper)
+    long = [step for step in slept if slept[step] >= 1e3 * SLEEP]
+    short = slept.keys() - long
+    return (median(values[step] for step in long) - median(values[step] for step in short)) / median(slept[step] for step in long)
 
 
 def of_part(profile: Path, rank: int, part: str) -> dict[int, float]:
     return {row.step: row.milliseconds for row in read_parts(profile / TABLE) if (row.rank, row.part) == (rank, part)}
 
 
-def waited(profile: Path, rank: int, slow: int) -> dict[int, float]:
-    """How much longer the rank waits than the slow one: ranks that share cores are now late, now early."""
-    mine, other = of_part(profile, rank, WAITING), of_part(profile, slow, WAITING)
-    return {step: mine[step] - other[step] for step in mine}
-
-
-SMALL = ["model.n_layers=1", "optimizer=sgd", "data.batch_size=4", "trainer.max_steps=48", "callbacks.profile.steps=[3,47]"]
-WHOLE = pytest.approx(1, abs=0.15)
+SMALL = ["model.n_layers=1", "optimizer=sgd", "data.batch_size=4", "trainer.max_steps=15", "callbacks.profile.steps=[3,14]"]
 
 
 def sums(profile: Path) -> dict[tuple[int, int], float]:
@@ -125,9 +130,9 @@ def sums(profile: Path) -> dict[tuple[int, int], float]:
 def test_what_sleeps_in_one_process_is_found_in_its_part(tmp_path: Path):
     profile = record(tmp_path, 1, SMALL, {0: [slow_data, slow_forward, slow_optimizer]})
     for digit, part in enumerate((DATA, FORWARD, OPTIMIZER)):
-        assert found_share(profile, of_part(profile, 0, part), 0, digit) == WHOLE, part
+        assert holds_the_sleep(profile, 0, part, digit), part
     trace = read_trace(trace_files(profile)[0])
-    assert sorted(trace.steps) == list(range(3, 48))
+    assert sorted(trace.steps) == list(range(3, 15))
     for (_, step), milliseconds in sums(profile).items():
         start, end = trace.steps[step]
         assert milliseconds == pytest.approx(end - start, rel=0.02)
@@ -138,23 +143,26 @@ def test_what_sleeps_in_one_process_is_found_in_its_part(tmp_path: Path):
 def test_one_of_two_ranks_that_sleeps_is_found_where_it_is_waited_for(tmp_path: Path):
     """Rank 1 sleeps in its forward passes: there they take longer, and rank 0 waits as long."""
     overrides = ["strategy=ddp", "trainer.devices=2", *SMALL]
-    for attempt in range(3):  # other processes on these cores may make a rank late for as long as a recording takes, but hardly three times
-        (tmp_path / str(attempt)).mkdir()
-        profile = record(tmp_path / str(attempt), 2, overrides, {1: [slow_forward]})
-        shares = [found_share(profile, of_part(profile, 1, FORWARD), 1), found_share(profile, waited(profile, 0, slow=1), 1)]
-        elsewhere = [found_share(profile, of_part(profile, 0, part), 1) for part in (DATA, FORWARD, OPTIMIZER)]
-        if all(share == WHOLE for share in shares) and all(abs(share) < 0.15 for share in elsewhere):
-            return
-    pytest.fail(f"of each ms that it slept, its forward passes hold and the other rank waits {shares}; in the other's own parts {elsewhere}")
+    profile = record(tmp_path, 2, overrides, {1: [slow_forward]})
+    assert holds_the_sleep(profile, 1, FORWARD)
+    is_waited_for(profile, 0, slow=1)
+
+
+def is_waited_for(profile: Path, rank: int, slow: int) -> None:
+    """The rank waits when the slow one sleeps, and nothing else that it does takes longer; other processes on these cores may make it late by
+    less than a quarter of the sleep."""
+    assert found_share(profile, of_part(profile, rank, WAITING), slow) > 0.75
+    for part in (DATA, FORWARD, BACKWARD, OPTIMIZER):
+        assert abs(found_share(profile, of_part(profile, rank, part), slow)) < 0.25, part
 
 
 @pytest.mark.slow
 def test_one_of_four_ranks_that_sleeps_is_found_where_it_is_waited_for(tmp_path: Path):
     overrides = ["strategy=fsdp", "trainer.devices=4", *SMALL]
     profile = record(tmp_path, 4, overrides, {2: [slow_optimizer]})
-    assert found_share(profile, of_part(profile, 2, OPTIMIZER), 2) == WHOLE
+    assert holds_the_sleep(profile, 2, OPTIMIZER)
     for rank in (0, 1, 3):
-        assert found_share(profile, waited(profile, rank, slow=2), 2) == WHOLE, rank
+        is_waited_for(profile, rank, slow=2)
 
 
 @pytest.mark.slow

@@ -224,10 +224,9 @@ def _find(module: str, name: str, depth: int = 0) -> tuple[str, Definition] | No
         if isinstance(statement, Definition) and statement.name == name:
             found = module, statement
         elif isinstance(statement, ast.ImportFrom):
-            source = _absolute(module, statement)
             for alias in statement.names:
                 if alias.name == "*" or (alias.asname or alias.name) == name:
-                    found = _find(source, name if alias.name == "*" else alias.name, depth + 1) or found
+                    found = _find(_absolute(module, statement), name if alias.name == "*" else alias.name, depth + 1) or found
         elif isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Name) and statement.value.id != name:
             names = [target.id for target in statement.targets if isinstance(target, ast.Name)]
             found = (_find(module, statement.value.id, depth + 1) if name in names else None) or found
