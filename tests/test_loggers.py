@@ -196,3 +196,20 @@ def test_sample_texts_and_the_confusion_matrix_reach_the_loggers_that_show_them(
     assert "confusion_matrix.png" in [file.path for file in client.list_artifacts(run_id)]
     assert [image.step for image in board(run).Images("confusion_matrix")] == [2]
     assert any("confusion_matrix" in "".join(row) for row in of_wandb(run))
+
+
+def test_recorded_steps_reach_the_loggers_that_show_them(tmp_path: Path) -> None:
+    """The picture as SVG where that can be shown; in TensorBoard the table."""
+    pytest.importorskip("wandb")
+    every = ["logger=many", "+logger.wandb={_target_: lightning.pytorch.loggers.WandbLogger, offline: true}"]
+    jobs.run_tiny(tmp_path, "run", "trainer.max_steps=3", "callbacks.profile.steps=[2,3]", *every)
+    run, picture = tmp_path / "run", (tmp_path / "run" / "profile" / "parts.svg").read_text()
+    client, run_id = of_mlflow(tmp_path), json.loads((run / "loggers.json").read_text())["mlflow"]
+    assert {file.path for file in client.list_artifacts(run_id, "profile")} == {"profile/parts.svg", "profile/memory.svg"}
+    assert Path(client.download_artifacts(run_id, "profile/parts.svg")).read_text() == picture
+    (event,) = board(run).Tensors("profile/parts/text_summary")
+    table = event.tensor_proto.string_val[0].decode()
+    assert event.step == 3 and table.startswith("| part | share | rank 0 |\n| --- | --- | --- |\n| data wait |") and "| step | 100.0% |" in table
+    (logged,) = [row["profile/parts/path"] for row in of_wandb(run) if row.get("profile/parts/_type") == "html-file"]
+    (file,) = run.glob(f"wandb/offline-run-*/files/{logged}")
+    assert picture in file.read_text()

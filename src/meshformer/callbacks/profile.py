@@ -15,13 +15,14 @@ from lightning.pytorch.callbacks import Callback
 from torch.distributed.pipelining import PipelineStage
 from torch.profiler import record_function
 
+from meshformer.callbacks.media import log_drawing
 from meshformer.callbacks.preemption import Preemption
 from meshformer.compat.lightning import FETCH
 from meshformer.parallel.table import local_sizes
 from meshformer.printing import argument, say
 from meshformer.profile.check import check_steps
 from meshformer.profile.figure import draw_all
-from meshformer.profile.parts import analyse
+from meshformer.profile.parts import analyse, means, table
 from meshformer.profile.trace import PREFIX
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ TRIALS = 32  # concurrent all-reduces in each group: enough that both of its thr
 
 class Profile(Callback):
     """Records the steps from `steps[0]` to `steps[1]`, both included, and writes RUN/profile/: a trace for each rank (for Perfetto or Chrome), the
-    table parts.csv and figures. `steps` null disables it, at no cost. `memory` also records allocations.
+    table parts.csv and figures, which loggers get too. `steps` null disables it, at no cost. `memory` also records allocations.
 
     A step begins with the fetch of its data and ends where the next begins, so it includes its rows, its checkpoint and its validation. While
     steps are recorded, Lightning's and the strategy's methods are wrapped in torch.profiler.record_function. After the last step all ranks write
@@ -139,8 +140,9 @@ class Profile(Callback):
         trainer.strategy.barrier()
         if trainer.is_global_zero:
             try:
-                analyse(self.folder)
-                draw_all(self.folder)
+                parts = analyse(self.folder)
+                for drawing in draw_all(self.folder):
+                    log_drawing(trainer.loggers, drawing, table(means(parts)) if drawing.stem == "parts" else [], trainer.global_step)
                 say(f"recorded steps {self.steps}: meshformer profile {argument('run', self.folder.parent)}", error=True)
             except (OSError, ValueError) as error:  # a run must not end because its profile cannot be read
                 say(f"warning: the recorded steps could not be analysed: {error}", error=True)

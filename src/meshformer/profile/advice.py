@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from .parts import BACKWARD, BUBBLE, CHECKPOINT, DATA, EXPOSED, FORWARD, HIDDEN, IDLE, OPTIMIZER, SUM, VALIDATION, WAITING
+from .parts import BACKWARD, BUBBLE, CHECKPOINT, DATA, EXPOSED, FORWARD, HIDDEN, IDLE, OPTIMIZER, SUM, VALIDATION, WAITING, mean
 
 Config = Mapping[str, Any]
 Settings = dict[str, Any]  # dotted key -> value
@@ -55,11 +55,6 @@ def sentences(of_rank: Mapping[int, Mapping[str, float]], config: Config, advice
     if config["trainer"].get("accelerator") != "gpu" and mean(of_rank, [EXPOSED, WAITING, HIDDEN, BUBBLE]):
         told.append("On a CPU, transport takes the same cores as compute: hidden communication is not free here, and slows the compute above it.")
     return told
-
-
-def mean(of_rank: Mapping[int, Mapping[str, float]], parts: Sequence[str]) -> float:
-    """Mean over the ranks of the sum of `parts`, in ms."""
-    return sum(values[part] for values in of_rank.values() for part in parts) / max(len(of_rank), 1)
 
 
 def _typed(settings: Settings) -> str:

@@ -26,6 +26,7 @@ HIDDEN = "communication hidden"
 SUM = (DATA, FORWARD, BACKWARD, OPTIMIZER, EXPOSED, WAITING, BUBBLE, CHECKPOINT, VALIDATION, IDLE)  # these add up to a step
 PARTS = (*SUM, HIDDEN)  # hidden communication runs beneath the others
 OF_MARK: dict[str, str] = dict(zip(MARKS, (VALIDATION, CHECKPOINT, DATA, FORWARD, BACKWARD, OPTIMIZER), strict=True))
+COLUMNS = 8  # ranks with a column of their own in the table
 SAME_CLOCK = 5.0  # ms: below it, ends of collectives differ by the scheduling of processes, not by their machines' clocks
 
 
@@ -230,3 +231,27 @@ def means(rows: Iterable[Part]) -> dict[int, dict[str, float]]:
         sums[row.rank][row.part] += row.milliseconds
         steps.add(row.step)
     return {rank: {part: value / len(steps) for part, value in parts.items()} for rank, parts in sorted(sums.items())}
+
+
+def mean(of_rank: Mapping[int, Mapping[str, float]], parts: Sequence[str]) -> float:
+    """Mean over the ranks of the sum of `parts`, in ms."""
+    return sum(values[part] for values in of_rank.values() for part in parts) / max(len(of_rank), 1)
+
+
+def table(of_rank: Mapping[int, Mapping[str, float]]) -> list[dict[str, str]]:
+    """A row for each part, and one for the step: its share of the step and its ms on every rank, or, of many ranks, the mean and the extremes."""
+    total = mean(of_rank, SUM)
+    rows: list[dict[str, str]] = []
+    names = [part for part in next(iter(of_rank.values())) if mean(of_rank, [part]) > 0]
+    for name, parts in [*((name, [name]) for name in names), ("step", list(SUM))]:
+        each = {rank: sum(values[part] for part in parts) for rank, values in of_rank.items()}
+        average = sum(each.values()) / len(each)
+        share = "beneath compute" if not set(parts) <= set(SUM) else f"{average / total:.1%}"
+        row = {"part": name, "share": share}
+        if len(each) <= COLUMNS:
+            row |= {f"rank {rank}": f"{value:.1f}".rjust(len(f"{total:.1f}")) for rank, value in each.items()}
+        else:
+            low, high = min(each, key=lambda rank: each[rank]), max(each, key=lambda rank: each[rank])
+            row |= {"mean": f"{average:.1f}", "least": f"{each[low]:.1f} (rank {low})", "most": f"{each[high]:.1f} (rank {high})"}
+        rows.append(row)
+    return rows

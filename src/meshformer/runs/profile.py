@@ -15,14 +15,13 @@ from meshformer.config.paths import leads_out
 from meshformer.config.schema import Strategy
 from meshformer.parallel.check import check_batch, check_cut, check_settings
 from meshformer.parallel.compilation import check_compile
-from meshformer.profile.advice import advise, compared, mean, sentences
+from meshformer.profile.advice import advise, compared, sentences
 from meshformer.profile.figure import pictures
-from meshformer.profile.parts import FOLDER, MEMORY, PASSES, SUM, TABLE, Part, analyse, means, read_parts
+from meshformer.profile.parts import FOLDER, MEMORY, PASSES, SUM, TABLE, Part, analyse, mean, means, read_parts, table
 from meshformer.profile.trace import trace_files
 from meshformer.record import read_run
 
 Row = dict[str, Any]
-COLUMNS = 8  # ranks with a column of their own; of more, the mean and the extremes are shown
 CAPTIONS = {
     "parts": "Where a step's time goes, by rank.",
     "pipeline": "The passes of micro-batches through the pipeline's stages in one step.",
@@ -62,7 +61,8 @@ def recorded(run: Path) -> Recorded | None:
     except (KeyError, TypeError) as error:
         raise ConfigError(f"{run / 'config.yaml'} is damaged, or of another program ({error!r})", fix="Restore it from a copy.") from None
     told += compared(mean(of_rank, SUM), _record(run))
-    return Recorded(sorted({part.step for part in parts}), len(of_rank), *_table(of_rank), told, drawn)
+    rows = table(of_rank)
+    return Recorded(sorted({part.step for part in parts}), len(of_rank), rows, list(rows[0]), told, drawn)
 
 
 def _parts(folder: Path) -> list[Part]:
@@ -111,21 +111,3 @@ def usable(config: dict[str, Any], settings: Mapping[str, Any]) -> bool:
     except (ConfigError, KeyError, TypeError):
         return False
     return True
-
-
-def _table(of_rank: Mapping[int, Mapping[str, float]]) -> tuple[list[Row], list[str]]:
-    total = mean(of_rank, SUM)
-    rows: list[Row] = []
-    names = [part for part in next(iter(of_rank.values())) if mean(of_rank, [part]) > 0]
-    for name, parts in [*((name, [name]) for name in names), ("step", list(SUM))]:
-        each = {rank: sum(values[part] for part in parts) for rank, values in of_rank.items()}
-        average = sum(each.values()) / len(each)
-        share = "beneath compute" if not set(parts) <= set(SUM) else f"{average / total:.1%}"
-        row: Row = {"part": name, "share": share}
-        if len(each) <= COLUMNS:
-            row |= {f"rank {rank}": f"{value:.1f}".rjust(len(f"{total:.1f}")) for rank, value in each.items()}
-        else:
-            low, high = min(each, key=lambda rank: each[rank]), max(each, key=lambda rank: each[rank])
-            row |= {"mean": f"{average:.1f}", "least": f"{each[low]:.1f} (rank {low})", "most": f"{each[high]:.1f} (rank {high})"}
-        rows.append(row)
-    return rows, list(rows[0])
