@@ -13,6 +13,7 @@ from transformers import (  # noqa: F401
     LlamaForCausalLM,
     MistralForCausalLM,
     Qwen3ForCausalLM,
+    Qwen3MoeForCausalLM,
 )
 
 SMALL = {
@@ -24,6 +25,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", **SMALL, "num_key_value_heads": 2},
     "llama_tied": {"model_type": "llama", **SMALL, "tie_word_embeddings": True},
     "qwen3": {"model_type": "qwen3", **SMALL, "num_key_value_heads": 2, "head_dim": 8},
+    "qwen3_moe": {
+        "model_type": "qwen3_moe", **SMALL, "num_key_value_heads": 2, "head_dim": 8, "moe_intermediate_size": 32, "num_experts": 4,
+        "num_experts_per_tok": 2,
+    },
     "mistral": {"model_type": "mistral", **SMALL, "num_key_value_heads": 2, "sliding_window": 4},
     "gpt2": {"model_type": "gpt2", **GPT2},
     "gpt_neox": {"model_type": "gpt_neox", **SMALL, "hidden_dropout": 0.0, "attention_dropout": 0.0},

@@ -23,7 +23,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 import meshformer
 from meshformer.compat import torch as compat_torch
 from meshformer.compat.lightning import FETCH, disable_signal_handling
-from meshformer.compat.transformers import draw_parameters
+from meshformer.compat.transformers import as_stored, draw_parameters
 
 ROOT = Path(meshformer.__file__).parent
 OF_MODULES = {"_modules", "_parameters", "_buffers"}  # nn.Module's, whoever else may have such a name
@@ -213,6 +213,16 @@ def test_transformers_models_draw_one_module_at_a_time() -> None:
     draw_parameters(net, net.lm_head)
     told = "transformers: PreTrainedModel._init_weights no longer initialises the module that it is given (compat/transformers.py)"
     assert not torch.equal(net.lm_head.weight, before), told
+
+
+def test_transformers_gives_tensors_the_names_that_folders_store() -> None:
+    import transformers
+
+    sizes = {"vocab_size": 7, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 4}
+    net = transformers.AutoModelForCausalLM.from_config(transformers.Qwen3MoeConfig(**sizes, moe_intermediate_size=4, num_experts=2))
+    names = as_stored(net, dict(net.state_dict()))
+    said = told("transformers", "core_model_loading.revert_weight_conversion", "to store experts one by one, as every reader of folders expects")
+    assert "model.layers.0.mlp.experts.1.gate_proj.weight" in names, said
 
 
 def test_hydra_has_what_its_commands_are_made_of() -> None:

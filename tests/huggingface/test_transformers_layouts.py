@@ -34,6 +34,7 @@ LAYOUTS = {
 CASES = [
     *(("llama", layout) for layout in LAYOUTS),
     *(("qwen3", layout) for layout in ("fsdp", "tensor", "tensor, whole sequences", "pipeline")),
+    *(("qwen3_moe", layout) for layout in ("fsdp", "pipeline")),
     *(("mistral", layout) for layout in ("tensor", "pipeline")),
     *(("llama_tied", layout) for layout in ("fsdp", "tensor", "pipeline")),
     *(("gpt_neox", layout) for layout in ("tensor", "pipeline")),

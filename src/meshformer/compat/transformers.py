@@ -1,4 +1,4 @@
-"""The private name of transformers that this package uses. tests/test_compat.py says when it has changed."""
+"""The private names of transformers that this package uses. tests/test_compat.py says when they have changed."""
 
 from __future__ import annotations
 
@@ -18,3 +18,13 @@ def draw_parameters(net: Any, part: nn.Module) -> None:
     for child in part.children():
         draw_parameters(net, child)
     net._init_weights(part)
+
+
+def as_stored(net: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`tensors` of the transformers model `net`, by name, under the names and in the form in which folders store them: experts one by one, say.
+
+    transformers 5: `core_model_loading.revert_weight_conversion`, which is what `save_pretrained` calls; that itself would split and write them.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return revert_weight_conversion(net, tensors)

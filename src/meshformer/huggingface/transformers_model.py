@@ -19,7 +19,7 @@ import transformers
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from meshformer.compat.transformers import draw_parameters
+from meshformer.compat.transformers import as_stored, draw_parameters
 from meshformer.config.errors import ConfigError
 from meshformer.model.draw import normal
 from meshformer.model.layout import blocks_name, retie, ties
@@ -210,7 +210,7 @@ def stored_form(model: Mapping[str, Any], weights: Mapping[str, Tensor]) -> tupl
     stored = {name.removeprefix(NET): x for name, x in weights.items()}
     if wrong := sorted((stored.keys() ^ own.keys()) - tied.keys()):
         raise ConfigError(f"the weights and {type(built.net).__name__} do not both have {listed(wrong)}", "format", "huggingface", fix=KEEPS_ALL)
-    tensors = {name: x.contiguous() for name, x in stored.items() if name not in tied}
+    tensors = {name: x.contiguous() for name, x in as_stored(built.net, {n: x for n, x in stored.items() if n not in tied}).items()}
     config = {**built.net.config.to_dict(), "architectures": [type(built.net).__name__]}
     types = {str(x.dtype).removeprefix("torch.") for x in tensors.values()}
     return config | ({"dtype": types.pop()} if len(types) == 1 else {}), tensors
