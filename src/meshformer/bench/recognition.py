@@ -11,7 +11,7 @@ from meshformer.bench.learning import run
 from meshformer.record.metrics_csv import read_metrics
 
 RUNS = (  # recipe, steps, validations
-    ("speech_prompts", 800, 800),
+    ("speech_prompts", 650, 650),
     ("speech_prompts", None, None),
     ("speech_from_whisper", 90, 90),
     ("speech_from_whisper", None, None),
