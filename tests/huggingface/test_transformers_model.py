@@ -28,7 +28,7 @@ from meshformer.huggingface.transformers_model import TransformersModel
 from meshformer.huggingface.transformers_plan import plan_for
 from meshformer.job.build import build_model
 from meshformer.job.export import export
-from meshformer.model import generate
+from meshformer.model import add_adapters, generate
 from meshformer.runs.models import load_model
 from small_transformers import CONFIGS, LM
 
@@ -234,10 +234,10 @@ def test_parameters_outside_of_modules_are_drawn_without_the_modules_below(monke
     assert torch.equal(one.net.gate, build("llama", seed=1).net.gate)
 
 
-ADAPTED = {"llama": "[q_proj,v_proj,down_proj]", "bert": "[query,value]"}
+ADAPTED = {"llama": "[q_proj,v_proj,down_proj]", "bert": "[query,value]", "gpt2": "[c_attn,c_fc,c_proj]"}
 
 
-@pytest.mark.parametrize(("name", "strategy"), [("llama", "single"), ("llama", "fsdp"), ("llama", "tensor"), ("bert", "fsdp")])
+@pytest.mark.parametrize(("name", "strategy"), [("llama", "single"), ("llama", "fsdp"), ("llama", "tensor"), ("bert", "fsdp"), ("gpt2", "fsdp")])
 def test_adapters_are_trained_alone_and_peft_reads_their_folder(folder: Path, tmp_path: Path, name: str, strategy: str) -> None:
     peft = pytest.importorskip("peft")
     run, processes = f"lora_{name}_{strategy}", 1 if strategy == "single" else 2
@@ -264,6 +264,13 @@ def compose_from(folder: Path, name: str) -> dict[str, Any]:
     task = ["task=masked_language_modelling"] if name == "bert" else []
     data = ["data=text", f"data.files=[{folder / 'text.txt'}]", "data.context_length=16"]
     return compose([*data, "model=transformers", f"model.path={folder / name}", *task])
+
+
+def test_an_adapter_as_large_as_its_layer_is_refused() -> None:
+    with torch.device("meta"):
+        model = TransformersModel({**CONFIGS["gpt2"], "vocab_size": 11})
+    with pytest.raises(ValueError, match="the rank 32 is not less than the 32 inputs"):
+        add_adapters(model, 32, 1.0, ["c_attn"], seed=0)
 
 
 @pytest.mark.parametrize("name", ["llama", "bert", "gpt2"])

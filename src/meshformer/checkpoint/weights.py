@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from meshformer.config.errors import ConfigError
 from meshformer.config.foreign import read_config
 from meshformer.config.paths import run_of
-from meshformer.model.lora import ADAPTERS, add_adapters, merged
+from meshformer.model.lora import ADAPTERS, add_adapters, merged, transposed
 from meshformer.record.run_folder import new_folder
 
 from .read import SHOWN, Foreign, misfits, read_into, read_tensors, refuse_misfits, tensor_sizes
@@ -209,7 +209,7 @@ def merge_adapters(source: Path) -> dict[str, Tensor]:
         raise ConfigError(
             f"{source} has adapters and lies in no run, so their alpha is not known", fix="Keep it in checkpoints/ of its run."
         )
-    return merged(weights, stage["lora"]["alpha"])
+    return merged(weights, stage["lora"]["rank"], stage["lora"]["alpha"])
 
 
 def write_adapters(source: Path, folder: Path, trained: tuple[str, ...] = ()) -> None:
@@ -220,6 +220,7 @@ def write_adapters(source: Path, folder: Path, trained: tuple[str, ...] = ()) ->
         raise ConfigError("the run trained no adapters (stage.lora.rank)", "run", str(source), fix="Use format=safetensors.")
     weights, lora = read_weights(source), stage["lora"]
     saved = {name: x for name, x in weights.items() if is_adapter(name) or any(fnmatchcase(name, one) for one in trained)}
+    turned = transposed({name: x.shape for name, x in saved.items()}, lora["rank"])
     heads = sorted({peft_name(name).rpartition(".")[0] for name in saved if not is_adapter(name)})
     about = {
         "peft_type": "LORA",
@@ -228,6 +229,7 @@ def write_adapters(source: Path, folder: Path, trained: tuple[str, ...] = ()) ->
         "lora_alpha": lora["alpha"],
         "lora_dropout": 0.0,
         "target_modules": list(lora["targets"]),
+        "fan_in_fan_out": bool(turned),
         "modules_to_save": heads or None,
         "bias": "none",
         "task_type": None,
@@ -235,7 +237,8 @@ def write_adapters(source: Path, folder: Path, trained: tuple[str, ...] = ()) ->
     }
     with new_folder(folder) as aside:
         (aside / ADAPTER_CONFIG).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-        tensors = {OF_PEFT + peft_name(name): x.contiguous() for name, x in saved.items()}
+        upright = {name: x.T if is_adapter(name) and name.rpartition(".")[0] in turned else x for name, x in saved.items()}
+        tensors = {OF_PEFT + peft_name(name): x.contiguous() for name, x in upright.items()}
         safetensors.torch.save_file(tensors, aside / ADAPTER_WEIGHTS, metadata={"format": "pt"})
 
 
@@ -257,6 +260,8 @@ def load_adapters(model: nn.Module, path: Path) -> None:
     except ValueError as error:
         raise ConfigError(f"the adapters in {path} do not fit this model: {error}") from None
     shapes = {name: p.shape for name, p in model.named_parameters()}
+    turned = transposed(shapes, lora["rank"])
+    tensors = {name: x.T if is_adapter(name) and name.rpartition(".")[0] in turned else x for name, x in tensors.items()}
     wanted = {name: shape for name, shape in shapes.items() if is_adapter(name) or name in tensors}
     problems = misfits({name: x.shape for name, x in tensors.items()}, wanted, tensors.keys() - wanted.keys())
     refuse_misfits(problems, f"the adapters in {path} do not fit this model")

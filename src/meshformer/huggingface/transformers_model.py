@@ -26,6 +26,7 @@ from meshformer.model.layout import blocks_name, retie, ties
 from meshformer.model.meta_device import allocate, parameters_on_meta
 
 from .check import KEEPS_ALL
+from .conv1d import LoraConv1D
 from .source import header, listed, model_files
 from .transformers_config import AUTO
 from .transformers_plan import NET, plan_for
@@ -143,7 +144,8 @@ class TransformersModel(nn.Module):
         """The initial value of the parameter `name`, by the model's own rule in transformers. It depends on (seed, name) only, so every layout starts
         from the same weights. Block by block, each process draws all of a block and keeps its share."""
         if name.endswith("lora_A"):
-            return normal(shape, 1 / math.sqrt(shape[1]), f"{seed}/{name}")
+            turned = isinstance(self.get_submodule(name.rpartition(".")[0]), LoraConv1D)
+            return normal(shape, 1 / math.sqrt(shape[0 if turned else 1]), f"{seed}/{name}")
         if name.endswith("lora_B"):
             return torch.zeros(shape)
         return self._draw.value(name.removeprefix(NET), seed)

@@ -7,7 +7,8 @@ tensor parallelism cannot shard.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,10 +36,18 @@ class LoraLinear(nn.Linear):
         return super().forward(input) + F.linear(F.linear(input, self.lora_A), self.lora_B) * self.scale
 
 
+# The class that gives an adapter to a layer of each kind. huggingface/conv1d.py adds GPT-2's linear layer, whose weight is (in, out).
+ADAPTED: dict[type[nn.Module], Callable[[Any, int, float], nn.Module]] = {nn.Linear: LoraLinear}
+
+
 def adaptable(model: nn.Module) -> list[str]:
     """The last names of the linear layers inside the blocks: q, k, v, o, up, down …"""
     inside = f"{blocks_name(model)}."
-    return sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear) and name.startswith(inside)})
+    return sorted({name.rpartition(".")[2] for name, m in model.named_modules() if _adapted(m) and name.startswith(inside)})
+
+
+def _adapted(module: nn.Module) -> Callable[[Any, int, float], nn.Module] | None:
+    return next((adapted for kind, adapted in ADAPTED.items() if isinstance(module, kind)), None)
 
 
 def add_adapters(model: nn.Module, rank: int, alpha: float, targets: Sequence[str], seed: int) -> None:
@@ -53,21 +62,30 @@ def add_adapters(model: nn.Module, rank: int, alpha: float, targets: Sequence[st
     inside = f"{blocks_name(model)}."
     for name, module in list(model.named_modules()):
         path, _, last = name.rpartition(".")
-        if not isinstance(module, nn.Linear) or not name.startswith(inside) or last not in targets:
+        kind = _adapted(module)
+        if kind is None or not name.startswith(inside) or last not in targets:
             continue
-        adapted = LoraLinear(module, rank, alpha)
+        adapted: Any = kind(module, rank, alpha)
         setattr(model.get_submodule(path), last, adapted)
         if not adapted.lora_A.is_meta:
             with torch.no_grad():
                 adapted.lora_A.copy_(model.initial_value(f"{name}.lora_A", adapted.lora_A.shape, seed))  # pyright: ignore[reportCallIssue]
 
 
-def merged(weights: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
-    """Weights with the adapters merged in: W + (alpha/r) B A. `weights`: name -> full (unsharded) tensor, left unchanged."""
+def transposed(shapes: Mapping[str, torch.Size], rank: int) -> set[str]:
+    """The layers whose weight is (in, out), and their adapters so too: A (in, r), B (r, out). `shapes`: name of a parameter -> its shape."""
+    return {name.removesuffix(".lora_A") for name, shape in shapes.items() if name.endswith(".lora_A") and shape[0] != rank}
+
+
+def merged(weights: Mapping[str, Tensor], rank: int, alpha: float) -> dict[str, Tensor]:
+    """Weights with the adapters merged in: W + (alpha/r) B A, or A B where those are transposed. `weights`: name -> full (unsharded) tensor, left
+    unchanged."""
     found = {name: x for name, x in weights.items() if not name.endswith((".lora_A", ".lora_B"))}
+    turned = transposed({name: x.shape for name, x in weights.items()}, rank)
     for name, a in weights.items():
         if name.endswith(".lora_A"):
             layer = name.removesuffix(".lora_A")
             w, b = weights[f"{layer}.weight"], weights[f"{layer}.lora_B"]
-            found[f"{layer}.weight"] = (w.double() + (alpha / a.shape[0]) * b.double() @ a.double()).to(w.dtype)
+            left, right = (a, b) if layer in turned else (b, a)
+            found[f"{layer}.weight"] = (w.double() + (alpha / rank) * left.double() @ right.double()).to(w.dtype)
     return found
