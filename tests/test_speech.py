@@ -151,23 +151,28 @@ def test_a_resumed_run_repeats_the_run_that_was_not_stopped(table: Path) -> None
 
 @pytest.fixture(scope="module")
 def whisper(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_whisper(tmp_path_factory.mktemp("whisper") / "tiny", 80)
+
+
+def small_whisper(folder: Path, bands: int) -> Path:
     """A small model of Whisper's form, as transformers saves it."""
     from transformers import WhisperConfig, WhisperForConditionalGeneration
 
     sizes = dict(encoder_layers=2, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=64, decoder_ffn_dim=64)
     torch.manual_seed(0)
     marks: dict[str, Any] = {**dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0), "decoder_start_token_id": 1}
-    config = WhisperConfig(**sizes, **marks, d_model=32, num_mel_bins=80, max_source_positions=150, vocab_size=99)
-    folder = tmp_path_factory.mktemp("whisper") / "tiny"
+    config = WhisperConfig(**sizes, **marks, d_model=32, num_mel_bins=bands, max_source_positions=150, vocab_size=99)
     WhisperForConditionalGeneration(config).save_pretrained(folder)
     return folder
 
 
-def test_whispers_encoder_is_transformers_encoder(whisper: Path) -> None:
+@pytest.mark.parametrize("bands", [80, 128])  # 128: large-v3 and its turbo form
+def test_whispers_encoder_is_transformers_encoder(tmp_path: Path, bands: int) -> None:
     from transformers import WhisperForConditionalGeneration
 
-    theirs, ours = WhisperForConditionalGeneration.from_pretrained(whisper).eval(), load_pretrained(whisper)
-    features = torch.randn(2, 300, 80)
+    folder = small_whisper(tmp_path, bands)
+    theirs, ours = WhisperForConditionalGeneration.from_pretrained(folder).eval(), load_pretrained(folder)
+    features = torch.randn(2, 300, bands)
     with torch.no_grad():
         difference = theirs.model.encoder(features.transpose(1, 2)).last_hidden_state - ours(features)
     assert difference.abs().max() < 1e-5

@@ -32,16 +32,17 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_table(tmp_path_factory.mktemp("tones"), texts(60))
 
 
-def test_features_are_whispers() -> None:
+@pytest.mark.parametrize("bands", [80, 128])  # 128: large-v3 and its turbo form
+def test_features_are_whispers(bands: int) -> None:
     from transformers import WhisperFeatureExtractor
     from transformers.audio_utils import mel_filter_bank
 
-    theirs = mel_filter_bank(201, 80, 0.0, 8000.0, 16000, norm="slaney", mel_scale="slaney")
-    assert np.abs(theirs.T - mel_filters(201, 80, 16000)).max() < 1e-8
+    theirs = mel_filter_bank(201, bands, 0.0, 8000.0, 16000, norm="slaney", mel_scale="slaney")
+    assert np.abs(theirs.T - mel_filters(201, bands, 16000)).max() < 1e-8
     sound = tones("abc def", 16000)
     whole = np.pad(sound, (0, 480000 - len(sound)))
-    expected = WhisperFeatureExtractor()(sound, sampling_rate=16000, return_tensors="pt").input_features[0].T
-    torch.testing.assert_close(Features(16000, 80, "whisper").of(whole), expected, atol=1e-4, rtol=0)
+    expected = WhisperFeatureExtractor(feature_size=bands)(sound, sampling_rate=16000, return_tensors="pt").input_features[0].T
+    torch.testing.assert_close(Features(16000, bands, "whisper").of(whole), expected, atol=1e-4, rtol=0)
 
 
 def test_features_of_a_clip_have_mean_0_and_deviation_1() -> None:
