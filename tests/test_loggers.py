@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import importlib.util
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,12 @@ from typing import Any
 import pytest
 
 import jobs
+from harness import run_ranks
 from meshformer.command.compose import compose
 from meshformer.config.errors import ConfigError
 from meshformer.config.foreign import confine
-from meshformer.job.loggers import given_by_run
+from meshformer.job.build import build_loggers
+from meshformer.job.loggers import begin, given_by_run
 
 MLFLOW, WANDB = "lightning.pytorch.loggers.MLFlowLogger", "lightning.pytorch.loggers.WandbLogger"
 
@@ -94,6 +98,22 @@ def test_the_rows_reach_every_logger_at_the_same_steps(tmp_path: Path) -> None:
     logged = client.get_run(run_id)
     assert (logged.info.status, logged.info.run_name, logged.data.params["model/d_model"]) == ("FINISHED", "run", "32")
     assert client.get_experiment(logged.info.experiment_id).name == "text"
+
+
+def opened(folder: Path, config: dict[str, Any]) -> str:
+    run = folder / os.environ["RANK"]
+    run.mkdir()
+    begin(build_loggers(config, run), config, run)
+    return json.loads((run / "loggers.json").read_text())["mlflow"]
+
+
+def test_runs_that_start_at_once_make_one_database(tmp_path: Path) -> None:
+    importlib.import_module("mlflow.store.tracking.sqlalchemy_store")  # so that the four come to its tables together
+    config = jobs.tiny_config(tmp_path, "logger=mlflow")
+    ids = run_ranks(4, opened, tmp_path, config)
+    client = of_mlflow(tmp_path)
+    (experiment,) = [one for one in client.search_experiments() if one.name == "text"]
+    assert {run.info.run_id for run in client.search_runs([experiment.experiment_id])} == set(ids) and len(set(ids)) == 4
 
 
 def test_a_resumed_run_continues_in_the_same_run_of_mlflow(tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +49,22 @@ def given_by_run(name: str, node: Mapping[str, Any], config: Config, folder: Pat
     return {key: value for key, value in given.items() if value is not None and (key == "tags" or node.get(key) is None)}
 
 
+def one_at_a_time(nodes: Iterable[Mapping[str, Any]], config: Config) -> AbstractContextManager[Any]:
+    """Context in which loggers are made and opened: MLflow creates its tables and an experiment without a lock, so of two runs at once one fails."""
+    if not any(str(node["_target_"]).endswith(".MLFlowLogger") for node in nodes):
+        return nullcontext()
+    runs = Path(config["paths"]["runs"]).absolute()
+    runs.mkdir(parents=True, exist_ok=True)
+    return FileLock(runs / ".mlflow.lock")
+
+
 def begin(loggers: Mapping[str, Logger], config: Config, folder: Path) -> None:
     """Opens the run in each logger, logs the configuration, and writes the ids to RUN/loggers.json. On rank 0, before the first step."""
     known, ids = _ids(folder), {}
     for name, logger in loggers.items():
         if isinstance(logger, MLFlowLogger):
-            ids[name] = _open_mlflow(logger, Path(config["paths"]["runs"]).absolute())
+            with one_at_a_time([config["logger"][name]], config):
+                ids[name] = _open_mlflow(logger)
             if name in known:  # MLflow refuses a parameter that has changed, as trainer.max_steps may have
                 logger.experiment.update_run(ids[name], "RUNNING")
                 continue
@@ -65,12 +75,10 @@ def begin(loggers: Mapping[str, Logger], config: Config, folder: Path) -> None:
         atomic_write_text(folder / IDS, json.dumps({**known, **ids}, indent=1) + "\n")
 
 
-def _open_mlflow(logger: MLFlowLogger, runs: Path) -> str:
+def _open_mlflow(logger: MLFlowLogger) -> str:
     """Returns the id of the run, new or continued."""
     server = os.environ.get(SERVER)
-    runs.mkdir(parents=True, exist_ok=True)
-    with FileLock(runs / ".mlflow.lock"):  # two runs at once would both create the experiment
-        opened = str(logger.run_id)
+    opened = str(logger.run_id)
     os.environ.pop(SERVER, None)  # MLflow has set it, and the next run of this process may have another runs folder
     if server is not None:
         os.environ[SERVER] = server
