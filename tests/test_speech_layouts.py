@@ -56,7 +56,7 @@ def distance(ours: list[dict[str, Any]], one: list[dict[str, Any]]) -> float:
     return max(*losses, *norms)
 
 
-@pytest.mark.parametrize("layout", params(LAYOUTS, ["tensor without sequence parallel", "ddp", "fsdp_tensor"]))
+@pytest.mark.parametrize("layout", params(LAYOUTS, ["tensor without sequence parallel", "ddp", "fsdp_tensor", "tensor_pipeline"]))
 def test_every_layout_trains_to_the_loss_of_one_process(table: Path, one: list[dict[str, Any]], layout: str) -> None:
     processes, overrides = LAYOUTS[layout]
     ours = run_ranks(processes, rows, table, layout.replace(" ", "-"), [*overrides, f"trainer.devices={processes}"], timeout=240)[0]

@@ -42,7 +42,7 @@ CASES = [
 ]
 # What the other cases cover too, one layout of one model each: `-m slow`.
 REPEATED = {
-    ("llama", "hsdp"), ("llama", "fsdp_tensor"), ("llama", "interleaved"), ("qwen3", "fsdp"),
+    ("llama", "hsdp"), ("llama", "fsdp_tensor"), ("llama", "tensor_pipeline"), ("llama", "interleaved"), ("qwen3", "fsdp"),
     ("qwen3", "tensor, whole sequences"), ("mistral", "pipeline"),
     ("llama", "tensor, whole sequences"), ("llama_tied", "fsdp"), ("llama_tied", "tensor"), ("gpt_neox", "pipeline"), ("gpt2", "ddp"),
     ("gpt2", "hsdp"), ("bert", "ddp"), ("bert", "hsdp"),
