@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import yaml
 
+from jobs import TINY, run_tiny
 from meshformer.cli import main
 from meshformer.command.compose import compose
 from meshformer.command.recorded import read_overrides
@@ -131,6 +133,33 @@ def test_with_fail_fast_the_rest_waits_for_a_resume(launched, capsys):
     assert [point["state"] for point in points("s")] == ["done", "failed", "done", "done"]
     assert main(["train", "-m", "sweep.resume=s", "sweep.retry_failed=true"]) == 0
     assert [number for number, _, _ in launched.started] == [0, 1, 2, 3, 1]
+
+
+@pytest.mark.parametrize("search", [[], ["sweep.search=random", "sweep.trials=3"]], ids=["grid", "search"])
+def test_a_sweep_from_the_last_run_keeps_to_it(launched, tmp_path, search):
+    """Also when it goes on later: its own points are runs too, and newer ones."""
+    source = tmp_path / "other" / "text" / "source"
+    source.parent.mkdir(parents=True)
+    run_tiny(tmp_path, "other/text/source", "trainer.max_steps=2")
+    words = [*TINY, f"data.files=[{tmp_path}/text.txt]", "paths.runs=other", "stage=finetune", "stage.init_from=last", "optimizer.lr=0.01,0.02,0.03", *search]
+
+    class Trains(FakeLauncher):
+        def start(self, number: int, order: Any) -> None:
+            super().start(number, order)
+            if number not in self.outcomes:
+                shutil.copytree(source, order.folder, dirs_exist_ok=True)
+                record = Path(order.folder, "run.json")  # a run, newer than the source
+                record.write_text(json.dumps({**json.loads(record.read_text()), "started": "2100-01-01T00:00:00+00:00"}))
+
+    launched.outcomes = {} if search else {0: ("failed", "boom")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("meshformer.command.sweep.run.LocalLauncher", Trains)
+        found = main(["train", "-m", *words, CORES, "sweep.jobs=1", "sweep.fail_fast=true", "hydra.sweep.dir=other/text/s"])
+        assert found == (0 if search else 1)
+        launched.outcomes = {}
+        assert main(["train", "-m", "sweep.resume=other/text/s", *([] if search else ["sweep.retry_failed=true"])]) == 0
+    assert {Path(order.config["stage"]["init_from"]) for _, order, _ in launched.started} == {source}
+    assert len(launched.started) == (3 if search else 4), "every point, and the failed one once more"
 
 
 def test_impossible_points_are_told_first_and_all_of_them_are_an_error(launched, capsys):

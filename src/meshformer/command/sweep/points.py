@@ -63,6 +63,8 @@ class Composer:
         self.flags, self.hydra_overrides, self.confine = flags, list(hydra_overrides), confine
         self.hydra: Hydra = compose.make_hydra(flags["config_dir"])
         self.name = flags["config_name"] or "train"
+        # stage.init_from as typed -> where it led first: later `last` would be a run of this sweep. The sweep's record keeps it for a resume.
+        self.sources: dict[str, str] = {}
 
     def command(self, overrides: Sequence[str]) -> DictConfig:
         """Compose the settings of the sweep itself: its folder, launcher and options."""
@@ -99,7 +101,12 @@ class Composer:
         automatic = config["trainer"].get("threads") == "auto"
         if self.confine:
             config = self.confine(config)
+        spec, stage = config["stage"].get("init_from"), config["stage"]
+        if spec is not None:
+            config["stage"] = {**stage, "init_from": self.sources.get(str(spec), spec)}
         config = compose.settle(config, overrides)
+        if spec is not None:
+            self.sources.setdefault(str(spec), str(config["stage"]["init_from"]))
         if config["trainer"]["num_nodes"] > 1:
             message = "the runs of a sweep have one node each"
             raise ConfigError(message, "trainer.num_nodes", config["trainer"]["num_nodes"], fix="Start such runs one by one.")

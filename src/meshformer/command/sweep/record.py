@@ -40,10 +40,16 @@ class Point:
 
 
 class SweepRecord:
-    """The record of one sweep, kept in its folder as sweep.json with the fields state, started, ended, overrides, flags and points."""
+    """The record of one sweep, kept in its folder as sweep.json with the fields state, started, ended, overrides, flags, sources and points.
 
-    def __init__(self, folder: Path, overrides: list[str], flags: dict[str, str | None], points: list[Point]):
+    `sources`: stage.init_from as typed -> the run or folder that it meant when the sweep began.
+    """
+
+    def __init__(
+        self, folder: Path, overrides: list[str], flags: dict[str, str | None], points: list[Point], sources: dict[str, str] | None = None
+    ):
         self.folder, self.overrides, self.flags, self.points = Path(folder), overrides, flags, points
+        self.sources = {} if sources is None else sources
         self.state, self.started, self.ended = "running", _now(), None
         self._lock: int | None = None
 
@@ -53,7 +59,7 @@ class SweepRecord:
         refuse_links(folder, "sweep.resume", str(folder))
         try:
             fields = json.loads((folder / FILE).read_text(encoding="utf-8"))
-            record = cls(folder, fields["overrides"], fields["flags"], [Point(**point) for point in fields["points"]])
+            record = cls(folder, fields["overrides"], fields["flags"], [Point(**point) for point in fields["points"]], fields.get("sources"))
             record.started = str(fields["started"])
         except (FileNotFoundError, NotADirectoryError):
             raise ConfigError("is not the folder of a sweep: it holds no sweep.json", "sweep.resume", str(folder)) from None
@@ -64,9 +70,9 @@ class SweepRecord:
 
     def check(self) -> None:
         """Raise ConfigError unless `write` could have written this record, which is untrusted. recorded.py checks the overrides."""
-        sound = isinstance(self.flags, dict) and isinstance(self.overrides, list)
+        sound = isinstance(self.flags, dict) and isinstance(self.overrides, list) and isinstance(self.sources, dict)
         if sound:
-            texts = [*self.flags, *(value for value in self.flags.values() if value is not None), *self.overrides]
+            texts = [*self.flags, *(value for value in self.flags.values() if value is not None), *self.overrides, *self.sources.values()]
             sound = all(isinstance(text, str) for text in texts)
         for number, point in enumerate(self.points):
             sound = sound and isinstance(point.number, int) and isinstance(point.overrides, list) and point.state in STATES
@@ -122,7 +128,8 @@ class SweepRecord:
         if state is not None:
             self.state, self.ended = state, None if state == "running" else _now()
         fields: dict[str, Any] = {"state": self.state, "started": self.started, "ended": self.ended}
-        fields |= {"overrides": self.overrides, "flags": self.flags, "points": [dataclasses.asdict(point) for point in self.points]}
+        fields |= {"overrides": self.overrides, "flags": self.flags, "sources": self.sources}
+        fields["points"] = [dataclasses.asdict(point) for point in self.points]
         atomic_write_text(self.folder / FILE, json.dumps(fields, indent=1, default=str) + "\n")
 
     def in_state(self, *states: str) -> list[Point]:

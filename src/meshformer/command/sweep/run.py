@@ -69,6 +69,7 @@ def run_sweep(args: argparse.Namespace, overrides: list[str]) -> int:
         overrides = [o for o in overrides if not o.startswith("hydra.sweep.dir=")] + [f"hydra.sweep.dir={compose.quoted(str(record.folder))}"]
     composer = Composer(flags, [], confine)
     cfg = composer.command(overrides)
+    composer.sources = record.sources if record else composer.sources
     composer.hydra_overrides = [o for o in cfg.hydra.overrides.hydra if not o.startswith("hydra.mode=")]
     options = validate({"sweep": OmegaConf.to_container(cfg.sweep, resolve=True)}, SweepOptions)["sweep"]
     _check_options(cfg, options, record)
@@ -82,7 +83,7 @@ def run_sweep(args: argparse.Namespace, overrides: list[str]) -> int:
         _refuse_other_points(record, overrides, points, search)
     jobs = {} if record else _check_points(composer, points, options["fail_fast"])
     if record is None:
-        record = SweepRecord(folder, typed, flags, points)
+        record = SweepRecord(folder, typed, flags, points, composer.sources)
         record.claim()
     with _Locked(record) as lock:
         callbacks = Callbacks(cfg)
