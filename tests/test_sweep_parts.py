@@ -141,7 +141,8 @@ def test_a_sweep_from_the_last_run_keeps_to_it(launched, tmp_path, search):
     source = tmp_path / "other" / "text" / "source"
     source.parent.mkdir(parents=True)
     run_tiny(tmp_path, "other/text/source", "trainer.max_steps=2")
-    words = [*TINY, f"data.files=[{tmp_path}/text.txt]", "paths.runs=other", "stage=finetune", "stage.init_from=last", "optimizer.lr=0.01,0.02,0.03", *search]
+    words = [*TINY, f"data.files=[{tmp_path}/text.txt]", "paths.runs=other", "stage=finetune", "stage.init_from=last", *search]
+    words.append("optimizer.lr=0.01,0.02,0.03")
 
     class Trains(FakeLauncher):
         def start(self, number: int, order: Any) -> None:

@@ -6,7 +6,7 @@ The schedules are torch.distributed.pipelining's; stages.py splits the model.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -97,8 +97,10 @@ class Pipeline:
         keywords: dict[str, Any] = {"number": number, "return_outputs": False}
         if self.has_last:
             keywords |= {"target": number, "losses": []}
+        known = len(self._schedules)
         schedule = self._schedule(train, n, batch)
-        (schedule.step if train else schedule.eval)(*arguments, **keywords)
+        with _searching(first=len(self._schedules) > known):
+            (schedule.step if train else schedule.eval)(*arguments, **keywords)
         total = torch.zeros(2, dtype=torch.float64, device=self.task.device)
         if self.has_last:
             for i in range(n):
@@ -158,3 +160,9 @@ class Pipeline:
 def local_tensor(x: Any) -> Tensor:
     """The local tensor of a DTensor; a plain tensor itself."""
     return x.to_local() if isinstance(x, DTensor) else x
+
+
+def _searching(first: bool) -> AbstractContextManager[Any]:
+    """trainer.detect_anomaly in a schedule's call. In its first one torch finds the shapes that stages exchange, by passes over uninitialised memory,
+    whose NaNs are none of the model's."""
+    return torch.autograd.set_detect_anomaly(True, check_nan=not first) if torch.is_anomaly_enabled() else nullcontext()
