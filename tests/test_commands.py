@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from jobs import TINY, text_file
 from meshformer.cli import main
+from meshformer.record import RunRecord
 from meshformer.record.metrics_csv import read_metrics
 
 
@@ -198,3 +200,28 @@ def test_the_logged_rate_is_the_one_the_step_used(work: Path) -> None:
     run = tiny(work, "rates", "optimizer=sgd", "optimizer.lr=0.1", "schedule=linear", "schedule.warmup_steps=2", "trainer.max_steps=4")
     rates = [r["train/lr"] for r in read_metrics(run / "metrics.csv")]
     assert rates == pytest.approx([0.05, 0.1, 0.1, 0.05])  # up in two steps, then down a line that would reach 0 after the last
+
+
+@pytest.mark.parametrize("stepped", [False, True])
+def test_a_new_folder_is_forgotten_only_before_its_first_step(work: Path, monkeypatch: pytest.MonkeyPatch, stepped: bool, capsys: Any) -> None:
+    """Ctrl-C: else `last` would name a folder from which nothing can be read."""
+
+    def interrupted(config: dict[str, Any], folder: Path) -> None:
+        if stepped:
+            RunRecord(folder).start()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("meshformer.command.jobs._launch", interrupted)
+    assert main(["train", *TINY, f"data.files=[{work}/text.txt]", f"paths.runs={work}/interrupted{stepped}"]) == 130
+    assert capsys.readouterr().err.endswith("interrupted\n")
+    assert (work / f"interrupted{stepped}").exists() == stepped
+
+
+def test_a_resumed_run_that_is_interrupted_at_once_is_as_before(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(config: dict[str, Any], folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+    monkeypatch.setattr("meshformer.command.jobs._launch", interrupted)
+    assert main(["train", f"resume={run}", "trainer.max_steps=20"]) == 130
+    assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before

@@ -111,6 +111,22 @@ def test_a_killed_rank_is_recorded_as_a_failure(work: Path) -> None:
     assert json.loads((folder / "run.json").read_text())["state"] == "failed"
 
 
+def test_ctrl_c_while_the_ranks_start_stops_the_run_without_a_trace(work: Path) -> None:
+    """A terminal sends it to every process; the one that imports torch for the ranks must live on."""
+    folder = work / "early"
+    overrides = ["strategy=ddp", "trainer.devices=2", "trainer.max_steps=100000", f"hydra.run.dir={folder}"]
+    env = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}", "OMP_NUM_THREADS": "1"}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    job = subprocess.Popen([*CLI, *settings(work, *overrides)], **pipes, env=env, start_new_session=True)
+    end = time.monotonic() + 60
+    while time.monotonic() < end and not (folder / ".ranks").is_dir():  # made when the server of the ranks is started
+        time.sleep(0.05)
+    time.sleep(1)  # it imports for some seconds
+    os.killpg(job.pid, signal.SIGINT)
+    _, told = job.communicate(timeout=180)
+    assert job.returncode == 130 and "Traceback" not in told and "stopped by Ctrl-C after step" in told, told
+
+
 @pytest.mark.slow
 def test_torchrun_from_outside_trains_in_one_folder(work: Path, agent: tuple[Path, str]) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "meshformer.cli", "train"]

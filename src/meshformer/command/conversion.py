@@ -123,7 +123,7 @@ def _source(spec: str, checkpoint: int | str | None, runs: str) -> Path:
             raise ConfigError("run= names a checkpoint already", "checkpoint", checkpoint, fix="Leave it out.")
         return _whole(path, "run")
     if not found:
-        raise ConfigError("there is no checkpoint in that run to read", "run", spec)
+        raise ConfigError(f"there is no checkpoint in {path} to read", "run", spec)
     if checkpoint is None:
         return latest_checkpoint(path)
     chosen = [one for one in found if checkpoint in (step_of(one), one.name)]

@@ -154,13 +154,21 @@ def _train(
             raise
 
     context = HydraContext(config_loader=hydra.config_loader, callbacks=callbacks)
-    done = run_job(task_function=job, config=cfg, job_dir_key="hydra.run.dir", job_subdir_key=None, hydra_context=context)
+    new, made = run is None and earlier is None, Path(config["paths"]["runs"]).absolute() if wanted == "auto" else None
+    try:
+        done = run_job(task_function=job, config=cfg, job_dir_key="hydra.run.dir", job_subdir_key=None, hydra_context=context)
+    except KeyboardInterrupt:
+        if external is None or external.rank == 0:
+            (folder / PENDING).unlink(missing_ok=True)
+            if new and not RunRecord(folder).fields:  # before its first step
+                forget_folder(folder, made)
+        raise
     callbacks.on_run_end(config=cfg, config_name=cfg.hydra.job.config_name, job_return=done)
     if run is not None and (external is None or external.rank == 0):
         (folder / PENDING).unlink(missing_ok=True)
     if raised:
-        if isinstance(raised[0], ConfigError) and run is None and earlier is None and (external is None or external.rank == 0):
-            forget_folder(folder, Path(config["paths"]["runs"]).absolute() if wanted == "auto" else None)
+        if isinstance(raised[0], ConfigError) and new and (external is None or external.rank == 0):
+            forget_folder(folder, made)
         raise raised[0]
     return 0
 
@@ -198,7 +206,7 @@ def _train_from(args: argparse.Namespace, run_of: dict[str, str], overrides: lis
         raise ConfigError(f"{key} continues one run, not a sweep", "--multirun", fix="Leave -m out.")
     run = compose.locate(spec, str(compose.value_of(overrides, "paths.runs", "runs")), key)
     if not candidates(run):
-        raise ConfigError("there is no checkpoint in that run to continue from", key, spec)
+        raise ConfigError(f"there is no checkpoint in {run} to continue from", key, spec)
     before, _, config_name = read_overrides(run, args.config_dir, key)
     if key == "resume" and any(override.startswith("hydra.run.dir=") for override in overrides):
         raise ConfigError("a resumed run stays in its folder", "hydra.run.dir", fix="Use fork= for a new one.")
@@ -247,7 +255,7 @@ def _use_run(command: str, hydra: Hydra, config_name: str, overrides: list[str],
     source = compose.locate_weights(options["run"], options["paths"]["runs"], "run")
     run = run_of(source)
     if not candidates(run):
-        raise ConfigError("there is no checkpoint in that run to read", "run", options["run"])
+        raise ConfigError(f"there is no checkpoint in {run} to read", "run", options["run"])
     options["run"] = str(source)
     config = _in_one_process(_evaluated_config(run, changes, args.config_dir) if changes else read_config(run), options, changes)
     if command == "generate":  # it needs only the run folder: the training texts may have been deleted

@@ -133,15 +133,16 @@ def _launch_agent(config: dict[str, Any], folder: Path, processes: int, start_me
 
 
 def _start_fork_server() -> None:
-    """Start the fork server with SIGUSR1 and SIGTERM ignored.
+    """Start the fork server with SIGUSR1, SIGTERM and SIGINT ignored.
 
-    SLURM sends them to every process of a job step; if the server died, the agent would report all ranks as dead.
+    SLURM and the terminal send them to every process of a job; if the server died, the agent would report all ranks as dead.
     """
     from multiprocessing import forkserver
 
     if threading.current_thread() is not threading.main_thread():
         return
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGUSR1, signal.SIGTERM)}  # exec keeps ignored signals ignored
+    ignored = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in ignored}  # exec keeps ignored signals ignored
     try:
         forkserver.ensure_running()
     finally:
