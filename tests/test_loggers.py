@@ -17,7 +17,7 @@ import jobs
 from harness import run_ranks
 from meshformer.command.compose import compose
 from meshformer.config.errors import ConfigError
-from meshformer.config.foreign import confine
+from meshformer.config.foreign import confine, refuse_links
 from meshformer.job.build import build_loggers
 from meshformer.job.loggers import begin, given_by_run
 
@@ -127,6 +127,39 @@ def test_a_resumed_run_continues_in_the_same_run_of_mlflow(tmp_path: Path) -> No
     assert str(tmp_path / "runs" / "mlflow") in run.info.artifact_uri and not Path("mlruns").exists()
 
 
+@pytest.mark.parametrize("other", [False, True])
+def test_a_run_that_another_database_has_is_not_logged_into_this_one(tmp_path: Path, monkeypatch: Any, capsys: Any, other: bool) -> None:
+    """The folder does not say where to log: the hint names the database's folder, and so does the refusal."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    jobs.run_tiny(tmp_path, "runs/run", "trainer.max_steps=2", "logger=mlflow")
+    assert "paths.runs" not in capsys.readouterr().out, "runs/ is the default"
+    jobs.run_tiny(tmp_path, "elsewhere/run", "trainer.max_steps=2", "logger=mlflow", "paths.runs=elsewhere")
+    assert f"resume={tmp_path}/elsewhere/run paths.runs={tmp_path}/elsewhere trainer.max_steps=4" in capsys.readouterr().out
+    if not other:
+        (tmp_path / "runs" / "mlflow.db").unlink()
+    answer = rf"paths\.runs={tmp_path}/runs: MLflow's database .* Add paths\.runs={tmp_path}/elsewhere, or log elsewhere"
+    with pytest.raises(ConfigError, match=answer):
+        jobs.run_tiny(tmp_path, "elsewhere/run", "trainer.max_steps=4", "logger=mlflow", resume=True)
+    assert (tmp_path / "runs" / "mlflow.db").exists() == other
+
+
+def test_the_link_that_wandb_makes_is_no_way_out_of_a_run(tmp_path: Path) -> None:
+    logs = tmp_path / "run" / "wandb" / "offline-run-1" / "logs"
+    logs.mkdir(parents=True)
+    (logs / "debug-core.log").symlink_to("/root/.cache/wandb/logs/core-debug-1.log")
+    refuse_links(tmp_path / "run", "run", "run")
+    cache = "/root/.cache/wandb/logs/core-debug-1.log"
+    for name, target in (("debug-core.log", "/etc/passwd"), ("debug.log", cache), ("debug-core.log", "/root/wandb/x.log")):
+        (logs / "debug-core.log").unlink(missing_ok=True)
+        (logs / name).symlink_to(target)
+        with pytest.raises(ConfigError, match="outside of the run's folder"):
+            refuse_links(tmp_path / "run", "run", "run")
+        (logs / name).unlink()
+        (logs / "debug-core.log").touch()
+
+
 def test_a_resumed_run_continues_in_the_same_run_of_wandb(tmp_path: Path) -> None:
     wandb: Any = pytest.importorskip("wandb")
     settings = ["logger=wandb", "logger.wandb.offline=true", "logger.wandb.tags=[trial]"]
@@ -136,6 +169,7 @@ def test_a_resumed_run_continues_in_the_same_run_of_wandb(tmp_path: Path) -> Non
     jobs.run_tiny(tmp_path, "run", "trainer.max_steps=4", *settings, resume=True)
     jobs.run_tiny(tmp_path, "other", "trainer.max_steps=1", *settings)
     assert {file.stem for file in (tmp_path / "run").glob("wandb/offline-run-*/*.wandb")} == {f"run-{first}"}
+    refuse_links(tmp_path / "run", "run", "run")  # no command on the run minds what wandb has left there
     assert f"run-{first}" not in {file.stem for file in (tmp_path / "other").glob("wandb/offline-run-*/*.wandb")}
     found = {row["trainer/global_step"]: row["train/loss"] for row in of_wandb(tmp_path / "run") if "train/loss" in row}
     assert found == pytest.approx(rows_of(tmp_path / "run", "train/loss")) and list(found) == [1, 2, 3, 4]

@@ -30,12 +30,21 @@ def leads_out(path: Path, folder: Path) -> bool:
     return not path.resolve().is_relative_to(folder.resolve())
 
 
+def _is_log_of_wandb(link: Path) -> bool:
+    target = link.resolve()
+    place, cache = link.parts[-4:], target.parts[-3:]
+    return (place[0], *place[2:]) == ("wandb", "logs", "debug-core.log") and cache[:2] == ("wandb", "logs") and target.suffix == ".log"
+
+
 def link_out_of(folder: Path) -> Path | None:
-    """Return the first symbolic link at or below `folder`, by name, that leads out of it. The walk does not follow links."""
+    """Return the first symbolic link at or below `folder`, by name, that leads out of it. The walk does not follow links.
+
+    The link that Weights & Biases makes in a run, to a log file in its own cache, does not count.
+    """
     for place, folders, files in os.walk(folder):
         folders.sort()
         for name in sorted(folders + files):
             path = Path(place, name)
-            if path.is_symlink() and leads_out(path, folder):
+            if path.is_symlink() and leads_out(path, folder) and not _is_log_of_wandb(path):
                 return path
     return None

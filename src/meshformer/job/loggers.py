@@ -15,11 +15,13 @@ from typing import Any
 from filelock import FileLock
 from lightning.pytorch.loggers import Logger, MLFlowLogger, WandbLogger
 
+from meshformer.config.errors import ConfigError
+from meshformer.printing import argument
 from meshformer.record import atomic_write_text
 
 Config = dict[str, Any]
 IDS = "loggers.json"  # in the run folder: name of a logger in the configuration -> id of the run in it
-SERVER = "MLFLOW_TRACKING_URI"
+SERVER, DATABASE = "MLFLOW_TRACKING_URI", "mlflow.db"  # the latter lies in paths.runs
 SWEEP = "sweep.json"  # in the folder above that of a sweep's run
 
 
@@ -41,8 +43,10 @@ def given_by_run(name: str, node: Mapping[str, Any], config: Config, folder: Pat
             given["tracking_uri"] = server  # Lightning reads it once, at import
         elif node.get("tracking_uri") is None:
             runs = Path(config["paths"]["runs"]).absolute()
+            if known is not None and not (runs / DATABASE).is_file():
+                raise _elsewhere(runs, folder)
             runs.mkdir(parents=True, exist_ok=True)
-            given |= {"tracking_uri": f"sqlite:///{runs}/mlflow.db", "artifact_location": str(runs / "mlflow")}
+            given |= {"tracking_uri": f"sqlite:///{runs / DATABASE}", "artifact_location": str(runs / "mlflow")}
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # MLflow 3 reports its use over the network
         for library in ("mlflow", "alembic"):  # a new database is announced by forty lines
             logging.getLogger(library).setLevel(logging.WARNING)
@@ -58,13 +62,28 @@ def one_at_a_time(nodes: Iterable[Mapping[str, Any]], config: Config) -> Abstrac
     return FileLock(runs / ".mlflow.lock")
 
 
+def logs_into_runs(config: Config) -> bool:
+    """Whether MLflow's database lies in paths.runs, so that a command which resumes a run must name that folder too."""
+    nodes = (config.get("logger") or {}).values()
+    local = any(node and str(node["_target_"]).endswith(".MLFlowLogger") and node.get("tracking_uri") is None for node in nodes)
+    return local and not os.environ.get(SERVER) and Path(config["paths"]["runs"]).absolute() != Path("runs").absolute()
+
+
+def _elsewhere(runs: Path, folder: Path) -> ConfigError:
+    """The answer to a resumed run that was logged into another database; that folder says where is not trusted, but the user may mean it."""
+    near = next((above for above in folder.absolute().parents if (above / DATABASE).is_file()), None)
+    fix = f"Add {argument('paths.runs', near)}" if near is not None and near != runs else "Name the folder that has it with paths.runs="
+    message = f"MLflow's database {runs / DATABASE} does not have the run in {folder}, which was logged into another"
+    return ConfigError(message, "paths.runs", str(runs), f"{fix}, or log elsewhere: logger=csv.")
+
+
 def begin(loggers: Mapping[str, Logger], config: Config, folder: Path) -> None:
     """Opens the run in each logger, logs the configuration, and writes the ids to RUN/loggers.json. On rank 0, before the first step."""
     known, ids = _ids(folder), {}
     for name, logger in loggers.items():
         if isinstance(logger, MLFlowLogger):
             with one_at_a_time([config["logger"][name]], config):
-                ids[name] = _open_mlflow(logger)
+                ids[name] = _open_mlflow(logger, Path(config["paths"]["runs"]).absolute(), folder)
             if name in known:  # MLflow refuses a parameter that has changed, as trainer.max_steps may have
                 logger.experiment.update_run(ids[name], "RUNNING")
                 continue
@@ -75,10 +94,17 @@ def begin(loggers: Mapping[str, Logger], config: Config, folder: Path) -> None:
         atomic_write_text(folder / IDS, json.dumps({**known, **ids}, indent=1) + "\n")
 
 
-def _open_mlflow(logger: MLFlowLogger) -> str:
+def _open_mlflow(logger: MLFlowLogger, runs: Path, folder: Path) -> str:
     """Returns the id of the run, new or continued."""
+    from mlflow.exceptions import MlflowException
+
     server = os.environ.get(SERVER)
-    opened = str(logger.run_id)
+    try:
+        opened = str(logger.run_id)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        raise _elsewhere(runs, folder) from None
     os.environ.pop(SERVER, None)  # MLflow has set it, and the next run of this process may have another runs folder
     if server is not None:
         os.environ[SERVER] = server

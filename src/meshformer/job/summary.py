@@ -8,6 +8,7 @@ from typing import Any
 
 from meshformer.checkpoint.find import checkpoints
 from meshformer.data import TextData
+from meshformer.job.loggers import logs_into_runs
 from meshformer.printing import argument
 from meshformer.record.run_folder import find_run
 from meshformer.tasks import Evaluated, PlainTask
@@ -28,12 +29,18 @@ def summary(task: Any, text: str | None, folder: Path, final: dict[str, float], 
     run = _short(folder, config["paths"]["runs"])
     limit = "max_epochs" if config["trainer"]["max_epochs"] is not None else "max_steps"
     lines += [
-        f"  continue  meshformer train {argument('resume', run)} trainer.{limit}={2 * config['trainer'][limit]}",
+        f"  continue  {resume_command(run, config)} trainer.{limit}={2 * config['trainer'][limit]}",
         f"  evaluate  meshformer evaluate {argument('run', run)}",
     ]
     if text is not None:
         lines.append(f"  generate  meshformer generate {argument('run', run)} {argument('prompt', prompt_from(data, text))}")
     return "\n".join(lines)
+
+
+def resume_command(run: str | Path, config: Config) -> str:
+    """The command that continues a run, up to its settings."""
+    more = f" {argument('paths.runs', Path(config['paths']['runs']).absolute())}" if logs_into_runs(config) else ""
+    return f"meshformer train {argument('resume', run)}{more}"
 
 
 def _short(folder: Path, runs: str) -> str:

@@ -34,7 +34,7 @@ from meshformer.data.images import PIXELS, ImageData
 from meshformer.huggingface.source import tokenizer_of
 from meshformer.job import loggers
 from meshformer.job.build import build_callbacks, build_data, build_loggers, build_task, build_trainer
-from meshformer.job.summary import summary
+from meshformer.job.summary import resume_command, summary
 from meshformer.model import Transformer, training_flops_per_token
 from meshformer.model.layout import blocks_of
 from meshformer.model.lora import ADAPTERS
@@ -45,7 +45,7 @@ from meshformer.parallel.check import BF16, no_bf16
 from meshformer.parallel.memory_options import apply_memory_options
 from meshformer.parallel.products import in_float8
 from meshformer.parallel.strategy import MeshStrategy, fill
-from meshformer.printing import argument, say
+from meshformer.printing import say
 from meshformer.record.run_folder import PENDING, atomic_write_text
 from meshformer.record.run_json import RunRecord
 from meshformer.tasks import Evaluated
@@ -241,7 +241,7 @@ class Recording(pl.Callback):
             with tolerating(self.tolerant, "run.json"):
                 self.record.finish("preempted" if isinstance(error, Stopped) else "failed", error=error)
         if isinstance(error, Stopped) and self.record and checkpoints(self.folder):
-            say(f"continue with  meshformer train {argument('resume', self.folder)}", error=True)
+            say(f"continue with  {resume_command(self.folder, self.config)}", error=True)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self.begin()

@@ -406,10 +406,13 @@ class _Sweep:
             log = record.folder / point.folder / "job.log" if point.folder else None
             say(f"failed: {point.name}\n  {point.error}" + (f"\n  log: {log}" if log and log.is_file() else ""), error=True)
         say(f"sweep folder  {record.folder}  (results.csv, results.json)")
+        runs = Path(str(self.cfg.paths.runs)).absolute()  # where MLflow's database may lie
+        more = "" if runs == Path("runs").absolute() else f" {argument('paths.runs', runs)}"
+        again = f"meshformer train -m {argument('sweep.resume', record.folder)}{more}"
         if left:
-            say(f"  {len(left)} of {self.display.total} runs are left; continue with  meshformer train -m {argument('sweep.resume', record.folder)}")
+            say(f"  {len(left)} of {self.display.total} runs are left; continue with  {again}")
         if failed:
-            say(f"  try the failed again with  meshformer train -m {argument('sweep.resume', record.folder)} sweep.retry_failed=true")
+            say(f"  try the failed again with  {again} sweep.retry_failed=true")
         return {"finished": 0, "failed": 1, "preempted": 75, "interrupted": 130}[state]
 
 
