@@ -26,7 +26,7 @@ from meshformer.config.foreign import refuse_interpolations
 from meshformer.config.resolve import external_launcher
 from meshformer.config.signature import signature
 from meshformer.data import Features, ImageData, OwnData, SampledData, SequenceData, SpeechData, TextData
-from meshformer.job.loggers import given_by_run, one_at_a_time
+from meshformer.job.loggers import given_by_run, one_at_a_time, refuse_others
 from meshformer.model.layout import Plan
 from meshformer.model.lora import ADAPTERS, add_adapters
 from meshformer.model.settings import HEAD_PARAMETERS
@@ -245,7 +245,9 @@ def build_loggers(config: Config, folder: Path) -> dict[str, Any]:
     """Name -> logger. They write into the run folder or the runs folder, or send. The Rows callback writes metrics.csv in any case."""
     nodes = {name: node for name, node in (config.get("logger") or {}).items() if node}
     with one_at_a_time(nodes.values(), config):
-        return {name: instantiate(node, config, f"logger.{name}", **given_by_run(name, node, config, folder)) for name, node in nodes.items()}
+        made = {name: instantiate(node, config, f"logger.{name}", **given_by_run(name, node, config, folder)) for name, node in nodes.items()}
+        refuse_others(made, config, folder)
+    return made
 
 
 class NoProfiler(PassThroughProfiler):

@@ -83,7 +83,7 @@ def begin(loggers: Mapping[str, Logger], config: Config, folder: Path) -> None:
     for name, logger in loggers.items():
         if isinstance(logger, MLFlowLogger):
             with one_at_a_time([config["logger"][name]], config):
-                ids[name] = _open_mlflow(logger, Path(config["paths"]["runs"]).absolute(), folder)
+                ids[name] = _open_mlflow(logger)
             if name in known:  # MLflow refuses a parameter that has changed, as trainer.max_steps may have
                 logger.experiment.update_run(ids[name], "RUNNING")
                 continue
@@ -94,21 +94,29 @@ def begin(loggers: Mapping[str, Logger], config: Config, folder: Path) -> None:
         atomic_write_text(folder / IDS, json.dumps({**known, **ids}, indent=1) + "\n")
 
 
-def _open_mlflow(logger: MLFlowLogger, runs: Path, folder: Path) -> str:
-    """Returns the id of the run, new or continued."""
-    from mlflow.exceptions import MlflowException
+def refuse_others(loggers: Mapping[str, Logger], config: Config, folder: Path) -> None:
+    """ConfigError where the resumed run in `folder` is not in the database that its logger has opened."""
+    for name, logger in loggers.items():
+        if isinstance(logger, MLFlowLogger) and name in _ids(folder):
+            from mlflow.exceptions import MlflowException
 
+            try:
+                _open_mlflow(logger)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+                raise _elsewhere(Path(config["paths"]["runs"]).absolute(), folder) from None
+
+
+def _open_mlflow(logger: MLFlowLogger) -> str:
+    """Returns the id of the run, new or continued."""
     server = os.environ.get(SERVER)
     try:
-        opened = str(logger.run_id)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-        raise _elsewhere(runs, folder) from None
-    os.environ.pop(SERVER, None)  # MLflow has set it, and the next run of this process may have another runs folder
-    if server is not None:
-        os.environ[SERVER] = server
-    return opened
+        return str(logger.run_id)
+    finally:
+        os.environ.pop(SERVER, None)  # MLflow has set it, and the next run of this process may have another runs folder
+        if server is not None:
+            os.environ[SERVER] = server
 
 
 def close(loggers: Sequence[Logger], failed: bool) -> None:
