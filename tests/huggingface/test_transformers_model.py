@@ -147,10 +147,13 @@ def resumed(*arguments: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_folder_comes_back_bit_for_bit(folder: Path, tmp_path: Path, name: str) -> None:
+def test_a_folder_comes_back_bit_for_bit(folder: Path, tmp_path: Path, name: str, capsys: Any) -> None:
     """Read, untouched by a step of rate 0, written, and read by transformers: the same logits, and the same tensors under the same names."""
     run_ranks(1, tune, folder, name, f"kept_{name}", "optimizer.lr=1e-60", "trainer.max_steps=2")
     export(latest_checkpoint(folder / f"kept_{name}"), tmp_path / "out", "huggingface")
+    auto = "AutoModelForMaskedLM" if name == "bert" else "AutoModelForCausalLM"
+    hint = f"{auto}.from_pretrained('{tmp_path}/out'), or here: model=transformers stage=finetune stage.init_from={tmp_path}/out"
+    assert hint in capsys.readouterr().out
     stored, written = (load_file(place / "model.safetensors") for place in (folder / name, tmp_path / "out"))
     assert stored.keys() == written.keys() and all(torch.equal(stored[key], written[key]) for key in stored)
     kind = transformers.AutoModelForMaskedLM if name == "bert" else transformers.AutoModelForCausalLM
@@ -238,7 +241,7 @@ ADAPTED = {"llama": "[q_proj,v_proj,down_proj]", "bert": "[query,value]", "gpt2"
 
 
 @pytest.mark.parametrize(("name", "strategy"), [("llama", "single"), ("llama", "fsdp"), ("llama", "tensor"), ("bert", "fsdp"), ("gpt2", "fsdp")])
-def test_adapters_are_trained_alone_and_peft_reads_their_folder(folder: Path, tmp_path: Path, name: str, strategy: str) -> None:
+def test_adapters_are_trained_alone_and_peft_reads_their_folder(folder: Path, tmp_path: Path, name: str, strategy: str, capsys: Any) -> None:
     peft = pytest.importorskip("peft")
     run, processes = f"lora_{name}_{strategy}", 1 if strategy == "single" else 2
     tuned = ["stage=finetune", "stage.lora.rank=3", f"stage.lora.targets={ADAPTED[name]}", "stage.lr_scale=1", "trainer.max_steps=4"]
@@ -256,6 +259,8 @@ def test_adapters_are_trained_alone_and_peft_reads_their_folder(folder: Path, tm
         load_weights(alone, folder / name)
         load_adapters(alone, tmp_path / "adapter")
         torch.testing.assert_close(alone(TOKENS), trained, atol=1e-6, rtol=1e-5)
+        export(checkpoint, tmp_path / "merged.safetensors", "safetensors")
+        assert "safetensors.torch.load_file(" in capsys.readouterr().out, "a file of transformers' weights"
         export(checkpoint, tmp_path / "merged", "huggingface")
         torch.testing.assert_close(kind.from_pretrained(tmp_path / "merged").eval()(TOKENS).logits, trained, atol=1e-5, rtol=1e-5)
 

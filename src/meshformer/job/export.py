@@ -28,7 +28,7 @@ from meshformer.job.convert import convert
 from meshformer.job.model_card import model_card
 from meshformer.model import Attention, SpeechTransformer, Transformer, VisionTransformer, attend_reference
 from meshformer.model.settings import HEAD_PARAMETERS, SECOND_NAME
-from meshformer.printing import say
+from meshformer.printing import argument, say
 from meshformer.record.run_folder import new_folder
 
 Write = Callable[[Path], None]  # writes the prepared model to a path
@@ -59,7 +59,7 @@ def export(source: Path, target: Path, form: str, litert: dict[str, Any] | None 
         write(target)
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"it cannot be written ({error})", "output", str(target)) from error
-    say(_usage(target, form))
+    say(_usage(target, form, is_transformers(derive(source)) if form in ("huggingface", "safetensors") else False))
 
 
 def _weights(source: Path) -> dict[str, Tensor]:
@@ -189,12 +189,15 @@ def exported(model: Transformer) -> torch.export.ExportedProgram:
     )
 
 
-def _usage(target: Path, form: str) -> str:
+def _usage(target: Path, form: str, of_transformers: bool) -> str:
+    """What was written, and how to load it. `of_transformers`: its model is model=transformers."""
     files = list(target.iterdir()) if target.is_dir() else [target]
     size = sum(file.stat().st_size for file in files) / 1e6
+    kind = _auto_class(json.loads((target / "config.json").read_text(encoding="utf-8"))) if form == "huggingface" else ""
+    here = f"stage=finetune {argument('stage.init_from', target)}"
     uses = {
-        "huggingface": f"transformers.AutoModel.from_pretrained({str(target)!r}), or here: stage=finetune stage.init_from={target}",
-        "safetensors": f"meshformer.huggingface.load_pretrained({str(target)!r})",
+        "huggingface": f"transformers.{kind}.from_pretrained({str(target)!r}), or here: {'model=transformers ' * of_transformers}{here}",
+        "safetensors": f"{'safetensors.torch.load_file' if of_transformers else 'meshformer.huggingface.load_pretrained'}({str(target)!r})",
         "adapter": f"peft.PeftModel.from_pretrained(model, {str(target)!r}), or meshformer.checkpoint.weights.load_adapters(model, …)",
         "onnx": f"onnxruntime.InferenceSession({str(target)!r})",
         "litert": f"ai_edge_litert.interpreter.Interpreter({str(target / 'model.tflite')!r}), or {target}/run.py",
