@@ -190,6 +190,9 @@ def test_the_command(tmp_path, capsys):
     assert main(["runs", "show", str(tmp_path / "a")]) == 0
     shown = capsys.readouterr().out
     assert "state               finished" in shown and "n_layers: 3" in shown
+    assert main(["runs", "diff", "a", "b", f"paths.runs={tmp_path}"]) == 0, "as the other commands say it"
+    capsys.readouterr()
+    assert main(["runs", f"paths.runs={tmp_path}", "--csv"]) == 0 and len(capsys.readouterr().out.splitlines()) > 2
     assert main(["runs", "diff", "a", "b", "--runs", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
     assert "optimizer.lr  0.1  0.3" in shown and "-1.25" in shown

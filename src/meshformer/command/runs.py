@@ -37,6 +37,9 @@ NOT_IN_SETTINGS = ("strategy", "experiment")  # shown already by the columns `la
 
 def run_records(command: str, argv: Sequence[str]) -> int:
     """Run `runs` or `report` with its arguments; return the exit code."""
+    lists = command == "runs" and argv[:1] not in (["show"], ["diff"])
+    # As the other commands name the folder of the runs.
+    argv = [("" if lists else "--runs=") + word.partition("=")[2] if word.startswith("paths.runs=") else word for word in argv]
     try:
         if command == "report":
             return _report(argv)

@@ -100,7 +100,7 @@ def read_folder(path: Path) -> Source:
     layout = next((layout for layout in LAYOUTS if kind in layout.TYPES), None)
     if layout is None:
         what = f"is of the architecture {kind!r}" if kind else "names no model_type in its config.json"
-        raise ConfigError(f"{path} {what}", fix=f"These are read: {READ}.")
+        raise ConfigError(f"{path} {what}", fix=f"These are read: {READ}. Of other architectures model=transformers may know more.")
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method") if isinstance(config["quantization_config"], dict) else None
         fix = "Fetch the model as it was before, or write it anew with transformers: model.dequantize().save_pretrained(folder)."
