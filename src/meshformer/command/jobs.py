@@ -123,14 +123,7 @@ def _train(
     _check_start(config)
     if args.dry_run:
         return say_run(config, wanted, run)
-    if run is not None:
-        folder = run
-    elif earlier is not None:  # the earlier start ended before its first checkpoint
-        folder = earlier
-    elif wanted != "auto":
-        folder = Path(wanted).absolute()
-    else:
-        folder = shared_folder(config, external)
+    folder = run or earlier or (Path(wanted).absolute() if wanted != "auto" else shared_folder(config, external))
     if external is None or external.rank == 0:
         if run is None and earlier is None:
             claim_folder(folder)

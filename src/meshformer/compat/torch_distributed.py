@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 from torch.distributed import _functional_collectives as collectives
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.experimental import register_sharding
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
 
 # Functional collectives: differentiable (`_autograd`) and traceable by torch.compile. torch 2.13 renamed the all-gathers.
@@ -20,6 +22,12 @@ wait_tensor = collectives.wait_tensor
 def flatten(mesh: DeviceMesh, name: str) -> None:
     """Flattens the axes of `mesh`, a slice of a larger mesh, into one axis called `name` of the larger mesh."""
     mesh._flatten(name)
+
+
+@register_sharding(torch.ops.aten._is_any_true.default)
+def _any_true(x: Any) -> list[Any]:
+    """How trainer.detect_anomaly looks for NaNs in a sharded gradient: in the whole of it. torch gives this operator no strategy of its own."""
+    return [([Replicate()], [Replicate()])]
 
 
 class Style(ParallelStyle):

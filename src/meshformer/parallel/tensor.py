@@ -14,12 +14,10 @@ from collections.abc import Callable
 from fnmatch import fnmatchcase
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module, distribute_tensor
-from torch.distributed.tensor.experimental import register_sharding
 from torch.distributed.tensor.parallel import ParallelStyle, RowwiseParallel, SequenceParallel, parallelize_module
 
 from meshformer.compat.torch import swap_parameters
@@ -29,12 +27,6 @@ from meshformer.model import LoraLinear, head_loss
 from meshformer.model.layout import STYLES, plan_of, retie, ties, uncovered
 
 from .stages import Placeholder, held_blocks
-
-
-@register_sharding(torch.ops.aten._is_any_true.default)
-def _any_true(x: Any) -> list[Any]:
-    """How trainer.detect_anomaly looks for NaNs in a sharded gradient: in the whole of it. torch gives this operator no strategy of its own."""
-    return [([Replicate()], [Replicate()])]
 
 
 class Replicated(Style):
