@@ -28,7 +28,7 @@ from meshformer.compat.transformers import as_stored, draw_parameters
 ROOT = Path(meshformer.__file__).parent
 OF_MODULES = {"_modules", "_parameters", "_buffers"}  # nn.Module's, whoever else may have such a name
 PUBLIC = {"os._exit", "_target_", "_replace", "_fields"}  # documented: the standard library's, a node's in Hydra, a named tuple's
-MOST = 24
+MOST = 23
 
 
 def is_private(name: str) -> bool:
