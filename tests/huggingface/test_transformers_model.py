@@ -445,7 +445,7 @@ def test_settings_replace_those_of_the_file_and_wrong_ones_are_refused(folder: P
         build_model(config)
     gpt2 = compose(["model=transformers", f"model.path={folder / 'gpt2'}", "data.context_length=16", "stage=finetune", "stage.lora.rank=2"])
     gpt2["model"]["vocab_size"] = 280
-    with pytest.raises(ConfigError, match="no linear layers"):
+    with pytest.raises(ConfigError, match="no linear layer in the blocks is called q, v: they are c_attn, c_fc, c_proj"):
         build_model(gpt2)
     assert "the data is images" in refusal(f"model.path={folder / 'llama'}", "data=digits", "task=image_classification")
 
