@@ -4,7 +4,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.installed
-# `--no-compile` below: of the 24,000 files of these packages a run imports a tenth, which Python compiles when it first does.
 # Exact, and named in every install: `2.13.0` accepts a CPU build (2.13.0+cpu) where the user's pip finds one and prefers it,
 # while a range would let a later release from the index replace it, gigabytes of GPU libraries included.
 TORCH := torch==2.13.0
@@ -63,6 +62,7 @@ clean: ## remove the environments, caches and builds; runs/ and data stay
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("meshformer needs Python 3.10 or newer; set PYTHON=..." if sys.version_info < (3, 10) else 0)'
 	$(PYTHON) -m venv $(VENV)
+	@# --no-compile: Python compiles the files that it imports when it first does, which are a small part of these packages.
 	$(PIP) install --quiet --no-compile '$(TORCH)'
 	$(PIP) install --quiet --no-compile '$(TORCH)' -e '.[dev]'
 	@touch $@

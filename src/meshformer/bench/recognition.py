@@ -28,6 +28,8 @@ def report_speech(options: argparse.Namespace) -> None:
             folder = run(Path(scratch), str(number), *overrides)
             after = resource.getrusage(resource.RUSAGE_CHILDREN)
             minutes = (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) / 60
-            last = [row for row in read_metrics(folder / "metrics.csv") if "val/cer" in row][-1]
+            *earlier, last = [row for row in read_metrics(folder / "metrics.csv") if "val/cer" in row]
             rates = f"characters wrong {float(last['val/cer']):.3f}, words {float(last['val/wer']):.3f}"
             print(f"  {recipe:<22}{int(last['step']):>6} steps  {minutes:5.1f} CPU minutes  {rates}", flush=True)
+            if earlier:
+                print("    before: " + ", ".join(f"{float(row['val/cer']):.3f} at step {int(row['step'])}" for row in earlier), flush=True)

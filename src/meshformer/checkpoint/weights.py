@@ -237,9 +237,13 @@ def write_adapters(source: Path, folder: Path, trained: tuple[str, ...] = ()) ->
     }
     with new_folder(folder) as aside:
         (aside / ADAPTER_CONFIG).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-        upright = {name: x.T if is_adapter(name) and name.rpartition(".")[0] in turned else x for name, x in saved.items()}
-        tensors = {OF_PEFT + peft_name(name): x.contiguous() for name, x in upright.items()}
+        tensors = {OF_PEFT + peft_name(name): x.contiguous() for name, x in _turned(saved, turned).items()}
         safetensors.torch.save_file(tensors, aside / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+
+
+def _turned(tensors: Mapping[str, Tensor], layers: set[str]) -> dict[str, Tensor]:
+    """The tensors with the adapters of `layers` transposed: peft's folders hold all of them alike."""
+    return {name: x.T if is_adapter(name) and name.rpartition(".")[0] in layers else x for name, x in tensors.items()}
 
 
 def peft_name(name: str) -> str:
@@ -260,8 +264,7 @@ def load_adapters(model: nn.Module, path: Path) -> None:
     except ValueError as error:
         raise ConfigError(f"the adapters in {path} do not fit this model: {error}") from None
     shapes = {name: p.shape for name, p in model.named_parameters()}
-    turned = transposed(shapes, lora["rank"])
-    tensors = {name: x.T if is_adapter(name) and name.rpartition(".")[0] in turned else x for name, x in tensors.items()}
+    tensors = _turned(tensors, transposed(shapes, lora["rank"]))
     wanted = {name: shape for name, shape in shapes.items() if is_adapter(name) or name in tensors}
     problems = misfits({name: x.shape for name, x in tensors.items()}, wanted, tensors.keys() - wanted.keys())
     refuse_misfits(problems, f"the adapters in {path} do not fit this model")

@@ -107,7 +107,7 @@ def _train_both(argv: Sequence[str], first: FirstRun) -> int:
 def _train(
     args: argparse.Namespace, hydra: Hydra, cfg: DictConfig, config: Config, overrides: str, run: Path | None = None, plan: Config | None = None
 ) -> int:
-    """Train in one folder: `run` if given (resume), else that of an earlier start of this SLURM job, else hydra.run.dir or a new one."""
+    """Train in `run` if given (resume), else in that of a start of this SLURM job without a checkpoint, else in hydra.run.dir or a new folder."""
     external = external_launcher()
     _refuse_missing_nodes(config)
     wanted, earlier, mark = str(cfg.hydra.run.dir), None, None
@@ -123,9 +123,10 @@ def _train(
     _check_start(config)
     if args.dry_run:
         return say_run(config, wanted, run)
+    new, writes = run is None and earlier is None, external is None or external.rank == 0
     folder = run or earlier or (Path(wanted).absolute() if wanted != "auto" else shared_folder(config, external))
-    if external is None or external.rank == 0:
-        if run is None and earlier is None:
+    if writes:
+        if new:
             claim_folder(folder)
         if mark is not None:
             atomic_write_text(folder / MARK, mark)
@@ -147,21 +148,20 @@ def _train(
             raise
 
     context = HydraContext(config_loader=hydra.config_loader, callbacks=callbacks)
-    new, made = run is None and earlier is None, Path(config["paths"]["runs"]).absolute() if wanted == "auto" else None
+    named_below = Path(config["paths"]["runs"]).absolute() if wanted == "auto" else None
     try:
         done = run_job(task_function=job, config=cfg, job_dir_key="hydra.run.dir", job_subdir_key=None, hydra_context=context)
     except KeyboardInterrupt:
-        if external is None or external.rank == 0:
-            (folder / PENDING).unlink(missing_ok=True)
-            if new and not RunRecord(folder).fields:  # before its first step
-                forget_folder(folder, made)
+        if writes and new and not RunRecord(folder).fields:  # before its first step
+            forget_folder(folder, named_below)
         raise
+    finally:
+        if writes:
+            (folder / PENDING).unlink(missing_ok=True)
     callbacks.on_run_end(config=cfg, config_name=cfg.hydra.job.config_name, job_return=done)
-    if run is not None and (external is None or external.rank == 0):
-        (folder / PENDING).unlink(missing_ok=True)
     if raised:
-        if isinstance(raised[0], ConfigError) and new and (external is None or external.rank == 0):
-            forget_folder(folder, made)
+        if isinstance(raised[0], ConfigError) and new and writes:
+            forget_folder(folder, named_below)
         raise raised[0]
     return 0
 

@@ -70,7 +70,7 @@ def logs_into_runs(config: Config) -> bool:
 
 
 def _elsewhere(runs: Path, folder: Path) -> ConfigError:
-    """The answer to a resumed run that was logged into another database; that folder says where is not trusted, but the user may mean it."""
+    """The error for a resumed run that was logged into another database. It suggests the nearest one above the run; only the user may choose it."""
     near = next((above for above in folder.absolute().parents if (above / DATABASE).is_file()), None)
     fix = f"Add {argument('paths.runs', near)}" if near is not None and near != runs else "Name the folder that has it with paths.runs="
     message = f"MLflow's database {runs / DATABASE} does not have the run in {folder}, which was logged into another"
