@@ -14,7 +14,7 @@ from harness import run_ranks
 from jobs import run_tiny
 from meshformer.model import Transformer, attend_fused, attend_reference
 from meshformer.parallel.memory_options import apply_memory_options
-from meshformer.parallel.stages import balanced, check_between, cut, run_part, stage_costs
+from meshformer.parallel.stages import balanced, check_between, cut, run_part, shallow_copy, stage_costs
 from meshformer.parallel.table import local_sizes
 
 
@@ -50,6 +50,24 @@ def test_selective_checkpointing_computes_no_product_again() -> None:
         return counter.get_total_flops()
 
     assert flops("selective") == flops("none") < flops("full")
+
+
+def test_options_reach_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr(torch, "compile", lambda forward, **named: given.append(named["options"]) or forward)
+    apply_memory_options(Transformer(32, 2, 4, 64, 64).blocks, "none", compile=True, compile_options={"max_autotune": True})
+    assert given == [{"max_autotune": True}] * 2
+
+
+def test_a_view_has_submodules_of_its_own_and_shares_the_rest() -> None:
+    whole = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU())
+    whole.scale, whole.sizes = torch.nn.Parameter(torch.ones(1)), [1]
+    view = shallow_copy(whole)
+    setattr(view, "1", torch.nn.Identity())
+    view.register_forward_hook(lambda *_: None)
+    assert isinstance(whole[1], torch.nn.ReLU) and isinstance(view[1], torch.nn.Identity)
+    assert view[0] is whole[0] and view.scale is whole.scale and view.sizes is whole.sizes
+    assert view._forward_hooks and not whole._forward_hooks
 
 
 def collectives(folder: Path, *overrides: str) -> dict[str, int]:

@@ -104,17 +104,16 @@ def test_float8_converts_the_blocks_of_a_card_that_can(monkeypatch: pytest.Monke
 
 
 def test_overlap_is_switched_on_as_this_torch_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch._inductor.config
     import torch.distributed._symmetric_memory as symmetric
 
     enabled: list[str] = []
     mesh: Any = SimpleNamespace(get_group=lambda: SimpleNamespace(group_name="tensor"))
-    with torch._inductor.config.patch(_micro_pipeline_tp=False):  # which puts the setting back; monkeypatch would hide it from then on
-        monkeypatch.setattr(symmetric, "enable_symm_mem_for_group", lambda name: enabled.append(name))
-        products.overlap(mesh)
-        assert torch._inductor.config._micro_pipeline_tp and enabled == ["tensor"]
-        monkeypatch.delattr(symmetric, "enable_symm_mem_for_group")
-        products.overlap(mesh)
+    monkeypatch.setattr(symmetric, "enable_symm_mem_for_group", lambda name: enabled.append(name))
+    options = products.overlap(mesh)
+    assert enabled == ["tensor"]
+    monkeypatch.delattr(symmetric, "enable_symm_mem_for_group")
+    assert products.overlap(mesh) == options == {"_micro_pipeline_tp": True}
+    torch.compile(torch.relu, options=options)  # refuses options that it does not know
 
 
 def applied(folder: Path, ranks: int, *overrides: str) -> list[str]:

@@ -79,7 +79,7 @@ def train_and_count(folder: Path, overrides: list[str]) -> tuple[int, str, dict[
 
 LONGER = (
     "single", "single, selective, accumulated", "ddp", "fsdp", "fsdp, full", "tensor, no sequence parallel, loss parallel, full", "context",
-    "pipeline, zero bubble", "fsdp × tensor", "fsdp × pipeline, Muon", "hsdp, accumulated",
+    "pipeline", "fsdp × tensor", "fsdp × pipeline, Muon", "hsdp, accumulated",
 )  # fmt: skip
 
 
@@ -97,8 +97,7 @@ def test_a_plan_counts_what_a_run_holds(tmp_path: Path, name: str, processes: in
         peak, where, kinds = real[rank]
         print(f"{name}, rank {rank}: {planned.peak / MIB:.3f} MiB planned ({planned.where}), {peak / MIB:.3f} held ({where})")
         print("  ", {kind: f"{planned.kinds[kind] / MIB:.3f} {kinds[kind] / MIB:.3f}" for kind in kinds})
-        # A plan's sends are done at once. In a run the multi-stage schedules hold what they sent (here 4 hidden states of 0.25 MiB) until the end.
-        assert planned.peak == pytest.approx(peak, rel=0.04 if "zero bubble" in name else 0.01)
+        assert planned.peak == pytest.approx(peak, rel=0.01)
 
 
 # --- what a plan says of itself
@@ -119,13 +118,12 @@ def test_the_kinds_of_a_sharded_run_are_those_of_its_table(tmp_path: Path) -> No
 def fsdp_sizes(config: Any) -> tuple[int, int, int]:
     """What parallel/table.py says of the first of two ranks."""
     import torch
-    import torch.distributed as dist
 
-    from meshformer.compat.torch_distributed import fake_store
+    from meshformer.compat.torch_distributed import init_fake_process_group
     from meshformer.parallel.table import local_sizes
     from meshformer.plan import live_memory
 
-    dist.init_process_group("fake", rank=0, world_size=2, store=fake_store())
+    init_fake_process_group(0, 2)
     task = live_memory.build(live_memory.countable(config), 0, Path("."))
     with torch.device("meta"):
         sizes = local_sizes(task, task.configure_optimizers()["optimizer"])

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import nn
 
 from meshformer.command.compose import compose
-from meshformer.compat.torch_distributed import fake_store
+from meshformer.compat.torch_distributed import init_fake_process_group
 from meshformer.job.build import build_model
 from meshformer.parallel.pipeline import local_tensor
 from meshformer.parallel.strategies import make_strategy
@@ -50,7 +50,7 @@ def build_part(layout: str, sizes: dict[str, Any], rank: int = 0) -> Any:
     # The real sizes are set after compose(), whose checks would refuse a model too large for this machine: one rank builds only its own part.
     config["model"] |= {"vocab_size": 64, **sizes}
     if not dist.is_initialized():
-        dist.init_process_group("fake", rank=rank, world_size=RANKS, store=fake_store())
+        init_fake_process_group(rank, RANKS)
     strategy: Any = make_strategy(config["strategy"], context_length=config["data"]["context_length"])
     strategy.parallel_devices = [torch.device("cpu")] * RANKS
     strategy.make_mesh()

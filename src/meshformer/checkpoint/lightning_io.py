@@ -164,8 +164,13 @@ def _copied(tensors: Mapping[str, Tensor], rest: dict[str, Any], group: dist.Pro
 
 def without_optimizer(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """The checkpoint dictionary without optimizer state. Of the schedule only its step is kept, since its learning rates are the old optimizer's."""
-    schedules = [{**schedule, "base_lrs": None, "_last_lr": None} for schedule in checkpoint.get("lr_schedulers", [])]
-    kept = [{k: v for k, v in schedule.items() if v is not None and k != "lr_lambdas"} | {"lr_lambdas": []} for schedule in schedules]
+
+    def stays(name: str, value: Any) -> bool:
+        rates = isinstance(value, list) and value and all(isinstance(x, (int, float, Tensor)) for x in value)
+        return value is not None and name != "lr_lambdas" and not rates
+
+    schedules = checkpoint.get("lr_schedulers", [])
+    kept = [{name: value for name, value in schedule.items() if stays(name, value)} | {"lr_lambdas": []} for schedule in schedules]
     return {**checkpoint, "optimizer_states": [], "lr_schedulers": kept}
 
 

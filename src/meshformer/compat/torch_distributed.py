@@ -66,19 +66,21 @@ class RowStyle(RowwiseParallel):
         self.partition(module, device_mesh)
 
 
-def enable_async_tensor_parallel(group_name: str) -> None:
-    """Async tensor parallelism: torch.compile splits matrix products next to an all-gather or reduce-scatter and overlaps both."""
-    import torch._inductor.config
+# The option of torch.compile with which it splits matrix products next to an all-gather or reduce-scatter into chunks, and overlaps both.
+ASYNC_TENSOR_PARALLEL = {"_micro_pipeline_tp": True}
+
+
+def enable_symmetric_memory(group_name: str) -> None:
+    """What ASYNC_TENSOR_PARALLEL needs for a process group."""
     import torch.distributed._symmetric_memory as symmetric
 
-    torch._inductor.config._micro_pipeline_tp = True
     enable = getattr(symmetric, "enable_symm_mem_for_group", None)
     if enable is not None and not hasattr(enable, "__deprecated__"):  # newer versions of torch enable every group by default
         enable(group_name)
 
 
-def fake_store() -> Any:
-    """The store for a process group of backend "fake", which simulates many ranks in one process."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
+def init_fake_process_group(rank: int, world_size: int) -> None:
+    """Makes this process rank `rank` of a group that communicates with nobody: many ranks, simulated one at a time."""
+    import torch.testing._internal.distributed.fake_pg
 
-    return FakeStore()
+    torch.distributed.init_process_group("fake", rank=rank, world_size=world_size, store=torch.distributed.HashStore())

@@ -20,8 +20,6 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.adamw import adamw as functional_adamw
 from torch.optim.sgd import sgd as functional_sgd
 
-from meshformer.compat.torch import foreach_div_
-
 
 def local_tensors(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The local tensor of each DTensor (it may be empty); plain tensors as they are. Call it under no_grad."""
@@ -36,7 +34,8 @@ def local_gradients(parameters: Sequence[Tensor], grad_scale: Tensor | None = No
             gradients[i] = gradients[i].redistribute(p.device_mesh, p.placements)
     found = local_tensors(gradients)
     if grad_scale is not None:
-        foreach_div_(found, grad_scale)
+        for gradient in found:
+            gradient.div_(grad_scale)
     return found
 
 

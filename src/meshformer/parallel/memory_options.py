@@ -21,12 +21,14 @@ KEPT = ("aten.mm.", "aten.addmm.", "aten.bmm.", "scaled_dot_product", "all_gathe
 BACKEND = "inductor"  # of torch.compile
 
 
-def apply_memory_options(blocks: Iterable[Any], activation_checkpointing: str, compile: bool) -> None:
+def apply_memory_options(
+    blocks: Iterable[Any], activation_checkpointing: str, compile: bool, compile_options: dict[str, Any] | None = None
+) -> None:
     """Compiles and checkpoints blocks in place. `activation_checkpointing`: `none`; `full`: only a block's input is saved, and the block is
     recomputed in the backward pass (Chen et al. 2016); `selective`: the outputs of the operators in KEPT are saved too."""
     for block in blocks:
         if compile:  # all blocks share the compiled code; fullgraph=True makes a graph break an error
-            block.forward = torch.compile(block.forward, backend=BACKEND, fullgraph=True)
+            block.forward = torch.compile(block.forward, backend=BACKEND, fullgraph=True, options=compile_options)
         if activation_checkpointing == "full":
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         elif activation_checkpointing == "selective":

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from meshformer.compat.torch_distributed import enable_async_tensor_parallel
+from meshformer.compat.torch_distributed import ASYNC_TENSOR_PARALLEL, enable_symmetric_memory
 from meshformer.config.errors import ConfigError
 from meshformer.model.layout import blocks_name
 from meshformer.parallel.check import FLOAT8_CAPABILITY
@@ -23,6 +23,8 @@ def in_float8(model: Any) -> None:
     convert_to_float8_training(model.get_submodule(blocks_name(model) or ""))
 
 
-def overlap(mesh: DeviceMesh) -> None:
-    """Splits the matrix products next to an all-gather or reduce-scatter over `mesh` (the tensor axis) into chunks, and overlaps both."""
-    enable_async_tensor_parallel(mesh.get_group().group_name)
+def overlap(mesh: DeviceMesh) -> dict[str, Any]:
+    """The options of torch.compile that split the matrix products next to an all-gather or reduce-scatter over `mesh` (the tensor axis) into
+    chunks, and overlap both."""
+    enable_symmetric_memory(mesh.get_group().group_name)
+    return ASYNC_TENSOR_PARALLEL

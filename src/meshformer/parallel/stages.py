@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from meshformer.compat.torch import shallow_copy
 from meshformer.config.errors import ConfigError
 from meshformer.model.layout import blocks_name, blocks_of, plan_of, ties
 
@@ -189,6 +188,17 @@ def _view(model: nn.Module, others: dict[str, nn.Module]) -> Any:
     for first, deeper in inside.items():
         setattr(view, first, _view(getattr(view, first), deeper))
     return view
+
+
+def shallow_copy(module: nn.Module) -> Any:
+    """A copy that shares everything with `module` but its dicts, so that setting a submodule or a hook of the copy does not change the original.
+
+    `copy.copy` would share the dicts too. What `memo` holds is not copied.
+    """
+    memo: dict[int, Any] = {}
+    for value in vars(module).values():
+        memo |= {id(x): x for x in (value.values() if isinstance(value, dict) else (value,))}
+    return copy.deepcopy(module, memo)
 
 
 def check_between(view: nn.Module, inputs: dict[str, Any]) -> None:

@@ -170,8 +170,7 @@ class MeshStrategy(StepStrategy, ModelParallelStrategy):
             self.blocks_per_stage, parts = counts, cut(model, counts, numbers)
         if degrees.context > 1:
             self.context = ContextAxis(self.axis("context"), settings["context_method"])
-        if settings["async_tensor_parallel"]:
-            overlap(self.axis("tensor"))
+        compile_options = overlap(self.axis("tensor")) if settings["async_tensor_parallel"] else None
         whole_output = self._unsharded_output(task, model)
         for part in parts:  # the stages of this rank, or the whole model without a pipeline
             if degrees.tensor > 1:
@@ -180,7 +179,7 @@ class MeshStrategy(StepStrategy, ModelParallelStrategy):
                 self.context.apply(part)
             if whole_output is not None:
                 self._check_output(task, part, whole_output)
-            apply_memory_options(held_blocks(part), settings["activation_checkpointing"], self.compile)
+            apply_memory_options(held_blocks(part), settings["activation_checkpointing"], self.compile, compile_options)
         stages: list[Any] = list(parts)
         if degrees.pipeline > 1:
             stages = [Stage(part, self.precision_plugin.forward_context) for part in parts]

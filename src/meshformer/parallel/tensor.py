@@ -20,7 +20,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle, RowwiseParallel, SequenceParallel, parallelize_module
 
-from meshformer.compat.torch import swap_parameters
 from meshformer.compat.torch_distributed import ColumnStyle, RowStyle, Style
 from meshformer.config.errors import ConfigError
 from meshformer.model import LoraLinear, head_loss
@@ -150,11 +149,15 @@ class ReplicatedParameters(Style):
             module.register_parameter(name, nn.Parameter(whole, requires_grad=p.requires_grad))
 
         def enter(_: nn.Module, inputs: Any) -> None:
-            plain = {name: p.to_local(grad_placements=(Replicate(),)) for name, p in module.named_parameters(recurse=False)}
-            own.update(swap_parameters(module, plain))
+            own.update(module.named_parameters(recurse=False))
+            for name, p in own.items():
+                delattr(module, name)  # nn.Module takes no plain tensor in place of a parameter
+                setattr(module, name, p.to_local(grad_placements=(Replicate(),)))
 
         def leave(_: nn.Module, inputs: Any, output: Any) -> None:
-            swap_parameters(module, own)
+            for name, p in own.items():  # all of them, so their order stays
+                delattr(module, name)
+                module.register_parameter(name, p)
 
         module.register_forward_pre_hook(enter)
         module.register_forward_hook(leave, always_call=True)

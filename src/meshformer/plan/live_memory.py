@@ -3,8 +3,7 @@
 The run's own objects (model, strategy, optimizer, step) work on fake tensors, which have sizes and no memory, in a process group that
 communicates with nobody. Counted is every tensor that is alive, as in torch's `memory_allocated`, and what its allocator would reserve for them.
 
-Not counted: the context of a driver, NCCL's buffers, memory that a kernel uses inside, what a pipeline has
-sent and not yet let go of, callbacks (an EMA is one more copy of the weights).
+Not counted: the context of a driver, NCCL's buffers, memory that a kernel uses inside, callbacks (an EMA is one more copy of the weights).
 The operations are those of a CPU, also for a run on GPUs: there fused kernels make a chunk of the head's loss (model/head.py) and, with tensor
 parallelism, norms that are not recomputed smaller. A run with trainer.compile is counted as if it were not compiled, which needs more.
 """
@@ -18,7 +17,7 @@ from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -28,7 +27,7 @@ from torch.distributed.tensor import DTensor
 
 from meshformer.compat.lightning import without_transfer_hook
 from meshformer.compat.torch import fake_tensor_mode
-from meshformer.compat.torch_distributed import fake_store
+from meshformer.compat.torch_distributed import init_fake_process_group
 from meshformer.config.degrees import Degrees
 from meshformer.config.errors import ConfigError
 from meshformer.job.build import build_task, build_trainer, task_class
@@ -95,19 +94,46 @@ def counting(config: Config, rank: int) -> Iterator[tuple[LiveBytes, Any, Any]]:
     quiet_libraries()
     config = countable(config)
     world = config["trainer"]["devices"] * config["trainer"]["num_nodes"]
-    dist.init_process_group("fake", rank=rank, world_size=world, store=fake_store())
+    init_fake_process_group(rank, world)
     try:
         with tempfile.TemporaryDirectory() as folder:
             task = build(config, rank, Path(folder))
         for p in task.parameters():
             if isinstance(p, DTensor):
                 mesh_ranks(p.device_mesh)  # Muon asks for them again
-        with fake_tensor_mode(), LiveBytes() as live:
+        with fake_tensor_mode(), LiveBytes() as live, sent_until_waited_for():
             optimizer = allocate(task, config)
             live.watch(task.model, optimizer)
             yield live, task, optimizer
     finally:
         dist.destroy_process_group()
+
+
+class Sent(NamedTuple):
+    """A send that keeps its tensor until the pipeline's schedule has waited for it, as gloo and NCCL do; the fake process group keeps nothing."""
+
+    work: Any
+    tensor: Tensor
+
+    def wait(self) -> None:
+        self.work.wait()
+
+
+@contextmanager
+def sent_until_waited_for() -> Iterator[None]:
+    original = dist.isend
+
+    def isend(tensor: Tensor, *args: Any, **kwargs: Any) -> Sent:
+        return Sent(original(tensor, *args, **kwargs), tensor)
+
+    places: tuple[Any, ...] = dist, dist.distributed_c10d  # P2POp compares with the second
+    for place in places:
+        place.isend = isend
+    try:
+        yield
+    finally:
+        for place in places:
+            place.isend = original
 
 
 def countable(config: Config) -> Config:

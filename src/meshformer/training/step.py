@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from meshformer.compat.lightning import micro_batch_to_device
-from meshformer.compat.torch import foreach_div_
 from meshformer.optim.shardwise import ShardwiseOptimizer
 
 from .protocol import StepStrategy
@@ -80,8 +79,9 @@ def divide_or_skip(optimizer: torch.optim.Optimizer, gradients: list[Tensor], di
         optimizer.grad_scale, optimizer.found_inf = divisor, skip
     elif skip:
         optimizer.zero_grad()
-    elif gradients:  # empty if all layers of a pipeline stage are frozen
-        foreach_div_(gradients, divisor)
+    else:
+        for gradient in gradients:
+            gradient.div_(divisor)
 
 
 def step_schedules(trainer: Any, interval: str, number: int) -> None:
