@@ -91,7 +91,8 @@ def test_private_names_are_used_in_one_room() -> None:
 @pytest.mark.parametrize(
     "line",
     ["import torch\ntorch._foreach_norm([])", "from hydra._internal.hydra import Hydra", "import torch._dynamo",
-     "options = {'_micro_pipeline_tp': True}", "def f(x): return x._modules", "def f(x): return getattr(x, '_optimizer')", "def f(trainer): trainer._results = 1"],
+     "options = {'_micro_pipeline_tp': True}", "def f(x): return x._modules",
+     "def f(x): return getattr(x, '_optimizer')", "def f(trainer): trainer._results = 1"],
 )  # fmt: skip
 def test_a_private_name_is_seen(tmp_path: Path, line: str) -> None:
     (tmp_path / "part.py").write_text(line)
