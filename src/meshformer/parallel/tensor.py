@@ -151,12 +151,12 @@ class ReplicatedParameters(Style):
         def enter(_: nn.Module, inputs: Any) -> None:
             own.update(module.named_parameters(recurse=False))
             for name, p in own.items():
-                delattr(module, name)  # nn.Module takes no plain tensor in place of a parameter
-                setattr(module, name, p.to_local(grad_placements=(Replicate(),)))
+                delattr(module, name)
+                vars(module)[name] = p.to_local(grad_placements=(Replicate(),))  # `setattr` takes it for a parameter and refuses it
 
         def leave(_: nn.Module, inputs: Any, output: Any) -> None:
             for name, p in own.items():  # all of them, so their order stays
-                delattr(module, name)
+                del vars(module)[name]
                 module.register_parameter(name, p)
 
         module.register_forward_pre_hook(enter)
