@@ -2,12 +2,14 @@
 
 import json
 import statistics
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import yaml
 
+from harness import run_ranks
 from meshformer.bench.plan import (
     clusters,
     extrapolated,
@@ -20,10 +22,11 @@ from meshformer.bench.plan import (
     relative,
     to_store,
 )
+from meshformer.compat.torch_distributed import init_fake_process_group
 from meshformer.config.paths import conf_dir
 from meshformer.plan import steptime
 from meshformer.plan.cluster import read_cluster
-from meshformer.plan.measure import of_gpu
+from meshformer.plan.measure import _timed, of_gpu
 from meshformer.plan.sizes import Sizes
 from meshformer.plan.steptime import Constants, StepLayout, bubbles, constants, stage_blocks, step_time
 
@@ -118,6 +121,33 @@ def test_the_head_counts_as_blocks():
     assert stage_blocks(replace(SIZES, vocabulary=1), 4, 1) == (6, 6)
     most, last = stage_blocks(replace(SIZES, vocabulary=256_000), 4, 1)
     assert last < most and 3 * most + last >= SIZES.layers
+
+
+def test_ddp_waits_for_a_bucket_and_hsdp_for_every_unit():
+    slow = replace(CLUSTER, link=1e30, link_latency=1.0)
+    here = Constants(products=1.0, attention=1.0, link=1.0, exposed=1.0)
+    ddp, hsdp = (step_time(SIZES, StepLayout(samples=1, replicate=2, fsdp=fsdp), slow, here).data for fsdp in (False, True))
+    buckets = 1 + SIZES.parameters * 4 // (25 * 2**20)
+    assert ddp == pytest.approx(2 * buckets, rel=1e-6)  # an all-reduce is a reduction and a gather
+    assert hsdp == pytest.approx(2 * (SIZES.layers + 1), rel=1e-6)
+
+
+def test_cores_copy_what_they_exchange_along_the_tokens():
+    cores = replace(CLUSTER, alone=2.0, link=1e30, link_latency=0.0)
+    along, whole = (step_time(SIZES, StepLayout(samples=1, tensor=2, sequence_parallel=sp), cores, FITTED).tensor for sp in (True, False))
+    assert along == pytest.approx(2 * 8 * SIZES.layers * SIZES.length * SIZES.width * 2 / cores.bandwidth, rel=1e-3) and whole < 1e-3 * along
+
+
+def measured_after_a_pause() -> tuple[float, float]:
+    """Seconds of 0.01 of sleep, by itself and after 0.04 more that are not counted."""
+    init_fake_process_group(0, 1)
+    alone = _timed(lambda: time.sleep(0.01), least=0.02)
+    return alone, _timed(lambda: time.sleep(0.01), lambda: time.sleep(0.04), least=0.02)
+
+
+def test_a_collective_is_timed_without_what_runs_before_it():
+    alone, after = run_ranks(1, measured_after_a_pause)[0]
+    assert alone >= 0.01 and 0.01 <= after < 0.04
 
 
 def test_ulysses_sends_less_from_three_ranks_on():

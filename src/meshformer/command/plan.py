@@ -160,7 +160,7 @@ def _cluster(composed: Config, again: bool) -> tuple[Config, Constants | None]:
         return node, None
     kept = Path(composed["paths"]["data"]).expanduser() / "cluster-this.json"
     if again or not kept.is_file():
-        say("measuring this machine, once, for about ten seconds", error=True)
+        say("measuring this machine, once, for about half a minute", error=True)
         done = subprocess.run([sys.executable, "-m", "meshformer.plan.measure"], capture_output=True, text=True)
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or ["no output"])[-1]

@@ -38,7 +38,9 @@ PRODUCTS = ((512, 128, 128), (512, 128, 512), (1024, 256, 256), (1024, 256, 1024
 LAYERS, HEADS, WIDTH = 2, 4, 256
 SAMPLES, LENGTH, VOCABULARY = 8, 128, 100
 BYTES = (2**16, 2**20, 2**23)  # of the collectives that are timed
-REPEATS = 7
+BETWEEN = (1024, 256, 1024)  # the product before each of them
+REPEATS = 3
+ROUNDS = 3  # of all measurements, since a machine's speed changes within seconds
 MOST = 8  # processes
 # Words in the name that CUDA reports -> a file of conf/cluster/.
 CARDS = {"B200": "b200x8", "H200": "h200x8", "H100": "h100x8", "A100 80GB": "a100x8", "A100 40GB": "a100_40gx8"}
@@ -150,6 +152,14 @@ def _rank(rank: int, processes: int, folder: str) -> None:
     store = dist.FileStore(f"{folder}/store", processes)
     dist.init_process_group("gloo", rank=rank, world_size=processes, store=store)
     torch.manual_seed(rank)
+    rounds = [_round(processes) for _ in range(ROUNDS)]
+    found = {key: statistics.median(seconds[key] for seconds in rounds) for key in rounds[0]}
+    Path(folder, str(rank)).write_text(json.dumps(found), encoding="utf-8")
+    dist.destroy_process_group()
+
+
+def _round(processes: int) -> dict[str, float]:
+    """Seconds of everything that is timed, once."""
     found: dict[str, float] = {}
     for M, K, N in PRODUCTS:
         x, weight = torch.randn(M, K), torch.randn(N, K)
@@ -160,21 +170,25 @@ def _rank(rank: int, processes: int, folder: str) -> None:
     found["tiny model"] = _timed(_model_step(1, 4))
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # torch 2.13 renamed both
     reduce = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    M, K, N = BETWEEN
+    x, weight = torch.randn(M, K), torch.randn(N, K)
     for size in BYTES:
         part, whole = torch.zeros(size // 4 // processes), torch.zeros(size // 4 // processes * processes)
-        found[f"gather {size}"] = _timed(lambda part=part, whole=whole: gather(whole, part))
-        found[f"reduce {size}"] = _timed(lambda part=part, whole=whole: reduce(part, whole))
+        found[f"gather {size}"] = _timed(lambda part=part, whole=whole: gather(whole, part), lambda: F.linear(x, weight))
+        found[f"reduce {size}"] = _timed(lambda part=part, whole=whole: reduce(part, whole), lambda: F.linear(x, weight))
     mesh = init_device_mesh("cpu", (processes,))
     x, weight = torch.randn(8, 8), torch.randn(8, 8)
     both = [distribute_tensor(value, mesh, [Replicate()]) for value in (x, weight)]
     found["operation"] = _timed(lambda: F.linear(x, weight))
     found["sharded operation"] = _timed(lambda: F.linear(*both))
-    Path(folder, str(rank)).write_text(json.dumps(found), encoding="utf-8")
-    dist.destroy_process_group()
+    return found
 
 
-def _timed(work: Callable[[], Any], least: float = 0.05) -> float:
-    """Median seconds of one call, over repeats that take at least `least` seconds each; all ranks start a repeat together."""
+def _timed(work: Callable[[], Any], before: Callable[[], Any] | None = None, least: float = 0.05) -> float:
+    """Median seconds of one call, over repeats that take at least `least` seconds each; all ranks start a repeat together.
+
+    `before` runs before each call and is not counted: a collective after computation also waits for the rank that computed longer.
+    """
     work()
     start = time.perf_counter()
     work()
@@ -183,10 +197,14 @@ def _timed(work: Callable[[], Any], least: float = 0.05) -> float:
     times = []
     for _ in range(REPEATS):
         dist.barrier()
-        start = time.perf_counter()
+        start, apart = time.perf_counter(), 0.0
         for _ in range(int(count)):
+            if before is not None:
+                begin = time.perf_counter()
+                before()
+                apart += time.perf_counter() - begin
             work()
-        times.append((time.perf_counter() - start) / int(count))
+        times.append((time.perf_counter() - start - apart) / int(count))
     return statistics.median(times)
 
 

@@ -24,6 +24,7 @@ OPTIMIZER_BYTES = 28  # a parameter in AdamW: weight, two averages read and writ
 HOST_OPERATIONS = 25  # operations that the host starts for one pass of a block
 TENSOR_EXCHANGES = 8  # gathers and reductions of the hidden states of a block, forward and backward, under sequence parallelism
 ULYSSES_EXCHANGES = 4  # of queries, keys, values and results
+DDP_BUCKET = 25 * 2**20  # bytes of gradients that DDP sums at once
 RECOMPUTED_EXCHANGES = 2  # of them again, if the block is recomputed
 
 
@@ -240,6 +241,8 @@ def _block(sizes: Sizes, layout: _Work, cluster: Cluster, c: Constants) -> _Part
     exchanges = (TENSOR_EXCHANGES + RECOMPUTED_EXCHANGES * of_products * (of_attention > 0)) * tokens * sizes.width * layout.exchange_bytes
     tensor = _inside(exchanges, TENSOR_EXCHANGES, n, 1, cluster, c) * (1 - c.async_hidden * layout.async_tensor)
     tensor *= (1 + cluster.reduction) / 2  # every second exchange is a reduction
+    if cluster.alone and n > 1 and layout.sequence_parallel:  # a core also copies what it gathers and reduces along the tokens
+        tensor += 2 * exchanges / cluster.bandwidth
     context = _context(sizes, layout, cluster, c)
     return (3 + of_products) * products, (3.5 + of_attention) * attention, (3 + of_rest) * memory, waits, tensor, context
 
@@ -286,6 +289,7 @@ def _exposed(sizes: Sizes, layout: StepLayout, cluster: Cluster, c: Constants, c
     time += cluster.reduction * share * _inside(held * layout.reduce_bytes, units, layout.parts, stride, cluster, c)
     if cluster.alone and layout.parts > 1:  # a core also copies what it gathers and reduces between parameters and buffers
         time += 2 * held * (layout.gather_bytes * gathers + layout.reduce_bytes * share) / cluster.bandwidth
-    copies = held / layout.parts  # each shard is then summed over its replicas: a reduction and a gather
-    time += share * _inside(2 * copies * layout.reduce_bytes, 2 * units, layout.replicate, stride * layout.parts, cluster, c)
+    copies = held / layout.parts * layout.reduce_bytes  # each shard is then summed over its replicas: a reduction and a gather
+    calls = units if layout.fsdp else 1 + copies // DDP_BUCKET
+    time += share * _inside(2 * copies, 2 * calls, layout.replicate, stride * layout.parts, cluster, c)
     return c.exposed * time + max(0.0, (1 - c.exposed) * time - compute)
