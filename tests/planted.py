@@ -10,6 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+# Thousands of files are written: libyaml's is faster, but not every build of PyYAML has it.
+Dumper: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+
 MARKUP = '<meta http-equiv="refresh" content="0"><script>alert(1)</script>'
 ESCAPE = "\x1b]0;planted\x07\x1b[2J\u202e"
 FORMULA = '=HYPERLINK("http://x","y")'

@@ -19,7 +19,7 @@ from meshformer.config import ConfigError
 from meshformer.config.foreign import confine, read_config
 from meshformer.job.build import build_callbacks, build_data, build_loggers, build_task
 from meshformer.job.train import settle_sizes
-from planted import KINDS, Plants, Watch, places, planted, refuse_raw
+from planted import KINDS, Dumper, Plants, Watch, places, planted, refuse_raw
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_no_field_of_the_configuration_runs_or_reaches_outside(kind: str, run: P
     refused, passed = 0, 0
     for place in places(whole):
         for made in planted(whole, place, plants.value(kind)):
-            file.write_text(yaml.safe_dump(made))
+            file.write_text(yaml.dump(made, Dumper=Dumper))
             before = sorted(path for path in copied.parent.iterdir())
             with Watch(plants.outside) as opened:
                 try:
@@ -117,7 +117,7 @@ def test_every_command_holds_to_it(
     words = [word.replace("{}/../../text.txt", str(run.parent / "text.txt")).format(copied) for word in COMMANDS[command]]
     for kind in KINDS:
         made = next(planted(whole, place, plants.value(kind)))
-        file.write_text(yaml.safe_dump(made))
+        file.write_text(yaml.dump(made, Dumper=Dumper))
         (copied / "overrides.txt").write_bytes((run / "overrides.txt").read_bytes())
         for name in ("exported.safetensors", "converted.safetensors"):
             Path(name).unlink(missing_ok=True)

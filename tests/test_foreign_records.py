@@ -29,7 +29,7 @@ from meshformer.config import ConfigError
 from meshformer.printing import csv_cell, visible
 from meshformer.runs import load_metrics, load_runs
 from meshformer.runs.page import POLICY
-from planted import FORMULA, KINDS, MARKUP, Plants, Watch, places, planted, refuse_raw
+from planted import FORMULA, KINDS, MARKUP, Dumper, Plants, Watch, places, planted, refuse_raw
 from run_folders import write_run
 
 
@@ -135,7 +135,7 @@ def put(name: str, run: Path, made: Any) -> None:
     if name == "run.json":
         (run / name).write_text(json.dumps(made))
     elif name == "config.yaml":
-        (run / name).write_text(yaml.safe_dump(made))
+        (run / name).write_text(yaml.dump(made, Dumper=Dumper))
     else:
         out = io.StringIO()
         csv.writer(out, lineterminator="\n").writerows(made)

@@ -121,6 +121,7 @@ class Sent(NamedTuple):
 
 @contextmanager
 def sent_until_waited_for() -> Iterator[None]:
+    """Inside, a pipeline's sends return a `Sent`."""
     original = dist.isend
 
     def isend(tensor: Tensor, *args: Any, **kwargs: Any) -> Sent:

@@ -23,9 +23,9 @@ LOSS_BYTES = 24  # a logit in fp32: written, read and written by the softmax, it
 OPTIMIZER_BYTES = 28  # a parameter in AdamW: weight, two averages read and written, gradient read
 HOST_OPERATIONS = 25  # operations that the host starts for one pass of a block
 TENSOR_EXCHANGES = 8  # gathers and reductions of the hidden states of a block, forward and backward, under sequence parallelism
+RECOMPUTED_EXCHANGES = 2  # of them again, if the block is recomputed
 ULYSSES_EXCHANGES = 4  # of queries, keys, values and results
 DDP_BUCKET = 25 * 2**20  # bytes of gradients that DDP sums at once
-RECOMPUTED_EXCHANGES = 2  # of them again, if the block is recomputed
 
 
 @dataclass(frozen=True)
