@@ -12,9 +12,10 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import lr_scheduler as schedules
 
 from harness import run_ranks
-from meshformer.checkpoint.lightning_io import FolderCheckpointIO, split
+from meshformer.checkpoint.lightning_io import FolderCheckpointIO, split, without_optimizer
 from meshformer.checkpoint.optimizer import complete_groups, optimizer_tensors, read_optimizer
 from meshformer.checkpoint.read import read_rest
 from meshformer.checkpoint.weights import load_weights
@@ -192,3 +193,22 @@ def test_another_optimizer_is_refused(tmp_path: Path) -> None:
     write_folder(tmp_path / "a", tensors, rest)
     with pytest.raises(ConfigError, match="has 3 parameter groups, this one 2"):
         read_optimizer(tmp_path / "a", adamw(net.named_parameters()), rest["optimizer_states"][0]["param_groups"])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda o: schedules.LambdaLR(o, lambda step: 1.0), lambda o: schedules.CosineAnnealingLR(o, 10), lambda o: schedules.MultiStepLR(o, [5, 9])],
+    ids=["lambda", "cosine", "steps"],
+)
+def test_a_fork_with_another_optimizer_takes_its_step_and_not_its_learning_rates(make: Any) -> None:
+    def schedule(lr: float) -> Any:
+        return make(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=lr))
+
+    old, new = schedule(0.5), schedule(0.125)
+    for _ in range(3):
+        old.optimizer.step()
+        old.step()
+    stripped = without_optimizer({"optimizer_states": [{"state": {}}], "lr_schedulers": [old.state_dict()], "epoch": 2})
+    new.load_state_dict(stripped["lr_schedulers"][0])
+    assert stripped["optimizer_states"] == [] and stripped["epoch"] == 2
+    assert new.last_epoch == 3 and new.base_lrs == [0.125] and new.get_last_lr() == [0.125]
