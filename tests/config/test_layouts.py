@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from meshformer.command.check import resolve
-from meshformer.command.compose import compose_config, make_hydra, plain, settle
+from meshformer.command.compose import compose, compose_config, make_hydra, plain, settle
 from meshformer.config import ConfigError, validate
 from meshformer.config.degrees import AXES, Degrees, uses_fsdp
 from meshformer.config.paths import conf_dir
@@ -337,6 +337,25 @@ def test_a_layout_that_cannot_work_is_refused(layout, name, changes, key, words)
     with pytest.raises(ConfigError) as caught:
         settle(layout(name, changes))
     assert caught.value.key == key
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        (["model.pooling=cls"], "model.pooling=cls: the number of an image's tokens, 17, does not divide by 2"),
+        (["model.patch_size=8"], "model.patch_size=8: the number of an image's tokens, 1, does not divide by 2"),
+        (["model.pooling=cls", "strategy.sequence_parallel=false"], ""),
+        (["model.pooling=mean", "data.context_length=127"], ""),  # which images do not have
+    ],
+)
+def test_sequence_parallel_divides_the_tokens_of_an_image(changed, words):
+    given = ["experiment=vit_digits", "strategy=tensor", "trainer.devices=2", *changed]
+    if not words:
+        compose(given)
+        return
+    with pytest.raises(ConfigError) as caught:
+        compose(given)
     assert words in str(caught.value)
 
 

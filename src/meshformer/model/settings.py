@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 # Settings that decide the names and shapes of the weights, or how they are used. Fine-tuning must keep those of the pretrained model.
 SHAPES = (
     "_target_", "n_layers", "n_heads", "n_kv_heads", "d_model", "d_ff", "norm", "norm_position", "embedding_norm", "token_types", "activation",
@@ -38,3 +40,10 @@ def feed_forward_width(d_model: int, activation: str) -> int:
 def usual_eps(norm: str) -> float:
     """The epsilon added to the variance when `norm_eps` is None."""
     return 1e-5 if norm == "layer" else 1e-6
+
+
+def sequence_length(model: dict[str, Any], context_length: int) -> int:
+    """Tokens of a sample: `context_length`, or the patches of an image and its class token."""
+    if not (model.get("image_size") and model.get("patch_size")):
+        return context_length
+    return (model["image_size"] // model["patch_size"]) ** 2 + (model.get("pooling") == "cls")

@@ -15,7 +15,7 @@ from meshformer.config.errors import ConfigError
 from meshformer.config.resolve import compute_capability, external_launcher, gpus_multiply_bf16, microbatch_counts, visible_gpus
 from meshformer.config.schema import Strategy
 from meshformer.config.signature import attribute, declares, signature
-from meshformer.model.settings import feed_forward_width
+from meshformer.model.settings import feed_forward_width, sequence_length
 
 Config = dict[str, Any]
 # Settings that belong to one mesh axis; settings that every mesh layout has.
@@ -221,10 +221,14 @@ def _tensor(config: Config) -> None:
             usable = [n for n in _divisors(gcd(*sizes.values())) if n < tensor]
             fix = f"Use strategy.tensor={_either(usable)}, or another model.{key}."
             raise ConfigError(f"model.{key}={size} does not divide by it", "strategy.tensor", tensor, fix=fix)
-    parts, length = tensor * strategy["context"], config["data"]["context_length"]
+    parts, length = tensor * strategy["context"], sequence_length(model, config["data"]["context_length"])
     if tensor > 1 and strategy["sequence_parallel"] and length % parts:
         factors = " × ".join(f"strategy.{axis}={strategy[axis]}" for axis in ("tensor", "context") if strategy[axis] > 1)
         message = f"does not divide by {parts} ({factors}), as sequence parallel must"
+        if model.get("patch_size"):
+            key, fix = ("pooling", "model.pooling=mean") if model.get("pooling") == "cls" else ("patch_size", "another model.patch_size")
+            message = f"the number of an image's tokens, {length}, {message}"
+            raise ConfigError(message, f"model.{key}", model[key], fix=f"Use {fix}, or strategy.sequence_parallel=false.")
         fix = f"Use {_either(_nearest(length, parts))}, or strategy.sequence_parallel=false."
         raise ConfigError(message, "data.context_length", length, fix=fix)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from meshformer.config.errors import ConfigError
 from meshformer.config.signature import attribute
+from meshformer.model.settings import sequence_length
 
 Config = dict[str, Any]
 VARIED = ("texts", "speech")  # kinds of data whose batches differ in length
@@ -89,8 +90,6 @@ def _operations(config: Config) -> int:
     """FLOPs of the blocks in the whole run: 6 per matrix parameter and token (Kaplan et al. 2020)."""
     model, data = config["model"], config["data"]
     width = model["d_model"]
-    tokens = data["context_length"]
-    if model.get("image_size") and model.get("patch_size"):
-        tokens = (model["image_size"] // model["patch_size"]) ** 2
+    tokens = sequence_length(model, data["context_length"])
     entries = model["n_layers"] * (4 * width**2 + 2 * width * (model.get("d_ff") or 4 * width))
     return 6 * entries * tokens * data["batch_size"] * config["trainer"]["max_steps"]
